@@ -1,0 +1,210 @@
+"""What to prune and how: one frozen, validated config, and the paper's settings by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from atedm.ranking import HEAD_FUSIONS, ITERATIONS
+from atedm.schedule import PAIRINGS, SCHEDULES, BlockPlace
+
+#: Says of each attention block whether it may be pruned.
+Where: TypeAlias = Callable[[BlockPlace], bool]
+
+#: How tokens are ranked: G-WPR on the self-attention map (the paper's default) or on the cross-attention map with one
+#: of four mapping functions (supplement C.2), and two controls.
+RANKINGS = (
+    "self-attention",
+    "cross-attention-entropy",
+    "cross-attention-hard-clip",
+    "cross-attention-soft-clip",
+    "cross-attention-power",
+    "attention-received",
+    "uniform-random",
+)
+#: How dropped positions are refilled after the block (main paper; supplement A.6).
+RECOVERIES = ("similarity-copy", "zero-padding", "bicubic", "direct-copy")
+#: What says which kept token a dropped one copies from.
+SIMILARITIES = ("attention", "cosine")
+#: Where in a layer the tokens are dropped (supplement A.2, C.1).
+PLACES = ("after-feed-forward", "before-feed-forward", "after-self-attention")
+
+
+def everywhere(block: BlockPlace) -> bool:
+    """Prune every attention block: the paper's AT-EDM."""
+    return True
+
+
+def not_second_level(block: BlockPlace) -> bool:
+    """Prune all but the second feature level: the paper's AT-EDM†."""
+    return block.level != 2
+
+
+#: The predicates that have a name.
+WHERES: dict[str, Where] = {"everywhere": everywhere, "not-second-level": not_second_level}
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How tokens are pruned. The defaults are the paper's setting, so that ``pruning_rate`` is the one slider.
+
+        >>> PruningConfig(pruning_rate=0.5).rates
+        ((0, 0.5),)
+
+    Raises:
+        ValueError: If a value is out of its range or a name unknown; the message names the nearest known one.
+    """
+
+    #: Share of the tokens dropped in a block, in [0, 1). The paper's 0.63 keeps 37 % (supplement A.3).
+    pruning_rate: float = 0.63
+    #: Several pruning layers in place of one: (layer, rate) pairs, layers counted from 0, each rate a share of the
+    #: tokens that reach it (supplement A.2). Empty means ``pruning_rate`` in the first layer.
+    gradual: tuple[tuple[int, float], ...] = ()
+    #: Where in the layer tokens are dropped, one of `PLACES`. Blocks of one layer gain only inside it.
+    place: str = "after-feed-forward"
+    #: Which blocks: a name in `WHERES` or a predicate of a `BlockPlace`.
+    where: str | Where = "everywhere"
+    #: One of `RANKINGS`.
+    ranking: str = "self-attention"
+    #: How heads are joined, one of `HEAD_FUSIONS`.
+    head_fusion: str = "rms"
+    #: Iterations of G-WPR: a fixed count, or the cap where ``tolerance`` is set.
+    iterations: int = ITERATIONS
+    #: Stop once importance moves less than this. Waits for the device in every iteration; None never does.
+    tolerance: float | None = None
+    #: Threshold of the two clip mappings (supplement Eq. 2, 3).
+    eta: float = 0.2
+    #: Factor on the exponent of the power mapping (supplement Eq. 4).
+    alpha: float = 5.0
+    #: Factor on the base of the power mapping; None is half the number of keys.
+    beta: float | None = None
+    #: One of `RECOVERIES`.
+    recovery: str = "similarity-copy"
+    #: What similarity-based copy goes by, one of `SIMILARITIES`.
+    similarity: str = "attention"
+    #: When some blocks are spared, one of `SCHEDULES`.
+    schedule: str = "prune-less-early"
+    #: Share of the run at which the schedule changes over: 15 of 50 steps.
+    prune_less_share: float = 0.3
+    #: Which block of each down and up stage is spared in prune-less steps, one of `PAIRINGS`.
+    unpruned_blocks: str = "F-L"
+    #: Seed of the uniform random ranking.
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        _check_rate("pruning_rate", self.pruning_rate)
+        object.__setattr__(self, "gradual", _checked_gradual(self.gradual))
+        if isinstance(self.where, str):
+            check_name("where", self.where, WHERES)
+        elif not callable(self.where):
+            raise ValueError(f"where must be a name or a predicate of a BlockPlace, not {self.where!r}")
+        check_name("place", self.place, PLACES)
+        check_name("ranking", self.ranking, RANKINGS)
+        check_name("head_fusion", self.head_fusion, HEAD_FUSIONS)
+        check_name("recovery", self.recovery, RECOVERIES)
+        if self.recovery == "bicubic" and len(self.gradual) > 1:
+            raise ValueError("bicubic recovery needs a whole grid of tokens, so it allows one pruning layer a block")
+        check_name("similarity", self.similarity, SIMILARITIES)
+        check_name("schedule", self.schedule, SCHEDULES)
+        check_name("unpruned_blocks", self.unpruned_blocks, PAIRINGS)
+        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
+            raise ValueError(f"iterations must be a whole number of at least 1, not {self.iterations!r}")
+        for name in ("tolerance", "beta"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > 0):
+                raise ValueError(f"{name} must be a number above 0 or None, not {value!r}")
+        for name in ("eta", "alpha"):
+            if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)!r}")
+        if not (_is_number(self.prune_less_share) and 0 <= self.prune_less_share <= 1):
+            raise ValueError(f"prune_less_share must be in [0, 1], not {self.prune_less_share!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed must be a whole number, not {self.seed!r}")
+
+    @property
+    def rates(self) -> tuple[tuple[int, float], ...]:
+        """(layer, rate) of every pruning layer."""
+        return self.gradual or ((0, self.pruning_rate),)
+
+    @property
+    def needs_attention_map(self) -> bool:
+        """Whether the self-attention map has to be had, for the ranking or for the copy."""
+        by_attention = self.recovery == "similarity-copy" and self.similarity == "attention"
+        return by_attention or self.ranking in ("self-attention", "attention-received")
+
+    def prunes(self, block: BlockPlace) -> bool:
+        """Whether ``where`` names this block."""
+        where = WHERES[self.where] if isinstance(self.where, str) else self.where
+        return bool(where(block))
+
+    def replace(self, **changes: Any) -> PruningConfig:
+        """Return the same config with some fields changed, checked like a new one."""
+        unknown = changes.keys() - {field.name for field in dataclasses.fields(self)}
+        for name in sorted(unknown):
+            check_name("field", name, [field.name for field in dataclasses.fields(self)])
+        return dataclasses.replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values; a predicate becomes its qualified name."""
+        fields = dataclasses.asdict(self)
+        if not isinstance(self.where, str):
+            fields["where"] = f"{self.where.__module__}.{self.where.__qualname__}"
+        fields["gradual"] = [list(pair) for pair in self.gradual]
+        return fields
+
+
+def check_name(what: str, name: object, known: Iterable[str]) -> None:
+    """Raise a `ValueError` that names the nearest known word, unless ``name`` is known."""
+    words = list(known)
+    if name in words:
+        return
+    near = difflib.get_close_matches(str(name), words, n=1, cutoff=0.0)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {what} {name!r}{hint} Known are {', '.join(map(repr, words))}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_rate(what: str, rate: object) -> None:
+    if not (_is_number(rate) and 0 <= rate < 1):  # type: ignore[operator]
+        raise ValueError(f"{what} must be in [0, 1), the share of tokens to drop, not {rate!r}")
+
+
+def _checked_gradual(gradual: object) -> tuple[tuple[int, float], ...]:
+    try:
+        pairs = tuple((layer, rate) for layer, rate in gradual)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise ValueError(f"gradual must be (layer, rate) pairs, not {gradual!r}") from None
+    for layer, rate in pairs:
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            raise ValueError(f"a layer of gradual must be a whole number from 0, not {layer!r}")
+        _check_rate("a rate of gradual", rate)
+    if any(a[0] >= b[0] for a, b in zip(pairs[:-1], pairs[1:], strict=True)):
+        raise ValueError(f"the layers of gradual must ascend, each once: {pairs}")
+    return pairs
+
+
+#: The paper's settings by name: AT-EDM, AT-EDM† (no pruning at the second feature level), and the setting for
+#: SDXL-Turbo, which is AT-EDM† in every step because there are too few to tell early from late (supplement E).
+PRESETS: dict[str, PruningConfig] = {
+    "paper": PruningConfig(),
+    "dagger": PruningConfig(where="not-second-level"),
+    "turbo": PruningConfig(where="not-second-level", schedule="constant"),
+}
+
+
+def preset(name: str) -> PruningConfig:
+    """Return the setting called ``name``.
+
+    Raises:
+        ValueError: If there is none; the message names the nearest one.
+    """
+    check_name("preset", name, PRESETS)
+    return PRESETS[name]

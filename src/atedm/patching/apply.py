@@ -1,0 +1,149 @@
+"""Switch AT-EDM on and off in a pipeline or a U-Net."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+from atedm.config import PruningConfig, preset
+from atedm.patching.steps import step_position
+from atedm.patching.summary import PatchSummary
+from atedm.patching.survey import choose_blocks, find_blocks, find_unet, refuse_chunking
+from atedm.patching.transformer import BlockObservation, BlockPatch, PrunedTransformer2DModel, UNetState
+from atedm.schedule import is_prune_less, prune_less_blocks
+
+
+def apply(target: Any, config: PruningConfig | str = "paper") -> PatchSummary:
+    """Make a diffusers pipeline prune tokens while it denoises. No weights change and no image is made.
+
+        pipe = StableDiffusionXLPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")
+        print(atedm.apply(pipe))
+        image = pipe("a red circle above a blue square").images[0]
+        atedm.remove(pipe)
+
+    Args:
+        target: A pipeline with a `UNet2DConditionModel`, or such a U-Net, compiled or not.
+        config: A `PruningConfig`, or the name of one of the paper's settings: "paper", "dagger" or "turbo".
+
+    Returns:
+        What was patched; printing it shows every block, the tokens it keeps, and the share of the work that is saved.
+
+    Raises:
+        TypeError: If there is no such U-Net, or an attention block is of a class not known here.
+        ValueError: If there is nothing to prune, the U-Net is patched already, a name is unknown, or the model is set
+            up in a way pruning cannot honour. Nothing has been changed then.
+    """
+    config = preset(config) if isinstance(config, str) else config
+    if not isinstance(config, PruningConfig):
+        raise TypeError(f"config must be a PruningConfig or the name of a preset, not a {type(config).__name__}")
+    unet = find_unet(target)
+    if is_applied(unet):
+        raise ValueError("this U-Net is patched already; call atedm.remove(...) first, then apply the other config")
+    blocks = find_blocks(unet)
+    chosen = choose_blocks(blocks, config)
+    state = UNetState(config, tuple(chosen))
+    # A stage counts all its attention blocks, so First and Last do not depend on which of them are pruned.
+    spared = prune_less_blocks((place for place, _ in blocks.values()), config.unpruned_blocks)
+    for name, (place, module) in chosen.items():
+        module._atedm = BlockPatch(place, state, name in spared)
+        module.__class__ = PrunedTransformer2DModel
+    unet._atedm = state
+    unet._atedm_hook = unet.register_forward_pre_hook(before_forward, with_kwargs=True)
+    return PatchSummary.of(unet, config, [place for place, _ in blocks.values()], frozenset(chosen), spared)
+
+
+def remove(target: Any) -> None:
+    """Undo `apply`: the U-Net is exactly as before.
+
+    Raises:
+        TypeError: If there is no U-Net.
+        ValueError: If it is not patched.
+    """
+    unet = find_unet(target)
+    if not is_applied(unet):
+        raise ValueError("this U-Net is not patched, so there is nothing to remove")
+    for module in unet.modules():
+        if isinstance(module, PrunedTransformer2DModel):
+            module.__class__ = Transformer2DModel
+            del module._atedm
+    unet._atedm_hook.remove()
+    del unet._atedm_hook, unet._atedm
+
+
+@contextmanager
+def pruned(target: Any, config: PruningConfig | str = "paper") -> Iterator[PatchSummary]:
+    """Apply for the length of a ``with`` block, and remove even if it raises."""
+    summary = apply(target, config)
+    try:
+        yield summary
+    finally:
+        remove(target)
+
+
+@contextmanager
+def observed(target: Any, observer: Callable[[BlockObservation], None]) -> Iterator[None]:
+    """Call ``observer`` for every pruning layer that runs, with the importance and the kept tokens it found.
+
+    The tensors are the ones in use: copy what is to be kept. Not for compiled models.
+
+    Raises:
+        TypeError: If there is no U-Net.
+        ValueError: If it is not patched.
+    """
+    unet = find_unet(target)
+    if not is_applied(unet):
+        raise ValueError("this U-Net is not patched, so there is nothing to observe; call atedm.apply(...) first")
+    observers = unet._atedm.observers
+    observers.append(observer)
+    try:
+        yield
+    finally:
+        observers.remove(observer)
+
+
+def is_applied(target: Any) -> bool:
+    """Whether the U-Net of ``target`` is patched.
+
+    Raises:
+        TypeError: If there is no U-Net.
+    """
+    return "_atedm" in vars(find_unet(target))
+
+
+def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell the blocks where the step stands, and refuse what cannot be honoured. A forward pre-hook of the U-Net.
+
+    It is a plain function that finds its state on the module it is called with, so that copies of a patched U-Net,
+    pickled or not, use their own. `torch.compile` leaves the hooks of the outermost module uncompiled.
+    """
+    given = dict(zip(_FORWARD, args, strict=False)) | kwargs
+    if given.get("attention_mask") is not None:
+        raise ValueError("attention_mask masks tokens by their place, which pruning changes; call atedm.remove first")
+    if "ip_adapter_masks" in (given.get("cross_attention_kwargs") or {}):
+        raise ValueError(
+            "ip_adapter_masks are laid over the tokens by their number, which pruning changes; "
+            "call atedm.remove first, or leave the masks out"
+        )
+    state: UNetState = unet._atedm
+    for name in state.blocks:
+        refuse_chunking(name, unet.get_submodule(name))
+    position = step_position(given["timestep"])
+    state.step = position.index
+    state.prune_less = is_prune_less(position.share, state.config.schedule, state.config.prune_less_share)
+
+
+_FORWARD = (
+    "sample",
+    "timestep",
+    "encoder_hidden_states",
+    "class_labels",
+    "timestep_cond",
+    "attention_mask",
+    "cross_attention_kwargs",
+)
+"""The first positional arguments of `UNet2DConditionModel.forward`."""
+

@@ -1,0 +1,130 @@
+"""Find what can be pruned in a model, and refuse, before any work, what cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+
+from atedm.config import PruningConfig
+from atedm.schedule import BlockPlace
+
+KNOWN_NORM = "layer_norm"
+"""The kind of `BasicTransformerBlock` whose queries, keys and insides are known here: that of all SD U-Nets."""
+
+
+def find_unet(target: Any) -> UNet2DConditionModel:
+    """Return the U-Net of a pipeline, or ``target`` itself if it is one, without a `torch.compile` wrapper.
+
+    Raises:
+        TypeError: If there is no `UNet2DConditionModel`; the message names what was found.
+    """
+    model = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
+    model = getattr(model, "_orig_mod", model)
+    if type(model) is UNet2DConditionModel:
+        return model
+    if model is None:
+        parts = getattr(target, "components", None)
+        parts = parts if isinstance(parts, dict) else {}
+        found = ", ".join(f"{name}: {type(part).__name__}" for name, part in parts.items() if isinstance(part, nn.Module))
+        what = f"{type(target).__name__} has no U-Net" + (f" (it has {found})" if found else "")
+    else:
+        what = f"found a {type(model).__name__}"
+    raise TypeError(
+        f"{what}; AT-EDM prunes the attention blocks of a UNet2DConditionModel, so it works on pipelines such as "
+        "StableDiffusionXLPipeline or StableDiffusionPipeline, or on their .unet"
+    )
+
+
+def find_blocks(unet: UNet2DConditionModel) -> dict[str, tuple[BlockPlace, Transformer2DModel]]:
+    """Map the name of every attention block to its place and module, in the order they run."""
+    stages: list[tuple[Any, int, str, nn.Module]] = []
+    levels = len(unet.down_blocks)
+    stages += [("down", i + 1, f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
+    if unet.mid_block is not None:
+        stages += [("mid", levels, "mid_block", unet.mid_block)]
+    stages += [("up", levels - i, f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
+    found = {}
+    for stage, level, prefix, parent in stages:
+        blocks = [(name, m) for name, m in parent.named_modules() if isinstance(m, Transformer2DModel)]
+        for index, (name, module) in enumerate(blocks):
+            full = f"{prefix}.{name}"
+            layers = len(module.transformer_blocks)
+            found[full] = (BlockPlace(stage, level, index, len(blocks), layers, full), module)
+    return found
+
+
+def choose_blocks(
+    blocks: dict[str, tuple[BlockPlace, Transformer2DModel]], config: PruningConfig
+) -> dict[str, tuple[BlockPlace, Transformer2DModel]]:
+    """Return the blocks that ``config`` prunes with something to gain.
+
+    Raises:
+        ValueError: If there are none, or one of them is of a kind or in a state that cannot be pruned.
+    """
+    if not blocks:
+        raise ValueError("this U-Net has no attention blocks (Transformer2DModel), so there is nothing to prune")
+    wanted = {name: found for name, found in blocks.items() if config.prunes(found[0])}
+    if not wanted:
+        raise ValueError(f"where={config.as_dict()['where']!r} names none of the {len(blocks)} attention blocks")
+    gaining = {name: found for name, found in wanted.items() if _gains(found[0], config)}
+    if not gaining:
+        depth = max(place.layers for place, _ in wanted.values())
+        raise ValueError(_nothing_to_gain(depth, config))
+    for name, (_, module) in gaining.items():
+        _refuse_unknown(name, module)
+    return gaining
+
+
+def _gains(place: BlockPlace, config: PruningConfig) -> bool:
+    """Whether anything runs on fewer tokens in a block of this depth."""
+    first = config.rates[0][0]
+    return first < place.layers - (config.place == "after-feed-forward")
+
+
+def _nothing_to_gain(depth: int, config: PruningConfig) -> str:
+    first = config.rates[0][0]
+    if config.place == "after-feed-forward" and first < depth:
+        return (
+            f"nothing to prune: the attention blocks of this model have {depth} layer{'s' if depth > 1 else ''}, and "
+            f"after the feed-forward of layer {first} none is left to run on fewer tokens, as in SD 1.x and 2.x; "
+            'PruningConfig(place="after-self-attention") works here'
+        )
+    return f"nothing to prune: the attention blocks of this model have no layer {first}, but {depth}"
+
+
+def _refuse_unknown(name: str, module: Transformer2DModel) -> None:
+    if type(module) is not Transformer2DModel:
+        raise TypeError(f"{name} is a {type(module).__name__}, not diffusers' own Transformer2DModel")
+    if not module.is_input_continuous:
+        raise ValueError(f"{name} works on patches or on discrete latents; only feature maps can be pruned")
+    if "forward" in vars(module):
+        raise ValueError(
+            f"the forward of {name} is already overridden on the instance (by another patch, or by an offload hook); "
+            "apply atedm first, then that"
+        )
+    for index, layer in enumerate(module.transformer_blocks):
+        where = f"{name}.transformer_blocks.{index}"
+        # Subclasses are what tomesd and other patches make of a layer; they run as they are.
+        if not isinstance(layer, BasicTransformerBlock):
+            raise TypeError(f"{where} is a {type(layer).__name__}, not a BasicTransformerBlock")
+        kind = layer.norm_type
+        if kind != KNOWN_NORM or layer.pos_embed is not None or layer.only_cross_attention or layer.attn2 is None:
+            raise ValueError(
+                f"{where} is of a kind not known here (norm {kind!r}, with positions: {layer.pos_embed is not None}, "
+                f"cross-attention only: {layer.only_cross_attention}); known is the layer of SD and SDXL U-Nets"
+            )
+    refuse_chunking(name, module)
+
+
+def refuse_chunking(name: str, module: Transformer2DModel) -> None:
+    """Raise if the feed-forward is chunked over tokens: the number of tokens left need not divide."""
+    for layer in module.transformer_blocks:
+        if layer._chunk_size is not None and layer._chunk_dim == 1:
+            raise ValueError(
+                f"{name} has forward chunking over tokens on (dim=1), which cannot be honoured with fewer of them; "
+                "call unet.disable_forward_chunking(), or chunk over the batch with dim=0"
+            )

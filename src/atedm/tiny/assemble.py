@@ -1,0 +1,74 @@
+"""Turn a training run into the folder that ships: an ordinary diffusers pipeline with half-precision weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
+from transformers import CLIPTokenizer
+
+from atedm.tiny.classifier import save_classifier, train_classifier
+from atedm.tiny.text import build_text_encoders
+from atedm.tiny.unet import build_scheduler, build_unet
+
+
+def pipeline_from_run(run: Path) -> StableDiffusionXLPipeline:
+    """Open the averaged weights of a training run as a float32 pipeline."""
+    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
+    parts = dict(zip(("text_encoder", "text_encoder_2"), build_text_encoders(tokenizer), strict=True))
+    parts["unet"] = build_unet()
+    averaged = torch.load(run / "state.pt", map_location="cpu", weights_only=True)["average"]
+    for name, part in parts.items():
+        prefix = f"{name}."
+        part.load_state_dict({key[len(prefix) :]: value for key, value in averaged.items() if key.startswith(prefix)})
+    return StableDiffusionXLPipeline(
+        vae=AutoencoderTiny.from_pretrained(run / "vae"),
+        tokenizer=tokenizer,
+        tokenizer_2=CLIPTokenizer.from_pretrained(run / "tokenizer"),
+        scheduler=build_scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+        **parts,
+    )
+
+
+def save_half(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
+    """Write the pipeline with float16 weights that open as float32 unless a dtype is asked for."""
+    pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    for part in ("text_encoder", "text_encoder_2"):
+        file = folder / part / "config.json"
+        config = json.loads(file.read_text())
+        config["dtype"] = "float32"
+        config.pop("torch_dtype", None)
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def assemble(
+    run: Annotated[Path, typer.Argument(help="Folder of the training run.")],
+    folder: Annotated[Path, typer.Argument(help="Where the pipeline and its judge go.")],
+    classifier_minutes: Annotated[float, typer.Option(help="Training time of the judge, if there is none yet.")] = 5,
+) -> None:
+    """Write the pipeline of a run, and train the judge of its pictures if ``run`` has none."""
+    pipe = pipeline_from_run(run)
+    judge = run / "classifier.safetensors"
+    if not judge.exists():
+        vae = pipe.vae
+
+        @torch.inference_mode()
+        def rebuild(images: torch.Tensor) -> torch.Tensor:
+            latents = vae.encode(images * 2 - 1).latents
+            rebuilt: torch.Tensor = vae.decode(latents + 0.05 * torch.randn_like(latents)).sample
+            return (rebuilt / 2 + 0.5).clamp(0, 1)
+
+        save_classifier(train_classifier(60 * classifier_minutes, rebuild=rebuild), judge)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "classifier.safetensors").write_bytes(judge.read_bytes())
+    save_half(pipe, folder)
+
+
+if __name__ == "__main__":
+    typer.run(assemble)

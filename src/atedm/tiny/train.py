@@ -1,0 +1,189 @@
+"""Train the shipped model from nothing on a CPU (or a GPU), in as many sittings as it takes.
+
+    python -m atedm.tiny.train RUN_FOLDER --minutes 30 --canvas 64       # one object at a quarter of the cost, first
+    python -m atedm.tiny.train RUN_FOLDER --minutes 120                  # then whole scenes
+
+Run it under ``torchrun --nproc_per_node 2`` with ``OMP_NUM_THREADS=1`` to use two cores. Every sitting resumes where
+the last one stopped; ``docs/shipped-model.md`` has the sittings the shipped weights had.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from diffusers import AutoencoderTiny
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from atedm.tiny.autoencoder import train_autoencoder
+from atedm.tiny.dataset import encode_scenes
+from atedm.tiny.scenes import CANVAS
+from atedm.tiny.text import build_text_encoders, build_tokenizer
+from atedm.tiny.unet import build_scheduler, build_unet
+
+CAPTION_DROPOUT = 0.1
+
+
+class Denoiser(nn.Module):
+    """The text encoders and the U-Net as one module to train: token ids and noisy latents in, v out."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self.text_encoder, self.text_encoder_2 = build_text_encoders(tokenizer)
+        self.unet = build_unet()
+        self.unet.set_attn_processor(_PlainAttention())
+        self.unet.compile_repeated_blocks()
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, keep_caption: Tensor, size: int) -> Tensor:
+        """Predict v for ``noisy`` (B, 4, h, w); rows where ``keep_caption`` (B,) is 0 see no caption."""
+        words = self.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+        second = self.text_encoder_2(ids, output_hidden_states=True)
+        words = torch.cat([words, second.hidden_states[-2]], dim=-1) * keep_caption[:, None, None]
+        pooled = second.text_embeds * keep_caption[:, None]
+        time_ids = torch.tensor([size, size, 0, 0, size, size], device=noisy.device).expand(len(noisy), 6)
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        return self.unet(noisy, timesteps, words, added_cond_kwargs=added, return_dict=False)[0]  # type: ignore[no-any-return]
+
+
+class _PlainAttention:
+    """Softmax attention written out: on CPUs its backward pass in bfloat16 is several times faster than fused ones."""
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for project, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        attention_map = (q * attn.scale @ k.transpose(-1, -2)).softmax(-1).to(v.dtype)
+        return attn.to_out[0]((attention_map @ v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def train(
+    run: Annotated[Path, typer.Argument(help="Folder of the run: made if missing, resumed if not.")],
+    minutes: Annotated[float, typer.Option(help="Length of this sitting.")] = 60,
+    canvas: Annotated[int, typer.Option(help="Pixels: 128 for whole scenes, 64 for one object.")] = CANVAS,
+    batch: Annotated[int, typer.Option(help="Images per step and process.")] = 32,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of this sitting.")] = 1e-3,
+    floor: Annotated[float, typer.Option(help="Share of the peak the learning rate falls to at the end.")] = 0.02,
+    scenes: Annotated[int, typer.Option(help="Scenes rendered ahead per process.")] = 20_000,
+    autoencoder_minutes: Annotated[float, typer.Option(help="Training time of the autoencoder, if there is none.")] = 7,
+    seed: Annotated[int, typer.Option(help="Seed of scenes, noise and weights.")] = 0,
+) -> None:
+    """Train one sitting of the shipped model."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank == 0:
+        _prepare(run, autoencoder_minutes, seed)
+    if world > 1:
+        dist.barrier()
+    autoencoder = AutoencoderTiny.from_pretrained(run / "vae")
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
+    data = encode_scenes(autoencoder, tokenizer, scenes, canvas, 1000 * seed + rank, run / "cache")
+
+    torch.manual_seed(seed)
+    model = Denoiser(tokenizer).to(device)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    seen = _resume(run, model, average, optimizer)
+    # The last layer of the first encoder is never read, as in SDXL.
+    trained: nn.Module = (
+        DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True) if world > 1 else model
+    )
+    torch.manual_seed(hash((seed, rank, seen)) % 2**31)
+    alphas = build_scheduler().alphas_cumprod.to(device)
+    start, steps, total, shown = time.monotonic(), 0, 0.0, time.monotonic()
+    while (spent := (time.monotonic() - start) / 60) < minutes:
+        if world > 1:  # every process must stop at the same step
+            clock = torch.tensor(spent)
+            dist.broadcast(clock, 0)
+            if (spent := float(clock)) >= minutes:
+                break
+        rate = lr * min(1.0, (steps + 1) / 100) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * spent / minutes)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rows = torch.randint(0, len(data.latents), (batch,))
+        clean, ids = data.latents[rows].float().to(device), data.ids[rows].long().to(device)
+        # More of the noisy steps, where colours, shapes and places are decided.
+        timesteps = (1000 * torch.rand(batch, device=device) ** 0.7).long().clamp(max=999)
+        noise = torch.randn_like(clean)
+        signal, sigma = (a[timesteps].sqrt()[:, None, None, None] for a in (alphas, 1 - alphas))
+        keep = (torch.rand(batch, device=device) >= CAPTION_DROPOUT).float()
+        with torch.autocast(device.type, torch.bfloat16):
+            v = trained(signal * clean + sigma * noise, timesteps, ids, keep, canvas)
+        loss = (v.float() - (signal * noise - sigma * clean)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        steps, seen = steps + 1, seen + batch * world
+        decay = min(0.999, (1 + seen / (batch * world)) / (10 + seen / (batch * world)))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        total += float(loss.detach())
+        if rank == 0 and steps % 50 == 0:
+            speed = 50 * batch * world / (time.monotonic() - shown)
+            print(
+                f"{spent:6.1f} min  step {steps}  seen {seen}  loss {total / 50:.4f}  {speed:.0f} images/s", flush=True
+            )
+            total, shown = 0.0, time.monotonic()
+        if rank == 0 and steps % 500 == 0:
+            _save(run, model, average, optimizer, seen)
+    if rank == 0:
+        _save(run, model, average, optimizer, seen)
+        sitting = {"canvas": canvas, "minutes": minutes, "steps": steps, "batch": batch * world, "lr": lr, "seen": seen}
+        with (run / "sittings.jsonl").open("a") as log:
+            log.write(json.dumps(sitting) + "\n")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _prepare(run: Path, autoencoder_minutes: float, seed: int) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / "tokenizer").exists():
+        build_tokenizer(run / "tokenizer")
+    if not (run / "vae").exists():
+        train_autoencoder(60 * autoencoder_minutes, seed=seed).save_pretrained(run / "vae")
+
+
+def _resume(run: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    file = run / "state.pt"
+    if not file.exists():
+        return 0
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    average.load_state_dict(state["average"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["seen"])
+
+
+def _save(run: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, seen: int) -> None:
+    state = {
+        "model": model.state_dict(),
+        "average": average.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "seen": seen,
+    }
+    partial = run / "state.pt.partial"
+    torch.save(state, partial)
+    partial.replace(run / "state.pt")
+
+
+if __name__ == "__main__":
+    typer.run(train)

@@ -1,0 +1,137 @@
+"""One pruning layer, start to end: rank, keep, drop, and later refill.
+
+This is where the parts of the method meet. It knows tensors and a config, nothing of any model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from atedm.attention_map import mean_attention_map
+from atedm.config import PruningConfig
+from atedm.pruning import gather_tokens, keep_most_important
+from atedm.ranking import (
+    MAPPINGS,
+    Mapping,
+    attention_received,
+    rank_by_attention,
+    uniform_random,
+)
+from atedm.recovery import (
+    attention_source,
+    bicubic_interpolation,
+    cosine_source,
+    direct_copy,
+    similarity_copy,
+    zero_padding,
+)
+
+
+class QueriesAndKeys(NamedTuple):
+    """What an attention layer compares: ``q`` (B, H, M, D), ``k`` (B, H, N, D), and the factor on their product."""
+
+    q: Tensor
+    k: Tensor
+    scale: float
+
+
+#: Makes the queries and keys when they are first needed, because some configs never do.
+Attention: TypeAlias = Callable[[], QueriesAndKeys]
+
+
+class Ranking(NamedTuple):
+    """``importance`` (B, N) float32, and the head-mean self-attention map (B, N, N) where the config needs it."""
+
+    importance: Tensor
+    attention_map: Tensor | None
+
+
+def rank_tokens(
+    config: PruningConfig, tokens: Tensor, self_attention: Attention, cross_attention: Attention, step: int = 0
+) -> Ranking:
+    """Rank the tokens of one block as ``config.ranking`` says.
+
+    Args:
+        config: The pruning config.
+        tokens: (B, N, C); only their number and device matter.
+        self_attention: Makes q and k of the layer's self-attention.
+        cross_attention: Makes q and k of its cross-attention.
+        step: Index of the denoising step, for the random ranking alone.
+
+    Returns:
+        The `Ranking`; the map is None unless ``config.needs_attention_map``.
+    """
+    limits = {"iterations": config.iterations, "tolerance": config.tolerance}
+    if config.ranking == "self-attention":
+        ranked = rank_by_attention(*self_attention(), head_fusion=config.head_fusion, **limits)
+        return Ranking(ranked.importance, ranked.attention_map)
+    attention_map = mean_attention_map(*self_attention()) if config.needs_attention_map else None
+    if config.ranking == "attention-received":
+        assert attention_map is not None
+        return Ranking(attention_received(attention_map), attention_map)
+    if config.ranking == "uniform-random":
+        batch, count, _ = tokens.shape
+        return Ranking(uniform_random(batch, count, seed=config.seed, step=step, device=tokens.device), attention_map)
+    ranked = rank_by_attention(*cross_attention(), f=_mapping(config), head_fusion=config.head_fusion, **limits)
+    return Ranking(ranked.importance, attention_map)
+
+
+def _mapping(config: PruningConfig) -> Mapping:
+    """Return the mapping f(A, s_K) of a cross-attention ranking, with its constants filled in."""
+    name = config.ranking.removeprefix("cross-attention-")
+    if name in ("hard-clip", "soft-clip"):
+        return partial(MAPPINGS[name], eta=config.eta)
+    if name == "power":
+        return partial(MAPPINGS[name], alpha=config.alpha, beta=config.beta)
+    return MAPPINGS[name]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What is remembered of one pruning layer until its tokens are refilled."""
+
+    #: (B, K) int64, ascending: the tokens that went on.
+    keep: Tensor
+    #: Gives (B, N, C) from the kept tokens (B, K, C) after the last layer.
+    refill: Callable[[Tensor], Tensor]
+
+
+def drop_tokens(
+    tokens: Tensor, ranking: Ranking, count: int, size: tuple[int, int], config: PruningConfig
+) -> tuple[Tensor, Dropped]:
+    """Keep the ``count`` most important tokens, and prepare to refill the others.
+
+    Args:
+        tokens: (B, N, C) at the pruning point.
+        ranking: From `rank_tokens`.
+        count: K.
+        size: (h, w) of the grid if N = h w; only bicubic interpolation needs it.
+        config: The pruning config.
+
+    Returns:
+        The kept tokens (B, K, C) in raster order, and what refills the rest.
+    """
+    keep = keep_most_important(ranking.importance, count)
+    return gather_tokens(tokens, keep), Dropped(keep, _refill(tokens, ranking, keep, size, config))
+
+
+def _refill(
+    tokens: Tensor, ranking: Ranking, keep: Tensor, size: tuple[int, int], config: PruningConfig
+) -> Callable[[Tensor], Tensor]:
+    if config.recovery == "similarity-copy":
+        if config.similarity == "cosine":
+            source = cosine_source(tokens, keep)
+        else:
+            assert ranking.attention_map is not None
+            source = attention_source(ranking.attention_map, keep)
+        return partial(similarity_copy, source=source)  # the map itself is free again here
+    if config.recovery == "direct-copy":
+        return partial(direct_copy, keep=keep, before=tokens)
+    if config.recovery == "bicubic":
+        return partial(bicubic_interpolation, keep=keep, size=size)
+    return partial(zero_padding, keep=keep, tokens=tokens.shape[1])

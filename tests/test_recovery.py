@@ -1,0 +1,219 @@
+import doctest
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import references
+from atedm import recovery
+from atedm.pruning import gather_tokens, keep_count, keep_most_important
+from atedm.ranking import rank_by_attention
+from atedm.recovery import (
+    attention_source,
+    bicubic_interpolation,
+    cosine_source,
+    direct_copy,
+    similarity_copy,
+    zero_padding,
+)
+
+SIZES = [(1, 1), (4, 4), (3, 5), (5, 2), (1, 6), (7, 7)]  # h, w
+
+
+def make(batch: int, tokens: int, channels: int = 3, seed: int = 0, kept: int | None = None) -> tuple[Tensor, ...]:
+    """Tokens of all positions, and the indices and new values of some of them."""
+    generator = torch.Generator().manual_seed(seed)
+    before = torch.randn(batch, tokens, channels, generator=generator)
+    kept = max(1, tokens * 2 // 5) if kept is None else kept
+    keep = torch.rand(batch, tokens, generator=generator).argsort(-1)[:, :kept].sort(-1).values
+    return before, keep, torch.randn(batch, kept, channels, generator=generator)
+
+
+def random_map(batch: int, tokens: int, seed: int = 0) -> Tensor:
+    return torch.randn(batch, tokens, tokens, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+
+
+# --- whom to copy from ------------------------------------------------------------------------------------------------
+
+
+def test_the_example_in_the_docstring() -> None:
+    result = doctest.testmod(recovery)
+    assert result.attempted >= 7
+    assert result.failed == 0
+
+
+def test_the_papers_example() -> None:
+    # Seven tokens, 3, 5 and 7 are kept. Rows are queries; each row sums to 1.
+    a = torch.tensor(
+        [
+            [0.10, 0.10, 0.50, 0.05, 0.10, 0.05, 0.10],
+            [0.10, 0.10, 0.10, 0.10, 0.40, 0.10, 0.10],
+            [0.10, 0.30, 0.15, 0.25, 0.10, 0.05, 0.05],
+            [0.05, 0.10, 0.10, 0.10, 0.15, 0.10, 0.40],
+            [0.15, 0.10, 0.15, 0.10, 0.25, 0.10, 0.15],
+            [0.10, 0.10, 0.10, 0.10, 0.50, 0.05, 0.05],
+            [0.30, 0.05, 0.10, 0.05, 0.10, 0.25, 0.15],
+        ]
+    )[None]
+    torch.testing.assert_close(a.sum(-1), torch.ones(1, 7))
+    keep = torch.tensor([[3, 5, 7]]) - 1
+
+    def arrows(a: Tensor) -> dict[int, int]:
+        source = keep.gather(1, attention_source(a, keep))[0] + 1
+        return {pruned: int(source[pruned - 1]) for pruned in (1, 2, 4, 6)}
+
+    paper = {1: 7, 2: 3, 4: 3, 6: 7}
+    assert arrows(a) == paper
+    # The other reading, whom the pruned token attends to, gives none of these arrows.
+    assert not arrows(a.mT).items() & paper.items()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data(), batch=st.integers(1, 3), tokens=st.integers(1, 14), seed=st.integers(0, 1000))
+def test_sources_match_the_formula(data: st.DataObject, batch: int, tokens: int, seed: int) -> None:
+    kept = data.draw(st.integers(1, tokens))
+    before, keep, _ = make(batch, tokens, seed=seed, kept=kept)
+    a = random_map(batch, tokens, seed)
+    by_attention = attention_source(a, keep)
+    by_cosine = cosine_source(before, keep)
+    for source in (by_attention, by_cosine):
+        assert source.dtype == torch.int64
+        # Kept tokens point to themselves.
+        assert torch.equal(source.gather(1, keep), torch.arange(kept).expand(batch, kept))
+    assert torch.equal(by_attention, references.over_batch(references.attention_source, a, keep))
+    assert torch.equal(by_cosine, references.over_batch(references.cosine_source, before, keep))
+
+
+def test_sources_of_bfloat16_are_those_of_the_rounded_values() -> None:
+    # Nothing is rounded again: argmax compares what it is given, and cosines are taken in float32.
+    before, keep, _ = make(2, 40, channels=8)
+    before, a = before.bfloat16(), random_map(2, 40).bfloat16()
+    assert torch.equal(attention_source(a, keep), references.over_batch(references.attention_source, a, keep))
+    expected = references.over_batch(references.cosine_source, before, keep)
+    assert torch.equal(cosine_source(before, keep), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(cosine_source(before, keep), expected)
+
+
+def test_of_equal_entries_the_first_kept_token_is_copied() -> None:
+    a = torch.full((1, 5, 5), 0.2)
+    keep = torch.tensor([[1, 3]])
+    assert attention_source(a, keep).tolist() == [[0, 0, 0, 1, 0]]
+    assert cosine_source(torch.ones(1, 5, 2), keep).tolist() == [[0, 0, 0, 1, 0]]
+
+
+def test_cosine_ignores_length_and_survives_a_zero_token() -> None:
+    tokens = torch.tensor([[[1.0, 0.0], [0.0, 100.0], [5.0, 1.0], [0.0, 0.0]]])
+    keep = torch.tensor([[0, 1]])
+    assert cosine_source(tokens, keep).tolist() == [[0, 1, 0, 0]]  # the dot product would say 1 for token 2
+
+
+# --- what to fill in --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 6, 15])
+def test_copies_and_zeros_match_the_formula(tokens: int, dtype: torch.dtype) -> None:
+    before, keep, kept_tokens = make(2, tokens)
+    before, kept_tokens = before.to(dtype), kept_tokens.to(dtype)
+    source = attention_source(random_map(2, tokens), keep)
+    for out, expected in [
+        (similarity_copy(kept_tokens, source), references.over_batch(references.gather_tokens, kept_tokens, source)),
+        (
+            direct_copy(kept_tokens, keep, before),
+            references.over_batch(references.direct_copy, kept_tokens, keep, before),
+        ),
+        (
+            zero_padding(kept_tokens, keep, tokens),
+            references.over_batch(references.zero_padding, kept_tokens, keep, tokens),
+        ),
+    ]:
+        assert out.dtype == dtype
+        assert torch.equal(out.double(), expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_bicubic_matches_the_formula(size: tuple[int, int]) -> None:
+    _, keep, kept_tokens = make(2, size[0] * size[1])
+    out = bicubic_interpolation(kept_tokens, keep, size)
+    expected = references.over_batch(references.bicubic_interpolation, kept_tokens, keep, size)
+    torch.testing.assert_close(out, expected, check_dtype=False, rtol=1e-4, atol=1e-5)
+    assert torch.equal(gather_tokens(out, keep), kept_tokens)  # bit for bit
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bicubic_interpolates_half_precision_in_float32(dtype: torch.dtype) -> None:
+    _, keep, kept_tokens = make(2, 35)
+    out = bicubic_interpolation(kept_tokens.to(dtype), keep, (5, 7))
+    assert out.dtype == dtype
+    # Only the result is rounded.
+    expected = bicubic_interpolation(kept_tokens.to(dtype).float(), keep, (5, 7)).to(dtype)
+    assert torch.equal(out, expected)
+
+
+def test_bicubic_fades_far_from_kept_tokens() -> None:
+    # The paper's objection: a dropped token among dropped tokens gets almost nothing.
+    size = (12, 12)
+    out = bicubic_interpolation(torch.ones(1, 1, 1), torch.tensor([[0]]), size).view(size)
+    assert out[1, 1].abs() > 0.1
+    assert out[6:, 6:].abs().max() < 1e-6
+
+
+def fill(name: str, kept_tokens: Tensor, keep: Tensor, before: Tensor, a: Tensor, size: tuple[int, int]) -> Tensor:
+    if name == "similarity":
+        return similarity_copy(kept_tokens, attention_source(a, keep))
+    if name == "cosine":
+        return similarity_copy(kept_tokens, cosine_source(before, keep))
+    if name == "direct":
+        return direct_copy(kept_tokens, keep, before)
+    if name == "zero":
+        return zero_padding(kept_tokens, keep, before.shape[1])
+    return bicubic_interpolation(kept_tokens, keep, size)
+
+
+FILLS = ["similarity", "cosine", "direct", "zero", "bicubic"]
+
+
+@pytest.mark.parametrize("name", FILLS)
+def test_gradients(name: str) -> None:
+    before, keep, kept_tokens = make(2, 12, channels=2)
+    before = before.double().requires_grad_()
+    kept_tokens = kept_tokens.double().requires_grad_()
+    a = random_map(2, 12)
+    assert torch.autograd.gradcheck(lambda x, y: fill(name, x, keep, y, a, (3, 4)), (kept_tokens, before))
+    (gradient,) = torch.autograd.grad(fill(name, kept_tokens, keep, before, a, (3, 4)).sum(), kept_tokens)
+    assert (gradient != 0).all()
+
+
+def test_a_token_copied_often_gets_as_many_gradients() -> None:
+    kept_tokens = torch.zeros(1, 2, 1, requires_grad=True)
+    filled = similarity_copy(kept_tokens, torch.tensor([[0, 1, 0, 0, 1]]))
+    (gradient,) = torch.autograd.grad(filled.sum(), kept_tokens)
+    assert gradient.flatten().tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("name", FILLS)
+def test_a_whole_block_compiles_without_graph_break_and_never_waits_for_the_device(name: str) -> None:
+    def prune_and_fill(q: Tensor, k: Tensor, before: Tensor) -> Tensor:
+        ranked = rank_by_attention(q, k, 0.5)
+        keep = keep_most_important(ranked.importance, keep_count(before.shape[1], 0.63))
+        return fill(name, 2 * gather_tokens(before, keep), keep, before, ranked.attention_map, (3, 5))
+
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 3, 15, 4, generator=generator) for _ in range(2))
+    before = torch.randn(2, 15, 6, generator=generator)
+    torch._dynamo.reset()
+    compiled = torch.compile(prune_and_fill, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q, k, before), prune_and_fill(q, k, before))
+    # A meta tensor has no values, so whatever asks for one raises.
+    assert prune_and_fill(q.to("meta"), k.to("meta"), before.to("meta")).shape == before.shape
+
+
+def test_nothing_reads_the_global_generator() -> None:
+    before, keep, kept_tokens = make(1, 12)
+    state = torch.get_rng_state()
+    for name in FILLS:
+        fill(name, kept_tokens, keep, before, random_map(1, 12), (3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
