@@ -7,11 +7,17 @@ image = pipe("a red circle above a blue square").images[0]
 atedm.remove(pipe)     # exactly as before
 """
 
-from atedm.config import PRESETS, PruningConfig
-from atedm.patching.apply import apply, is_applied, observed, pruned, remove
-from atedm.patching.summary import PatchSummary
-from atedm.patching.transformer import BlockObservation
-from atedm.schedule import BlockPlace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atedm.config import PRESETS, PruningConfig
+    from atedm.patching.apply import apply, is_applied, observed, pruned, remove
+    from atedm.patching.summary import PatchSummary
+    from atedm.patching.transformer import BlockObservation
+    from atedm.pipelines import load_pipeline
+    from atedm.recording import Recording, recorded
+    from atedm.schedule import BlockPlace
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,9 +26,41 @@ __all__ = [
     "BlockPlace",
     "PatchSummary",
     "PruningConfig",
+    "Recording",
     "apply",
     "is_applied",
+    "load_pipeline",
     "observed",
     "pruned",
+    "recorded",
     "remove",
 ]
+
+# diffusers takes seconds to import, so nothing of it is touched before it is asked for.
+_HOMES = {
+    "PRESETS": "atedm.config",
+    "BlockObservation": "atedm.patching.transformer",
+    "BlockPlace": "atedm.schedule",
+    "PatchSummary": "atedm.patching.summary",
+    "PruningConfig": "atedm.config",
+    "Recording": "atedm.recording",
+    "apply": "atedm.patching.apply",
+    "is_applied": "atedm.patching.apply",
+    "load_pipeline": "atedm.pipelines",
+    "observed": "atedm.patching.apply",
+    "pruned": "atedm.patching.apply",
+    "recorded": "atedm.recording",
+    "remove": "atedm.patching.apply",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'atedm' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ def _checked_gradual(gradual: object) -> tuple[tuple[int, float], ...]:
         if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
             raise ValueError(f"a layer of gradual must be a whole number from 0, not {layer!r}")
         _check_rate("a rate of gradual", rate)
-    if any(a[0] >= b[0] for a, b in zip(pairs[:-1], pairs[1:], strict=True)):
+    if any(a[0] >= b[0] for a, b in itertools.pairwise(pairs)):
         raise ValueError(f"the layers of gradual must ascend, each once: {pairs}")
     return pairs
 

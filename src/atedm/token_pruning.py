@@ -16,10 +16,13 @@ from atedm.attention_map import mean_attention_map
 from atedm.config import PruningConfig
 from atedm.pruning import gather_tokens, keep_most_important
 from atedm.ranking import (
-    MAPPINGS,
     Mapping,
     attention_received,
+    entropy,
+    hard_clip,
+    power,
     rank_by_attention,
+    soft_clip,
     uniform_random,
 )
 from atedm.recovery import (
@@ -66,9 +69,11 @@ def rank_tokens(
     Returns:
         The `Ranking`; the map is None unless ``config.needs_attention_map``.
     """
-    limits = {"iterations": config.iterations, "tolerance": config.tolerance}
+    rank = partial(
+        rank_by_attention, head_fusion=config.head_fusion, iterations=config.iterations, tolerance=config.tolerance
+    )
     if config.ranking == "self-attention":
-        ranked = rank_by_attention(*self_attention(), head_fusion=config.head_fusion, **limits)
+        ranked = rank(*self_attention())
         return Ranking(ranked.importance, ranked.attention_map)
     attention_map = mean_attention_map(*self_attention()) if config.needs_attention_map else None
     if config.ranking == "attention-received":
@@ -77,18 +82,19 @@ def rank_tokens(
     if config.ranking == "uniform-random":
         batch, count, _ = tokens.shape
         return Ranking(uniform_random(batch, count, seed=config.seed, step=step, device=tokens.device), attention_map)
-    ranked = rank_by_attention(*cross_attention(), f=_mapping(config), head_fusion=config.head_fusion, **limits)
+    ranked = rank(*cross_attention(), f=_mapping(config))
     return Ranking(ranked.importance, attention_map)
 
 
 def _mapping(config: PruningConfig) -> Mapping:
     """Return the mapping f(A, s_K) of a cross-attention ranking, with its constants filled in."""
-    name = config.ranking.removeprefix("cross-attention-")
-    if name in ("hard-clip", "soft-clip"):
-        return partial(MAPPINGS[name], eta=config.eta)
-    if name == "power":
-        return partial(MAPPINGS[name], alpha=config.alpha, beta=config.beta)
-    return MAPPINGS[name]
+    mappings: dict[str, Mapping] = {
+        "cross-attention-entropy": entropy,
+        "cross-attention-hard-clip": partial(hard_clip, eta=config.eta),
+        "cross-attention-soft-clip": partial(soft_clip, eta=config.eta),
+        "cross-attention-power": partial(power, alpha=config.alpha, beta=config.beta),
+    }
+    return mappings[config.ranking]
 
 
 @dataclass(frozen=True)

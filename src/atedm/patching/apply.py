@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
@@ -114,11 +115,12 @@ def is_applied(target: Any) -> bool:
     return "_atedm" in vars(find_unet(target))
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Tell the blocks where the step stands, and refuse what cannot be honoured. A forward pre-hook of the U-Net.
 
     It is a plain function that finds its state on the module it is called with, so that copies of a patched U-Net,
-    pickled or not, use their own. `torch.compile` leaves the hooks of the outermost module uncompiled.
+    pickled or not, use their own. `torch.compile` must leave it alone, or it would compile it again at every step.
     """
     given = dict(zip(_FORWARD, args, strict=False)) | kwargs
     if given.get("attention_mask") is not None:
@@ -132,7 +134,7 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
     for name in state.blocks:
         refuse_chunking(name, unet.get_submodule(name))
     position = step_position(given["timestep"])
-    state.step = position.index
+    state.step = position.step
     state.prune_less = is_prune_less(position.share, state.config.schedule, state.config.prune_less_share)
 
 
@@ -146,4 +148,3 @@ _FORWARD = (
     "cross_attention_kwargs",
 )
 """The first positional arguments of `UNet2DConditionModel.forward`."""
-

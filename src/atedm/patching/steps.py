@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
 class StepPosition(NamedTuple):
-    """A step of a run: ``index`` counts from 0, ``share`` in [0, 1) is the share of the run done before it."""
+    """A step of a run: ``step`` counts from 0, ``share`` in [0, 1) is the share of the run done before it."""
 
-    index: int
+    step: int
     share: float
 
 
@@ -38,8 +37,8 @@ def step_position(timestep: Tensor | float, train_timesteps: int = 1000) -> Step
     """
     if isinstance(timestep, Tensor):
         if _is_element(timestep):
-            index, steps = timestep.storage_offset(), _storage_length(timestep)
-            return StepPosition(index, index / steps)
+            step, steps = int(timestep.storage_offset()), _storage_length(timestep)
+            return StepPosition(step, step / steps)
         timestep = float(timestep.max())
     done = (train_timesteps - 1 - float(timestep)) / train_timesteps
     share = min(max(done, 0.0), 1.0 - 1.0 / train_timesteps)
@@ -48,8 +47,6 @@ def step_position(timestep: Tensor | float, train_timesteps: int = 1000) -> Step
 
 def _is_element(timestep: Tensor) -> bool:
     """Whether this is one element, perhaps expanded over the batch, of a longer one-dimensional tensor."""
-    if isinstance(timestep, torch._subclasses.FakeTensor) or timestep.device.type == "meta":
-        return False
     one = timestep.numel() == 1 or all(
         stride == 0 for stride, length in zip(timestep.stride(), timestep.shape, strict=True) if length > 1
     )

@@ -55,7 +55,11 @@ class PatchSummary:
     @property
     def mean_saving(self) -> float:
         """Share of the attention blocks' arithmetic that a run of 50 steps saves."""
-        return 1 - self._mean(self.config) / self._dense
+        return self.run_saving(50)
+
+    def run_saving(self, steps: int) -> float:
+        """Share of the attention blocks' arithmetic that a run of ``steps`` steps saves."""
+        return 1 - self._mean(self.config, steps) / self._dense
 
     @property
     def prunable(self) -> float:
@@ -90,24 +94,28 @@ class PatchSummary:
             ValueError: If no rate reaches that cost.
         """
         pruned = frozenset(s.place.name for s in self.shapes if s.place.name in self.pruned and config.prunes(s.place))
-        return solve_pruning_rate(self.shapes, config, pruned, mean_macs(self.shapes, self.config, self.pruned, steps), steps)
+        return solve_pruning_rate(
+            self.shapes, config, pruned, mean_macs(self.shapes, self.config, self.pruned, steps), steps
+        )
 
     @property
     def _dense(self) -> float:
         return self._mean(self.config.replace(pruning_rate=0.0, gradual=()))
 
-    def _mean(self, config: PruningConfig) -> float:
-        return mean_macs(self.shapes, config, self.pruned)
+    def _mean(self, config: PruningConfig, steps: int = 50) -> float:
+        return mean_macs(self.shapes, config, self.pruned, steps)
 
     def __str__(self) -> str:
         """Show one line a block, then what it comes to."""
         name = max(len(shape.place.name) for shape in self.shapes)
-        lines = [f"{'attention block':<{name}}  level  layers  tokens    kept  early"]
+        lines = [f"{'attention block':<{name}}  level  layers  tokens    kept  spared"]
+        when = {"prune-less-early": "early", "prune-more-early": "late", "constant": ""}[self.config.schedule]
         for shape in self.shapes:
             place = shape.place
             kept = f"{self.kept(shape):>6}" if place.name in self.pruned else "   all"
-            early = "all" if place.name in self.spared and self.config.schedule != "constant" else ""
-            lines.append(f"{place.name:<{name}}  {place.level:>5}  {place.layers:>6}  {shape.tokens:>6}  {kept}  {early}".rstrip())
+            spared = when if place.name in self.spared else ""
+            line = f"{place.name:<{name}}  {place.level:>5}  {place.layers:>6}  {shape.tokens:>6}  {kept}  {spared}"
+            lines.append(line.rstrip())
         height, width = self.size
         lines.append(
             f"{len(self.pruned)} of {len(self.shapes)} blocks prune. At {width} x {height} latents, of the attention "

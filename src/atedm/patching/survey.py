@@ -29,7 +29,9 @@ def find_unet(target: Any) -> UNet2DConditionModel:
     if model is None:
         parts = getattr(target, "components", None)
         parts = parts if isinstance(parts, dict) else {}
-        found = ", ".join(f"{name}: {type(part).__name__}" for name, part in parts.items() if isinstance(part, nn.Module))
+        found = ", ".join(
+            f"{name}: {type(part).__name__}" for name, part in parts.items() if isinstance(part, nn.Module)
+        )
         what = f"{type(target).__name__} has no U-Net" + (f" (it has {found})" if found else "")
     else:
         what = f"found a {type(model).__name__}"

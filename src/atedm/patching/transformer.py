@@ -105,7 +105,7 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         batch, _, height, width = hidden_states.shape
         counts = self._atedm.counts(height * width)
         if not counts:
-            return super().forward(  # type: ignore[no-any-return]
+            return super().forward(
                 hidden_states,
                 encoder_hidden_states=encoder_hidden_states,
                 timestep=timestep,

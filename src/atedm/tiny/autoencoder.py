@@ -69,7 +69,7 @@ def train_autoencoder(
             report(f"autoencoder: {spent:.0f} s, step {step}, {psnr(decoded, images):.1f} dB, std {latents.std():.2f}")
     model.eval()
     with torch.inference_mode():
-        std = torch.cat([model.encode(chunk * 2 - 1).latents for chunk in pool[:256].split(32)]).std()
+        std = torch.cat([model.encode(chunk * 2 - 1).latents for chunk in torch.split(pool[:256], 32)]).std()
     model.register_to_config(scaling_factor=round(1 / float(std), 4))
     report(f"autoencoder: done after {step} steps, scaling factor {model.config.scaling_factor}")
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ _HEADS = {
     "background": tuple(BACKGROUNDS),
     "texture": TEXTURES,
 }
-ATTRIBUTES = ("colour", "shape", "relation", "background", "texture")
+ATTRIBUTES = ("count", "colour", "shape", "relation", "background", "texture")
 """What a caption is scored on; colour and shape count once per object, relation only where there are two."""
 
 
@@ -50,7 +51,7 @@ class SceneClassifier(nn.Module):
         self.stages = nn.Sequential(
             *(
                 nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU())
-                for a, b in zip(widths[:-1], widths[1:], strict=True)
+                for a, b in pairwise(widths)
             )
         )
         self.mix = nn.Sequential(nn.Conv2d(64, 32, 1), nn.SiLU(), nn.Flatten(), nn.Linear(32 * 16, 128), nn.SiLU())
@@ -66,7 +67,9 @@ class SceneClassifier(nn.Module):
         """Say what each of (B, 3, 128, 128) images in [0, 1] shows."""
         device = next(self.parameters()).device
         chosen = {name: logits.argmax(-1).tolist() for name, logits in self(images.to(device)).items()}
-        return [self._scene({name: _HEADS[name][values[i]] for name, values in chosen.items()}) for i in range(len(images))]
+        return [
+            self._scene({name: _HEADS[name][values[i]] for name, values in chosen.items()}) for i in range(len(images))
+        ]
 
     @staticmethod
     def _scene(words: dict[str, str]) -> Scene:
@@ -81,7 +84,9 @@ class SceneClassifier(nn.Module):
 def canonical(scene: Scene) -> Scene:
     """Say the same scene with "left of" or "above", so that the first object is the left or upper one."""
     if scene.relation in ("right of", "below"):
-        return Scene(scene.objects[::-1], scene.background, scene.texture, RELATIONS[RELATIONS.index(scene.relation) - 1])
+        return Scene(
+            scene.objects[::-1], scene.background, scene.texture, RELATIONS[RELATIONS.index(scene.relation) - 1]
+        )
     return scene
 
 
@@ -109,13 +114,15 @@ def judge(asked: Scene, seen: Scene) -> Judgement:
     scores = [[(a[0] == b[0], a[1] == b[1]) for a, b in zip(want.objects, order, strict=False)] for order in orders]
     best = max((0, 1), key=lambda i: sum(map(sum, scores[i])))  # a tie goes to the order as it stands
     right = {
+        "count": int(len(got.objects) == count),
         "colour": sum(colour for colour, _ in scores[best]),
         "shape": sum(shape for _, shape in scores[best]),
         "relation": int(count == 2 and want.relation == got.relation and best == 0),
         "background": int(want.background == got.background),
         "texture": int(want.texture == got.texture),
     }
-    return Judgement(right, {"colour": count, "shape": count, "relation": count - 1, "background": 1, "texture": 1})
+    asked_for = {"count": 1, "colour": count, "shape": count, "relation": count - 1, "background": 1, "texture": 1}
+    return Judgement(right, asked_for)
 
 
 def accuracy(judgements: Sequence[Judgement]) -> dict[str, float]:
@@ -134,38 +141,43 @@ def train_classifier(
     *,
     rebuild: Callable[[Tensor], Tensor] | None = None,
     batch: int = 48,
+    pool: int = 4000,
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> SceneClassifier:
     """Train the judge on rendered scenes for a wall-clock time.
 
     Args:
-        seconds: training time.
-        rebuild: sends images (B, 3, 128, 128) in [0, 1] through the shipped autoencoder; half of the batch goes that
+        seconds: training time, rendering the pool left out.
+        rebuild: sends images (B, 3, 128, 128) in [0, 1] through the shipped autoencoder; half of the pool goes that
             way, because every picture to be judged will have.
         batch: images per step.
+        pool: scenes rendered ahead.
         seed: seed of scenes and weights.
         report: called now and then with a line of progress.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 2])
+    scenes = [sample_scene(rng) for _ in range(pool)]
+    images = render_batch(scenes, rng)
+    if rebuild is not None:
+        half = pool // 2
+        images[:half] = torch.cat([rebuild(chunk) for chunk in torch.split(images[:half], 32)])
+    targets = {name: torch.tensor(column) for name, column in _targets([canonical(scene) for scene in scenes]).items()}
     model = SceneClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
     start, step, shown = time.monotonic(), 0, 0.0
     while (spent := time.monotonic() - start) < seconds:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * spent / seconds)))
-        scenes = [sample_scene(rng) for _ in range(batch)]
-        images = render_batch(scenes, rng)
-        if rebuild is not None:
-            images[: batch // 2] = rebuild(images[: batch // 2])
-        images = (images + 0.03 * rng.random() * torch.randn_like(images)).clamp(0, 1)
-        targets = [_targets(canonical(scene)) for scene in scenes]
-        logits = model(images)
-        loss = sum(
-            (F.cross_entropy(logits[name], torch.tensor([t[name] for t in targets]), ignore_index=-1) for name in _HEADS),
-            torch.zeros(()),
-        )
+        rows = torch.from_numpy(rng.integers(0, pool, size=batch))
+        shift = tuple(int(n) for n in rng.integers(-3, 4, size=2))
+        seen = images[rows].roll(shift, dims=(2, 3))
+        seen = (seen + 0.05 * rng.random() * torch.randn_like(seen)).clamp(0, 1)
+        logits = model(seen)
+        loss = torch.stack(
+            [F.cross_entropy(logits[name], targets[name][rows], ignore_index=-1) for name in _HEADS]
+        ).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -176,20 +188,18 @@ def train_classifier(
     return model.eval()
 
 
-def _targets(scene: Scene) -> dict[str, int]:
-    (colour, shape), *rest = scene.objects
-    layout = {None: 0, "left of": 1, "above": 2}[scene.relation]
-    targets = {
-        "layout": layout,
-        "colour_1": list(COLOURS).index(colour),
-        "shape_1": SHAPES.index(shape),
-        "colour_2": -1,
-        "shape_2": -1,
-        "background": list(BACKGROUNDS).index(scene.background),
-        "texture": TEXTURES.index(scene.texture),
-    }
-    if rest:
-        targets |= {"colour_2": list(COLOURS).index(rest[0][0]), "shape_2": SHAPES.index(rest[0][1])}
+def _targets(scenes: Sequence[Scene]) -> dict[str, list[int]]:
+    """Return the right class of each head for each scene; -1 where there is no second object."""
+    targets: dict[str, list[int]] = {name: [] for name in _HEADS}
+    for scene in scenes:
+        (colour, shape), *rest = scene.objects
+        targets["layout"].append({None: 0, "left of": 1, "above": 2}[scene.relation])
+        targets["colour_1"].append(list(COLOURS).index(colour))
+        targets["shape_1"].append(SHAPES.index(shape))
+        targets["colour_2"].append(list(COLOURS).index(rest[0][0]) if rest else -1)
+        targets["shape_2"].append(SHAPES.index(rest[0][1]) if rest else -1)
+        targets["background"].append(list(BACKGROUNDS).index(scene.background))
+        targets["texture"].append(TEXTURES.index(scene.texture))
     return targets
 
 

@@ -7,6 +7,7 @@ every picture can be judged.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,9 +83,9 @@ class Scene:
         return zlib.crc32(self.caption.encode()) % 20 == 0
 
 
-def _known(what: str, word: str, words: object) -> None:
-    if word not in words:  # type: ignore[operator]
-        raise ValueError(f"unknown {what} {word!r}; known are {', '.join(words)}")  # type: ignore[call-overload]
+def _known(what: str, word: str, words: Collection[str]) -> None:
+    if word not in words:
+        raise ValueError(f"unknown {what} {word!r}; known are {', '.join(words)}")
 
 
 def sample_scene(rng: np.random.Generator, objects: int | None = None, held_out: bool = False) -> Scene:
@@ -182,7 +183,9 @@ def _centres(scene: Scene, canvas: int, rng: np.random.Generator) -> list[tuple[
     centres = []
     for sign in (1, -1):
         along, across = 29.0 + rng.uniform(-2.5, 2.5), rng.uniform(-9.0, 9.0)
-        centres.append((middle + sign * sx * along + (sx == 0) * across, middle + sign * sy * along + (sy == 0) * across))
+        centres.append(
+            (middle + sign * sx * along + (sx == 0) * across, middle + sign * sy * along + (sy == 0) * across)
+        )
     return centres
 
 

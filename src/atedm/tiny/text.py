@@ -18,7 +18,7 @@ WIDTH = 48
 
 def _corpus() -> list[str]:
     """Every word of the captions often enough that each becomes one token, and every letter once."""
-    words = "a an on background".split() + [w for r in RELATIONS for w in r.split()]
+    words = ["a", "an", "on", "background", *(word for relation in RELATIONS for word in relation.split())]
     words += [*COLOURS, *SHAPES, *BACKGROUNDS, *TEXTURES]
     return [" ".join(sorted(set(words)))] * 50 + [" ".join("abcdefghijklmnopqrstuvwxyz")]
 

@@ -1,0 +1,5 @@
+"""`python -m atedm` is `atedm`."""
+
+from atedm.cli import main
+
+main()

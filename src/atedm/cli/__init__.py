@@ -1,0 +1,51 @@
+"""The command line: one file a command, nothing heavy imported before a command runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from atedm.cli.ablate import ablate
+from atedm.cli.accuracy import accuracy
+from atedm.cli.generate import generate
+
+app = typer.Typer(
+    name="atedm",
+    help="AT-EDM: attention-driven, training-free token pruning for diffusion U-Nets.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+@app.callback(invoke_without_command=True)
+def about(
+    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version and stop.")
+) -> None:
+    """Show the version, or go on to the command."""
+    if version:
+        from atedm import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command()(generate)
+app.command()(accuracy)
+app.command()(ablate)
+
+
+def main() -> None:
+    """Run the command line; what the user got wrong ends in one line and status 2."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError) as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        typer.secho(f"atedm: {line}", err=True, fg="red")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,100 @@
+"""`atedm generate`: make images, dense and pruned side by side if asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atedm.cli.options import (
+    DeviceOption,
+    ModelOption,
+    OutOption,
+    PresetOption,
+    RateOption,
+    parse_size,
+    pruning_config,
+)
+
+
+def generate(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="One image each. Without any, a good set for the model.", show_default=False),
+    ] = None,
+    model: ModelOption = "tiny",
+    device: DeviceOption = None,
+    preset: PresetOption = None,
+    pruning_rate: RateOption = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps; 50, or 4 for few-step models.", rich_help_panel="Image")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; by default what suits the model.", rich_help_panel="Image")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="WxH in pixels; by default the model's own.", rich_help_panel="Image")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first image; each next has one more.", rich_help_panel="Image")
+    ] = 0,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Also make each image dense, and one sheet to compare.", rich_help_panel="Output"
+        ),
+    ] = False,
+    maps: Annotated[
+        bool,
+        typer.Option("--maps", help="Draw importance and kept tokens per block and step.", rich_help_panel="Output"),
+    ] = False,
+    out: OutOption = Path("out"),
+) -> None:
+    """Make images with tokens pruned.
+
+    Examples:
+    `atedm generate --compare` draws a set of scenes with the model that ships, dense and pruned.
+
+    `atedm generate "a red circle above a blue square" --pruning-rate 0.5 --maps`
+
+    `atedm generate "a fox in snow" --model stabilityai/stable-diffusion-xl-base-1.0 --compare`
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from atedm.generate import Request
+    from atedm.generate import generate as make
+    from atedm.pipelines import habits, load_pipeline
+
+    suits = habits(model)
+    width, height = parse_size(size)
+    request = Request(
+        prompts=tuple(prompts or suits.prompts),
+        config=pruning_config(preset or suits.preset, pruning_rate),
+        steps=suits.steps if steps is None else steps,
+        guidance=suits.guidance if guidance is None else guidance,
+        width=width,
+        height=height,
+        seed=seed,
+    )
+    console = Console(stderr=True)
+    with console.status(f"opening {model}"):
+        pipe = load_pipeline(model, device=device)
+    total = len(request.prompts) * (2 if compare else 1) * request.steps
+    with Progress(console=console) as bar:
+        task = bar.add_task("images", total=total)
+        done = {"whole": 0}
+
+        def on_step(what: str, step: int, steps: int) -> None:
+            bar.update(task, description=what, completed=done["whole"] + step)
+            done["whole"] += steps if step == steps else 0
+
+        made = make(pipe, request, out, compare=compare, maps=maps, model=model, progress=on_step)
+        bar.update(task, completed=total, description="images")
+    for image in made:
+        line = f"{out / image.file}  seed {image.seed}  kept {image.kept_share:.1%}  {image.seconds:.2f} s"
+        if image.psnr_to_dense is not None:
+            line += f"  (dense {image.dense_seconds:.2f} s, {image.psnr_to_dense:.1f} dB apart)"
+        typer.echo(line)
+    typer.echo(f"{out / 'comparison.png'}" if compare else f"{out / 'run.json'}")

@@ -1,0 +1,53 @@
+"""Options that several commands share, and how they become a pruning config."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from atedm.config import PruningConfig
+
+MODEL_HELP = (
+    "**tiny**, the model that ships; a hub id such as stabilityai/stable-diffusion-xl-base-1.0; "
+    "a diffusers folder; or a single .safetensors file."
+)
+
+ModelOption = Annotated[str, typer.Option(help=MODEL_HELP, rich_help_panel="Model")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cuda, mps or cpu; the fastest there is by default.", rich_help_panel="Model")
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The paper's settings: **paper**, **dagger** (second level unpruned) or **turbo** (few steps). "
+        "By default what suits the model.",
+        rich_help_panel="Pruning",
+    ),
+]
+RateOption = Annotated[
+    float | None,
+    typer.Option(help="Share of the tokens dropped, in [0, 1): the one slider.", rich_help_panel="Pruning"),
+]
+OutOption = Annotated[Path, typer.Option(help="Folder for the results.", rich_help_panel="Output")]
+
+
+def pruning_config(preset_name: str, pruning_rate: float | None) -> PruningConfig:
+    """Return the preset, at another rate if one is given."""
+    from atedm.config import preset
+
+    config = preset(preset_name)
+    return config if pruning_rate is None else config.replace(pruning_rate=pruning_rate)
+
+
+def parse_size(size: str | None) -> tuple[int | None, int | None]:
+    """Read "WxH" in pixels; None leaves the size to the model."""
+    if size is None:
+        return None, None
+    match = re.fullmatch(r"(\d+)[x×](\d+)", size.strip().lower())
+    if match is None:
+        raise ValueError(f"size must be WIDTHxHEIGHT in pixels, such as 128x128, not {size!r}")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,187 @@
+"""Make images, dense and pruned, and write down everything needed to make them again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image
+
+import atedm
+from atedm.config import PruningConfig
+from atedm.patching.apply import pruned
+from atedm.pictures.comparison import Pair, comparison_sheet, psnr
+from atedm.pictures.maps import maps_sheet
+from atedm.recording import recorded
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being made, the step that is done, and the number of steps."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make. ``width`` and ``height`` are pixels; None leaves a choice to the pipeline."""
+
+    prompts: tuple[str, ...]
+    config: PruningConfig
+    steps: int = 50
+    guidance: float = 3.0
+    width: int | None = None
+    height: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if not self.prompts or any(not prompt.strip() for prompt in self.prompts):
+            raise ValueError("a prompt is empty; give a line of text for each image")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
+        if not 0 <= self.guidance < 1000:
+            raise ValueError(f"guidance must be 0 or more, not {self.guidance}")
+        for name, side in (("width", self.width), ("height", self.height)):
+            if side is not None and (side < 32 or side % 8):
+                raise ValueError(f"{name} must be a multiple of 8 pixels from 32 up, not {side}")
+
+
+@dataclass(frozen=True)
+class Made:
+    """One image and how it was made."""
+
+    file: str
+    prompt: str
+    seed: int
+    seconds: float
+    kept_share: float
+    dense_file: str | None = None
+    dense_seconds: float | None = None
+    psnr_to_dense: float | None = None
+
+
+def generate(
+    pipe: Any,
+    request: Request,
+    out: Path,
+    *,
+    compare: bool = False,
+    maps: bool = False,
+    model: str = "",
+    progress: Progress | None = None,
+) -> list[Made]:
+    """Make one pruned image a prompt and write PNGs, sheets and ``run.json`` to a folder.
+
+    Image i has seed ``request.seed + i``. Files appear whole or not at all.
+
+    Args:
+        pipe: A text-to-image pipeline with a U-Net, not patched.
+        request: What to make.
+        out: The folder; made if missing.
+        compare: Make each image dense too, and ``comparison.png``: dense | pruned | difference | kept tokens.
+        maps: Draw ``maps-N.png``: importance and kept tokens over each image, per block and step.
+        model: Name of the model, for ``run.json``.
+        progress: Told of every step.
+
+    Raises:
+        TypeError: If the pipeline has no U-Net.
+        ValueError: If there is nothing to prune in it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with pruned(pipe, request.config) as summary:
+        pass  # before any work: refuses what cannot be pruned
+    made: list[Made] = []
+    pairs: list[Pair] = []
+    for index, prompt in enumerate(request.prompts):
+        dense, dense_seconds = None, None
+        if compare:
+            dense, dense_seconds = _make(pipe, request, index, f"dense {index}", progress)
+            save_image(dense, out / f"dense-{index}.png")
+        with pruned(pipe, request.config), recorded(pipe) as recording:
+            image, seconds = _make(pipe, request, index, f"pruned {index}", progress)
+        save_image(image, out / f"pruned-{index}.png")
+        if dense is not None:
+            pairs.append(Pair(prompt, dense, image, recording))
+        if maps and recording.observations:
+            save_image(maps_sheet(image, recording, prompt), out / f"maps-{index}.png")
+        made.append(
+            Made(
+                file=f"pruned-{index}.png",
+                prompt=prompt,
+                seed=request.seed + index,
+                seconds=round(seconds, 3),
+                kept_share=round(recording.kept_share, 4),
+                dense_file=f"dense-{index}.png" if compare else None,
+                dense_seconds=None if dense_seconds is None else round(dense_seconds, 3),
+                psnr_to_dense=None if dense is None else min(round(psnr(image, dense), 2), 999.0),
+            )
+        )
+    if pairs:
+        keep = 1 - request.config.pruning_rate
+        kept = (
+            "several pruning layers" if request.config.gradual else f"{keep:.0%} of the tokens kept in a pruned block"
+        )
+        save_image(comparison_sheet(pairs, f"AT-EDM, {kept}, {request.steps} steps"), out / "comparison.png")
+    save_json(_run_file(pipe, request, model, summary.saving, summary.mean_saving, made), out / "run.json")
+    return made
+
+
+def _make(pipe: Any, request: Request, index: int, what: str, progress: Progress | None) -> tuple[Image.Image, float]:
+    def on_step(_: Any, step: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if progress is not None:
+            progress(what, step + 1, request.steps)
+        return kwargs
+
+    started = time.perf_counter()
+    images = pipe(
+        request.prompts[index],
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        width=request.width,
+        height=request.height,
+        # A generator on the CPU gives the same noise on every device.
+        generator=torch.Generator("cpu").manual_seed(request.seed + index),
+        callback_on_step_end=on_step,
+    ).images
+    return images[0], time.perf_counter() - started
+
+
+def _run_file(
+    pipe: Any, request: Request, model: str, saving: float, mean_saving: float, made: Sequence[Made]
+) -> dict[str, Any]:
+    return {
+        "atedm": atedm.__version__,
+        "model": model,
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "request": {**asdict(request), "config": request.config.as_dict()},
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "device": str(pipe.unet.device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+        "attention_block_saving": {"normal_step": round(saving, 4), "mean_of_50_steps": round(mean_saving, 4)},
+        "images": [asdict(image) for image in made],
+    }
+
+
+def save_image(image: Image.Image, file: Path) -> None:
+    """Write a PNG under its final name only once it is whole."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    image.save(partial, format="PNG")
+    partial.replace(file)
+
+
+def save_json(content: Any, file: Path) -> None:
+    """Write JSON under its final name only once it is whole."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(file)

@@ -1,0 +1,1 @@
+"""Sheets to look at: dense beside pruned, and what was kept where."""

@@ -1,0 +1,129 @@
+"""Open the model to work on: the one that ships, a local folder or file, or one from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TINY = "tiny"
+"""Name of the model that ships with the package."""
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What suits a model where the user leaves it open."""
+
+    guidance: float
+    steps: int
+    preset: str
+    prompts: tuple[str, ...]
+
+
+_PICTURES = (
+    "a red fox sitting in fresh snow, morning light",
+    "a bowl of ramen with a soft boiled egg, top view",
+    "an old lighthouse on a cliff in a storm, oil painting",
+    "three birds walking around a dry grass field",
+)
+_SCENES = (
+    "a red circle above a blue square on a checkered lavender background",
+    "a yellow triangle left of a black ring on a striped cyan background",
+    "a white cross right of a purple circle on a plain brown background",
+    "a green square below an orange triangle on a striped gray background",
+)
+
+
+def habits(model: str) -> Habits:
+    """Return the guidance, steps, preset and prompts that suit ``model`` by its name."""
+    if model == TINY:
+        return Habits(guidance=3.0, steps=50, preset="paper", prompts=tuple(s.replace("plain ", "") for s in _SCENES))
+    if re.search("turbo|lightning|hyper", model, re.IGNORECASE):
+        return Habits(guidance=0.0, steps=4, preset="turbo", prompts=_PICTURES)
+    return Habits(guidance=7.0, steps=50, preset="paper", prompts=_PICTURES)
+
+
+def tiny_folder() -> Path:
+    """Return the folder of the model that ships: an ordinary diffusers pipeline.
+
+    Raises:
+        FileNotFoundError: If this installation carries no weights.
+    """
+    folder = Path(__file__).parent / "tiny" / "weights"
+    if not (folder / "model_index.json").exists():
+        raise FileNotFoundError(
+            f"the shipped model is missing from this installation: no {folder / 'model_index.json'}"
+        )
+    return folder
+
+
+def load_pipeline(model: str = TINY, *, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
+    """Open a text-to-image pipeline.
+
+    Args:
+        model: "tiny" for the model that ships, a diffusers folder, a single ``.safetensors`` file, or a hub id such as
+            "stabilityai/stable-diffusion-xl-base-1.0".
+        device: Where to put it; by default CUDA, else MPS, else the CPU.
+        dtype: By default float32 on the CPU and float16 elsewhere.
+
+    Returns:
+        The pipeline, its own progress bar off.
+
+    Raises:
+        FileNotFoundError: If a local folder or file is not there.
+        ValueError: If it is not something diffusers can open, or the hub cannot be reached.
+    """
+    from diffusers import AutoPipelineForText2Image, StableDiffusionXLPipeline
+
+    device = device or best_device()
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
+    if model == TINY:
+        pipe = StableDiffusionXLPipeline.from_pretrained(tiny_folder(), torch_dtype=dtype)
+    elif model.endswith((".safetensors", ".ckpt")):
+        pipe = _from_file(Path(model), dtype)
+    elif (Path(model) / "model_index.json").exists() or not _looks_local(model):
+        try:
+            pipe = AutoPipelineForText2Image.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot open the model {model!r}: {_first_line(error)}") from error
+    elif Path(model).exists():
+        raise ValueError(f"{model} is no diffusers pipeline: it has no model_index.json")
+    else:
+        raise FileNotFoundError(f"no model at {model!r}; give 'tiny', a folder, a .safetensors file or a hub id")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def best_device() -> str:
+    """Return "cuda", "mps" or "cpu", whichever is the fastest there is."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _from_file(file: Path, dtype: torch.dtype) -> Any:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from safetensors import safe_open
+
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file.name} may run code when it is opened; convert it to .safetensors first")
+    if not file.exists():
+        raise FileNotFoundError(f"no model file at {str(file)!r}")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            two_encoders = any(key.startswith("conditioner.embedders.1.") for key in tensors.keys())  # noqa: SIM118
+        kind = StableDiffusionXLPipeline if two_encoders else StableDiffusionPipeline
+        return kind.from_single_file(str(file), torch_dtype=dtype)
+    except Exception as error:
+        raise ValueError(f"cannot open {file}: {_first_line(error)}") from error
+
+
+def _looks_local(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or model.count("/") != 1 or Path(model).exists()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

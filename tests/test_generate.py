@@ -1,0 +1,108 @@
+"""Generating: what lands in the folder, on the model that ships."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import atedm
+from atedm.generate import Request, generate, save_image
+from atedm.patching.survey import find_unet
+from atedm.pipelines import load_pipeline
+
+PROMPTS = ("a red circle above a blue square", "a yellow ring on a pink background")
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return load_pipeline("tiny", device="cpu")
+
+
+def request_for(**changes: Any) -> Request:
+    return Request(**{"prompts": PROMPTS, "config": atedm.PRESETS["paper"], "steps": 4, "seed": 3} | changes)
+
+
+def test_a_run_can_be_repeated_from_its_run_file(pipe: Any, tmp_path: Path) -> None:
+    made = generate(pipe, request_for(), tmp_path / "first", compare=True, maps=True, model="tiny")
+    names = {file.name for file in (tmp_path / "first").iterdir()}
+    both = {f"{kind}-{i}.png" for kind in ("pruned", "dense", "maps") for i in (0, 1)}
+    assert names == both | {"comparison.png", "run.json"}
+    run = json.loads((tmp_path / "first" / "run.json").read_text())
+    asked = run["request"]
+    config = atedm.PruningConfig(**asked.pop("config") | {"gradual": ()})
+    again = Request(**asked | {"prompts": tuple(asked["prompts"]), "config": config})
+    generate(pipe, again, tmp_path / "again")
+    for i in (0, 1):
+        first, second = ((tmp_path / run / f"pruned-{i}.png").read_bytes() for run in ("first", "again"))
+        assert first == second
+    assert [image["seed"] for image in run["images"]] == [3, 4]
+    assert all(image.psnr_to_dense is not None and image.psnr_to_dense < 99 for image in made)
+    assert not atedm.is_applied(pipe)
+
+
+def test_the_kept_share_is_what_the_schedule_says(pipe: Any, tmp_path: Path) -> None:
+    made = generate(pipe, request_for(prompts=PROMPTS[:1], steps=10), tmp_path)
+    summary = atedm.apply(pipe)
+    atedm.remove(pipe)
+    assert made[0].kept_share == pytest.approx(summary.kept_share(10), abs=1e-4)
+
+
+def test_rate_zero_is_the_dense_image(pipe: Any, tmp_path: Path) -> None:
+    config = atedm.PruningConfig(pruning_rate=0.0)
+    made = generate(pipe, request_for(prompts=PROMPTS[:1], config=config), tmp_path, compare=True, maps=True)
+    assert (tmp_path / "dense-0.png").read_bytes() == (tmp_path / "pruned-0.png").read_bytes()
+    assert made[0].kept_share == 1.0
+    assert (tmp_path / "comparison.png").exists()
+
+
+def test_other_sizes(pipe: Any, tmp_path: Path) -> None:
+    generate(pipe, request_for(prompts=PROMPTS[:1], width=160, height=96), tmp_path)
+    assert Image.open(tmp_path / "pruned-0.png").size == (160, 96)
+
+
+def test_a_run_that_fails_in_the_middle_leaves_a_clean_pipeline(pipe: Any, tmp_path: Path) -> None:
+    def stop(what: str, step: int, steps: int) -> None:
+        if what == "pruned 1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipe, request_for(), tmp_path, progress=stop)
+    assert not atedm.is_applied(pipe)
+    assert not find_unet(pipe)._forward_hooks
+    assert [file.name for file in tmp_path.iterdir()] == ["pruned-0.png"]
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.new("RGB", (8, 8))
+    save_image(image, tmp_path / "image.png")
+    before = (tmp_path / "image.png").read_bytes()
+
+    def break_off(self: Image.Image, file: Path, **_: Any) -> None:
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", break_off)
+    with pytest.raises(OSError, match="disk full"):
+        save_image(image, tmp_path / "image.png")
+    assert (tmp_path / "image.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": ()}, "prompt is empty"),
+        ({"prompts": ("a", " ")}, "prompt is empty"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"guidance": -1.0}, "guidance must be 0 or more"),
+        ({"guidance": float("nan")}, "guidance must be 0 or more"),
+        ({"width": 100}, "width must be a multiple of 8"),
+        ({"height": 8}, "height must be a multiple of 8"),
+    ],
+)
+def test_bad_requests_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        request_for(**change)

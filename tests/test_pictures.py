@@ -1,0 +1,88 @@
+"""Pictures: what is drawn is what was measured."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from atedm.patching.transformer import BlockObservation
+from atedm.pictures.canvas import Cell, draw_sheet
+from atedm.pictures.comparison import Pair, comparison_sheet, difference, psnr
+from atedm.pictures.maps import importance_overlay, kept_overlay, maps_sheet, mean_kept_overlay
+from atedm.recording import Recording
+
+WHITE = Image.new("RGB", (64, 64), (255, 255, 255))
+
+
+def observation(step: int = 0, keep: tuple[int, ...] = (0, 5, 10, 15)) -> BlockObservation:
+    importance = torch.linspace(0, 1, 16).expand(2, 16)
+    other = tuple(i for i in range(16) if i not in keep)[: len(keep)]
+    return BlockObservation("mid_block.attentions.0", 0, step, importance, torch.tensor([other, keep]), (4, 4))
+
+
+def brightness(image: Image.Image) -> np.ndarray:
+    """Mean brightness of each cell of a 4 x 4 grid over a 64 px image."""
+    return np.asarray(image.convert("L"), dtype=np.float64).reshape(4, 16, 4, 16).mean(axis=(1, 3)).ravel()
+
+
+def test_kept_tokens_stay_bright_and_dropped_ones_are_dimmed() -> None:
+    cells = brightness(kept_overlay(WHITE, observation()))
+    assert set(np.flatnonzero(cells > 250)) == {0, 5, 10, 15}
+    assert cells[1] < 100
+
+
+def test_the_other_element_of_the_batch_can_be_drawn() -> None:
+    cells = brightness(kept_overlay(WHITE, observation(), element=0))
+    assert set(np.flatnonzero(cells > 250)) == {1, 2, 3, 4}
+
+
+def test_importance_is_drawn_by_rank() -> None:
+    pixels = (
+        np.asarray(importance_overlay(WHITE, observation()), dtype=int)
+        .reshape(4, 16, 4, 16, 3)[:, 8, :, 8]
+        .reshape(16, 3)
+    )
+    yellow = pixels[:, 0] + pixels[:, 1] - pixels[:, 2]
+    assert yellow[15] > yellow[8] > yellow[0]
+
+
+def test_mean_overlay_is_brightest_where_tokens_were_kept_most() -> None:
+    recording = Recording([observation(0, (0, 5)), observation(1, (0, 10))], ("mid_block.attentions.0",), 2)
+    cells = brightness(mean_kept_overlay(WHITE, recording))
+    assert cells[0] == cells.max()
+    assert cells[5] == cells[10] > cells[1]
+
+
+def test_psnr_and_difference() -> None:
+    grey = Image.new("RGB", (64, 64), (245, 245, 245))
+    assert psnr(WHITE, WHITE) == float("inf")
+    assert psnr(grey, WHITE) == pytest.approx(20 * np.log10(25.5), abs=1e-4)
+    assert set(np.unique(difference(WHITE, WHITE))) == {255}
+    assert set(np.unique(difference(grey, WHITE))) == {235}
+
+
+def test_sheets_hold_every_picture_and_grow_with_rows() -> None:
+    recording = Recording([observation()], ("mid_block.attentions.0",), 1)
+    red = Image.new("RGB", (64, 64), (200, 0, 0))
+    pairs = [Pair("a prompt that is long " * 20, WHITE, red, recording)] * 2
+    sheet = comparison_sheet(pairs, "headline")
+    one = comparison_sheet(pairs[:1], "headline")
+    assert sheet.width == one.width >= 4 * 256
+    assert sheet.height > 1.7 * one.height
+    red_pixels = (np.asarray(sheet) == (200, 0, 0)).all(-1).sum()
+    assert red_pixels >= 2 * 256 * 256
+    assert maps_sheet(red, recording, "a prompt").height > 200
+
+
+def test_pictures_keep_their_shape() -> None:
+    wide = draw_sheet([[Cell(Image.new("RGB", (128, 64), (9, 9, 9)))]], side=256)
+    assert (np.asarray(wide) == 9).all(-1).sum() == 256 * 128
+
+
+def test_kept_share_counts_spared_blocks_as_whole() -> None:
+    recording = Recording([observation(1)], ("mid_block.attentions.0", "other"), 2)
+    assert recording.kept_share == pytest.approx((0.25 + 3) / 4)
+    with pytest.raises(ValueError, match="nothing was recorded"):
+        _ = Recording().kept_share

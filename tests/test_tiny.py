@@ -1,0 +1,99 @@
+"""The model that ships: opens as an ordinary pipeline, fits the wheel, draws what it is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from typer.testing import CliRunner
+
+import atedm
+from atedm.evaluation.captions import columns, judge_images, make_scenes, psnr_each
+from atedm.pipelines import load_pipeline, tiny_folder
+from atedm.tiny.assemble import pipeline_from_run
+from atedm.tiny.autoencoder import train_autoencoder
+from atedm.tiny.classifier import load_classifier
+from atedm.tiny.scenes import held_out_scenes
+from atedm.tiny.text import build_tokenizer
+
+
+def test_it_is_small_and_holds_safetensors_only() -> None:
+    files = [file for file in tiny_folder().rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 20e6
+    assert {file.suffix for file in files} <= {".safetensors", ".json", ".txt"}
+
+
+def test_it_opens_with_plain_diffusers_and_is_sdxl_shaped() -> None:
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_folder())
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)} == {torch.float32}
+    config = pipe.unet.config
+    assert config.addition_embed_type == "text_time"
+    assert config.use_linear_projection
+    assert list(config.down_block_types) == ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
+    tokens = {shape.place.level: shape.tokens for shape in atedm.apply(pipe).shapes}
+    assert tokens == {2: 256, 3: 64}
+
+
+@pytest.mark.parametrize("word", ["lavender", "checkered", "triangle", "background", "of"])
+def test_every_word_of_the_captions_is_one_token(word: str) -> None:
+    tokenizer = StableDiffusionXLPipeline.from_pretrained(tiny_folder()).tokenizer
+    assert len(tokenizer.tokenize(word)) == 1
+    assert len(tokenizer.tokenize("a zebra")) > 2
+
+
+def test_it_draws_what_held_out_captions_say_dense_and_pruned() -> None:
+    pipe = load_pipeline("tiny", device="cpu")
+    judge = load_classifier(tiny_folder() / "classifier.safetensors")
+    scenes = held_out_scenes(24, seed=1)
+    dense = make_scenes(pipe, scenes, steps=20, batch=12)
+    shares = {name: sum(r) / sum(a) for name, (r, a) in columns(judge_images(judge, scenes, dense)).items()}
+    assert min(shares["colour"], shares["shape"], shares["background"], shares["relation"]) >= 0.8, shares
+    with atedm.pruned(pipe):
+        pruned = make_scenes(pipe, scenes[:12], steps=20, batch=12)
+    assert 8 < float(np.mean(psnr_each(pruned, dense[:12]))) < 60
+
+
+def test_images_do_not_depend_on_how_they_are_batched() -> None:
+    pipe = load_pipeline("tiny", device="cpu")
+    scenes = held_out_scenes(3, seed=2)
+    with atedm.pruned(pipe, "dagger"):
+        one, three = (make_scenes(pipe, scenes, steps=4, batch=batch) for batch in (1, 3))
+    assert min(psnr_each(one, three)) > 40
+
+
+def test_image_to_image_runs_on_the_same_parts() -> None:
+    pipe = StableDiffusionXLImg2ImgPipeline(**load_pipeline("tiny", device="cpu").components)
+    pipe.set_progress_bar_config(disable=True)
+    start = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    with atedm.pruned(pipe), atedm.recorded(pipe) as recording:
+        pipe("a red ring", image=start, strength=0.4, num_inference_steps=10, generator=torch.manual_seed(0))
+    assert recording.evaluations == 4
+    assert recording.kept_share == pytest.approx(0.375, abs=0.01)  # the early steps of the schedule are never reached
+
+
+def test_the_recipe_trains_resumes_and_assembles(tmp_path: Path) -> None:
+    """Every stage of training runs for some seconds and its result opens; only the length differs from the real one."""
+    import typer
+
+    from atedm.tiny.train import train
+
+    run = tmp_path / "run"
+    build_tokenizer(run / "tokenizer")
+    lines: list[str] = []
+    train_autoencoder(4.0, batch=4, report=lines.append).save_pretrained(run / "vae")
+    assert "scaling factor" in lines[-1]
+    app = typer.Typer()
+    app.command()(train)
+    sitting = [str(run), "--minutes", "0.02", "--canvas", "64", "--batch", "2", "--scenes", "8", "--eager"]
+    seen = []
+    for _ in range(2):
+        result = CliRunner().invoke(app, sitting, catch_exceptions=False)
+        assert result.exit_code == 0
+        seen.append(int(torch.load(run / "state.pt", weights_only=True)["seen"]))
+    assert 0 < seen[0] < seen[1]
+    image = pipeline_from_run(run)("a red ring", num_inference_steps=1, output_type="np").images[0]
+    assert image.shape == (128, 128, 3)
+    assert np.isfinite(image).all()
