@@ -108,3 +108,38 @@ def small_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
         "layers_per_block": 1,
     }
     return sdxl_unet(seed, **(small | changes))
+
+
+@functools.cache
+def tokenizer() -> CLIPTokenizer:
+    """A tokenizer that knows a few dozen words."""
+    with tempfile.TemporaryDirectory() as folder:
+        return build_tokenizer(Path(folder))
+
+
+def sdxl_pipeline(seed: int = 0, unet: UNet2DConditionModel | None = None) -> StableDiffusionXLPipeline:
+    """A whole text-to-image pipeline; 64 px images have 16 x 16 latents."""
+    unet = sdxl_unet(seed) if unet is None else unet
+    torch.manual_seed(seed)
+    text_encoder, text_encoder_2 = build_text_encoders(tokenizer())
+    pipe = StableDiffusionXLPipeline(
+        vae=build_autoencoder().eval(),
+        text_encoder=text_encoder.eval(),
+        text_encoder_2=text_encoder_2.eval(),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: Any, seed: int = 0, **changes: Any) -> Tensor:
+    """Draw with a seed and give the latents; ``size`` is (height, width) in pixels."""
+    height, width = changes.pop("size", (64, 64))
+    options = {"prompt": "a red circle", "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
+    if "image" not in changes or "mask_image" in changes:
+        options |= {"height": height, "width": width}
+    return pipe(**(options | changes), generator=torch.Generator().manual_seed(seed)).images

@@ -5,19 +5,45 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from atedm.cli import main
 
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "atedm", *arguments], capture_output=True, text=True, cwd=cwd, timeout=300, check=False
-    )
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run the command line in this process, in an empty folder, as its script would."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["atedm", *arguments])
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return Done(status, *capsys.readouterr())
+
+    return command
 
 
 def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
-    shown = run("--help")
+    shown = subprocess.run([sys.executable, "-m", "atedm", "--help"], capture_output=True, text=True, check=False)
     assert shown.returncode == 0
     for command in ("generate", "accuracy", "ablate"):
         assert command in shown.stdout
@@ -26,14 +52,14 @@ def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
     assert loaded.stdout.strip() == "[]"
 
 
-def test_version() -> None:
+def test_version(run: Run) -> None:
     assert run("--version").stdout.strip() == "0.1.0"
 
 
-def test_generate_writes_what_it_says(tmp_path: Path) -> None:
+def test_generate_writes_what_it_says(run: Run, tmp_path: Path) -> None:
     done = run(
         "generate", "a red circle above a blue square", "--steps", "3", "--pruning-rate", "0.5", "--size", "96x128",
-        "--compare", "--maps", "--out", "pictures", cwd=tmp_path,
+        "--compare", "--maps", "--out", "pictures",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "pictures" / "run.json").read_text())
@@ -43,17 +69,17 @@ def test_generate_writes_what_it_says(tmp_path: Path) -> None:
     assert (tmp_path / "pictures" / "comparison.png").stat().st_size > 1000
 
 
-def test_accuracy_prints_every_attribute(tmp_path: Path) -> None:
-    done = run("accuracy", "--captions", "4", "--steps", "3", "--sheet", "sheet.png", "--preset", "paper", cwd=tmp_path)
+def test_accuracy_prints_every_attribute(run: Run, tmp_path: Path) -> None:
+    done = run("accuracy", "--captions", "4", "--steps", "3", "--sheet", "sheet.png", "--preset", "paper")
     assert done.returncode == 0, done.stderr
     for name in ("count", "colour", "shape", "relation", "background", "texture", "all"):
         assert f"\n{name} " in f"\n{done.stdout}"
     assert (tmp_path / "sheet.png").exists()
 
 
-def test_ablate_measures_rows_keeps_them_and_goes_on(tmp_path: Path) -> None:
+def test_ablate_measures_rows_keeps_them_and_goes_on(run: Run, tmp_path: Path) -> None:
     command = ("ablate", "--captions", "3", "--steps", "3", "--only", "zero padding", "--out", "rows")
-    done = run(*command, cwd=tmp_path)
+    done = run(*command)
     assert done.returncode == 0, done.stderr
     assert "| dense | 1.000 |" in done.stdout
     assert "| zero padding | 0." in done.stdout
@@ -61,7 +87,7 @@ def test_ablate_measures_rows_keeps_them_and_goes_on(tmp_path: Path) -> None:
     stored = json.loads(row.read_text())
     stored["cost"] = 0.123  # a stored row is read back, not measured again
     row.write_text(json.dumps(stored))
-    assert "| zero padding | 0.123 |" in run(*command, cwd=tmp_path).stdout
+    assert "| zero padding | 0.123 |" in run(*command).stdout
 
 
 @pytest.mark.parametrize(
@@ -81,9 +107,9 @@ def test_ablate_measures_rows_keeps_them_and_goes_on(tmp_path: Path) -> None:
     ],
 )
 def test_what_the_user_got_wrong_ends_in_one_line_and_status_2(
-    arguments: tuple[str, ...], message: str, tmp_path: Path
+    run: Run, arguments: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
-    done = run(*arguments, cwd=tmp_path)
+    done = run(*arguments)
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("atedm: ")

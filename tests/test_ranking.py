@@ -20,6 +20,7 @@ from atedm.ranking import (
     hard_clip,
     power,
     rank_by_attention,
+    root_mean_square,
     self_attention,
     soft_clip,
     uniform_random,
@@ -42,10 +43,11 @@ def random_importance(*shape: int, seed: int = 1) -> Tensor:
 
 def queries_and_keys(batch: int, heads: int, m: int, n: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    # Twice the usual spread, so that some entries pass the hard clip.
+    # Twice the usual spread, so that some entries pass the hard clip; more, and rows get so sharp that their entropy
+    # is lost in the rounding of the map.
     return (
         2 * torch.randn(batch, heads, m, width, generator=generator),
-        2 * torch.randn(batch, heads, n, width, generator=generator),
+        torch.randn(batch, heads, n, width, generator=generator),
     )
 
 
@@ -152,13 +154,13 @@ def test_gwpr_matches_algorithm_1(name: str, m: int, n: int, iterations: int) ->
     seed=st.integers(0, 1000),
 )
 def test_gwpr_on_any_map(name: str, m: int, n: int, iterations: int, sharpness: float, seed: int) -> None:
-    a = random_map(2, m, m if name == "self-attention" else n, sharpness=sharpness, seed=seed)
+    # The reference gets the map as float32 rounds it: the entropy of a sharp row hangs on the last digits.
+    a = random_map(2, m, m if name == "self-attention" else n, sharpness=sharpness, seed=seed).float().double()
     s = gwpr(a, MAPPINGS[name], iterations=iterations)
     assert (s >= 0).all()
     torch.testing.assert_close(s.sum(-1), torch.ones(2))
     expected = references.over_batch(references.gwpr, a, name, iterations)
-    # Sharp rows have entropies near 0, where float32 keeps fewer digits of the quotient.
-    torch.testing.assert_close(s, expected, check_dtype=False, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(s, expected, check_dtype=False, rtol=1e-4, atol=1e-6)
 
 
 def test_gwpr_counts_in_float32_whatever_comes_in() -> None:
@@ -290,14 +292,14 @@ def test_rank_passes_the_tolerance_on(head_fusion: str) -> None:
     assert torch.equal(one, rank_by_attention(q, k, 0.5, head_fusion=head_fusion, iterations=1).importance)
 
 
-def test_rank_of_bfloat16_orders_tokens_as_float32() -> None:
+def test_rank_of_bfloat16_is_near_that_of_float32() -> None:
     q, k = queries_and_keys(2, 4, 64, 64, 32)
     exact = rank_by_attention(q, k, 0.125).importance
     rough = rank_by_attention(q.bfloat16(), k.bfloat16(), 0.125).importance
     assert rough.dtype == torch.float32
-    # q, k and the logits (up to 13) are rounded to 8 bits: logits are off by some 0.03, and so, relatively, is A.
-    # Importance averages 64 such entries of either sign, which leaves well under 5 %.
-    torch.testing.assert_close(rough, exact, rtol=0.05, atol=0)
+    # q, k and the logits, up to 7, are rounded to 8 bits: a logit is off by some 0.02, and so, relatively, is A.
+    # Importance averages 64 such entries, of either sign, in each of 4 heads, which leaves a few thousandths.
+    torch.testing.assert_close(rough, exact, rtol=0.01, atol=0)
 
 
 def test_rank_holds_one_map_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,6 +344,14 @@ def test_rank_gradient_is_finite_where_no_head_gives_importance() -> None:
     s = rank_by_attention(q.requires_grad_(), k, 1.0, f=f).importance
     assert s[0, 1].item() < 1e-15
     assert torch.autograd.grad(s.sum(), q)[0].isfinite().all()
+
+
+def test_root_mean_square_has_a_gradient_at_zero() -> None:
+    s = torch.tensor([[3.0, 0.0], [4.0, 0.0]], requires_grad=True)
+    fused = root_mean_square(s)
+    torch.testing.assert_close(fused, torch.tensor([12.5**0.5, 0.0]))
+    (gradient,) = torch.autograd.grad(fused.sum(), s)
+    torch.testing.assert_close(gradient, torch.tensor([[0.6, 0.0], [0.8, 0.0]]) / 2**0.5)
 
 
 def test_an_unknown_head_fusion_is_refused_with_the_known_ones() -> None:

@@ -95,9 +95,13 @@ def test_steps_are_counted_exactly(steps: int, percent: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [10, 20, 30, 50, 100, 250, 1000])
-@pytest.mark.parametrize("threshold", [0.1 * 3, 3 / 10, 15 / 50, 1 - 0.7])  # 0.30000000000000004 and 0.3 among them
-def test_rounding_does_not_move_the_change_over(steps: int, threshold: float) -> None:
-    first_normal = steps * 3 // 10
+@pytest.mark.parametrize(
+    ("tenths", "threshold"),
+    # 0.1 * 3 is 0.30000000000000004, and 0.7 in float32 is 0.69999999.
+    [(3, 0.1 * 3), (3, 3 / 10), (3, 15 / 50), (3, 1 - 0.7), (7, 0.7), (7, 0.1 * 7)],
+)
+def test_rounding_does_not_move_the_change_over(steps: int, tenths: int, threshold: float) -> None:
+    first_normal = steps * tenths // 10
     for share in (first_normal / steps, 1 - (steps - first_normal) / steps, torch.tensor(first_normal / steps).item()):
         assert not is_prune_less(share, prune_less_share=threshold)
     assert is_prune_less((first_normal - 1) / steps, prune_less_share=threshold)

@@ -53,7 +53,7 @@ def mean_attention_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
         (B, M, N) float32, rows sum to 1.
 
     Raises:
-        ValueError: As :func:`attention_maps`.
+        ValueError: As `attention_maps`.
     """
     mean = empty_map(q, k)
     for a in attention_maps(q, k, scale):

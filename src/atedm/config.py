@@ -133,6 +133,11 @@ class PruningConfig:
         return self.gradual or ((0, self.pruning_rate),)
 
     @property
+    def opens_layer(self) -> bool:
+        """Whether the pruning layer is run part by part, because something is done or needed between its parts."""
+        return self.place != "after-feed-forward" or self.ranking.startswith("cross-attention")
+
+    @property
     def needs_attention_map(self) -> bool:
         """Whether the self-attention map has to be had, for the ranking or for the copy."""
         by_attention = self.recovery == "similarity-copy" and self.similarity == "attention"
@@ -151,10 +156,11 @@ class PruningConfig:
         return dataclasses.replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values; a predicate becomes its qualified name."""
+        """Return the fields as plain JSON values; a predicate becomes its qualified name, if it has one."""
         fields = dataclasses.asdict(self)
         if not isinstance(self.where, str):
-            fields["where"] = f"{self.where.__module__}.{self.where.__qualname__}"
+            name = getattr(self.where, "__qualname__", None)
+            fields["where"] = f"{self.where.__module__}.{name}" if name else repr(self.where)
         fields["gradual"] = [list(pair) for pair in self.gradual]
         return fields
 

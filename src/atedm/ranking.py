@@ -19,7 +19,7 @@ from atedm.attention_map import attention_maps, empty_map, without_autocast
 #: f(A, s_K): takes A (..., M, N) and s_K (..., N), returns s_Q (..., M), of any positive sum.
 Mapping: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
-#: How the importance of several heads becomes one: see :func:`rank_by_attention`.
+#: How the importance of several heads becomes one: see `rank_by_attention`.
 HEAD_FUSIONS = ("rms", "mean-map")
 
 #: The paper gives no count. Three is a choice, not a measured optimum.
@@ -152,7 +152,7 @@ def gwpr(
 
     Args:
         attention_map: A, (..., M, N), rows sum to 1, any floating dtype.
-        f: Importance of keys to importance of queries, see :data:`MAPPINGS`.
+        f: Importance of keys to importance of queries, see `MAPPINGS`.
         iterations: How often; with a ``tolerance``, how often at most.
         tolerance: Stop once ``sum |s_new - s_old|`` is below this in every map of the batch. This waits for the
             device in each iteration; None runs a fixed count and never waits.
@@ -184,7 +184,7 @@ def normalise(s: Tensor) -> Tensor:
 
 
 class RankedMap(NamedTuple):
-    """What one pass over the heads gives: see :func:`rank_by_attention`."""
+    """What one pass over the heads gives: see `rank_by_attention`."""
 
     #: (B, M) float32.
     importance: Tensor
@@ -211,16 +211,16 @@ def rank_by_attention(
         q: Queries, (B, H, M, D), any floating dtype.
         k: Keys, (B, H, N, D). In self-attention M = N.
         scale: The factor on the logits, usually ``D ** -0.5``.
-        f: As :func:`gwpr`.
-        head_fusion: A name in :data:`HEAD_FUSIONS`.
-        iterations: As :func:`gwpr`.
-        tolerance: As :func:`gwpr`.
+        f: As `gwpr`.
+        head_fusion: A name in `HEAD_FUSIONS`.
+        iterations: As `gwpr`.
+        tolerance: As `gwpr`.
 
     Returns:
         Importance (B, M) float32 and head-mean map (B, M, N) float32. Never more than one head's map is held.
 
     Raises:
-        ValueError: If ``head_fusion`` is unknown, by :func:`attention_maps` for shapes, or by :func:`gwpr`.
+        ValueError: If ``head_fusion`` is unknown, by `attention_maps` for shapes, or by `gwpr`.
     """
     if head_fusion not in HEAD_FUSIONS:
         raise ValueError(f"head_fusion must be one of {list(HEAD_FUSIONS)}, not {head_fusion!r}")

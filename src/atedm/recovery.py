@@ -50,7 +50,7 @@ def attention_source(attention_map: Tensor, keep: Tensor) -> Tensor:
 def cosine_source(tokens: Tensor, keep: Tensor) -> Tensor:
     """Whom each token copies from, by features instead of attention: the kept token of the largest cosine.
 
-    A control for :func:`attention_source`; needs no attention map.
+    A control for `attention_source`; needs no attention map.
 
     Args:
         tokens: Features of all tokens, (B, N, C), any floating dtype.
@@ -76,7 +76,7 @@ def similarity_copy(kept_tokens: Tensor, source: Tensor) -> Tensor:
 
     Args:
         kept_tokens: (B, K, C).
-        source: (B, N) int64 positions within K, by :func:`attention_source` or :func:`cosine_source`.
+        source: (B, N) int64 positions within K, by `attention_source` or `cosine_source`.
 
     Returns:
         (B, N, C). Differentiable in ``kept_tokens``: a token that is copied often gets that many gradients.

@@ -13,7 +13,7 @@ from typing import Literal
 #: "<down>-<up>": which attention block of each down and up stage is spared, First, Middle or Last. The paper's first.
 PAIRINGS = ("F-L", "F-F", "F-M", "L-F", "L-M", "L-L")
 
-#: When blocks are spared: see :func:`is_prune_less`. The paper's first.
+#: When blocks are spared: see `is_prune_less`. The paper's first.
 SCHEDULES = ("prune-less-early", "prune-more-early", "constant")
 
 # Far more than the rounding of i / n, also in float32, and far less than one step.
@@ -55,7 +55,7 @@ def prune_less_blocks(places: Iterable[BlockPlace], pairing: str = "F-L") -> fro
 
     Args:
         places: The attention blocks of the U-Net, in any order.
-        pairing: One of :data:`PAIRINGS`. The middle of an even number is the later of the two.
+        pairing: One of `PAIRINGS`. The middle of an even number is the later of the two.
 
     Returns:
         A frozenset of names.
@@ -76,7 +76,7 @@ def prune_less_blocks(places: Iterable[BlockPlace], pairing: str = "F-L") -> fro
 
 
 def is_prune_less(share: float, schedule: str = "prune-less-early", prune_less_share: float = 0.3) -> bool:
-    """Whether a denoising step leaves the :func:`prune_less_blocks` unpruned.
+    """Whether a denoising step leaves the `prune_less_blocks` unpruned.
 
     ``"prune-less-early"`` (the paper's) says so while less than ``prune_less_share`` of the run is done: 15 of 50
     steps. ``"prune-more-early"`` is its mirror, the control of supplement C.5: the first 15 prune everywhere, and the
@@ -84,7 +84,7 @@ def is_prune_less(share: float, schedule: str = "prune-less-early", prune_less_s
 
     Args:
         share: Share of the run done before this step, in [0, 1): step i of n, counted from 0, has i / n.
-        schedule: One of :data:`SCHEDULES`.
+        schedule: One of `SCHEDULES`.
         prune_less_share: Where the run changes over, in [0, 1]. The paper's is 15 of 50 steps.
 
     Returns:
@@ -110,8 +110,8 @@ def prune_less_steps(steps: int, schedule: str = "prune-less-early", prune_less_
 
     Args:
         steps: Steps of the whole run, at least 1.
-        schedule: One of :data:`SCHEDULES`.
-        prune_less_share: As :func:`is_prune_less`.
+        schedule: One of `SCHEDULES`.
+        prune_less_share: As `is_prune_less`.
 
     Returns:
         A count from 0 to ``steps``.

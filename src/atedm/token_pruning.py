@@ -55,7 +55,7 @@ class Ranking(NamedTuple):
 
 
 def rank_tokens(
-    config: PruningConfig, tokens: Tensor, self_attention: Attention, cross_attention: Attention, step: int = 0
+    config: PruningConfig, tokens: Tensor, self_attention: Attention, cross_attention: Attention, step: int | Tensor = 0
 ) -> Ranking:
     """Rank the tokens of one block as ``config.ranking`` says.
 
@@ -64,7 +64,7 @@ def rank_tokens(
         tokens: (B, N, C); only their number and device matter.
         self_attention: Makes q and k of the layer's self-attention.
         cross_attention: Makes q and k of its cross-attention.
-        step: Index of the denoising step, for the random ranking alone.
+        step: Index of the denoising step, for the random ranking alone; a tensor without dimensions is as good.
 
     Returns:
         The `Ranking`; the map is None unless ``config.needs_attention_map``.
@@ -81,7 +81,8 @@ def rank_tokens(
         return Ranking(attention_received(attention_map), attention_map)
     if config.ranking == "uniform-random":
         batch, count, _ = tokens.shape
-        return Ranking(uniform_random(batch, count, seed=config.seed, step=step, device=tokens.device), attention_map)
+        random = uniform_random(batch, count, seed=config.seed, step=step, device=tokens.device)  # type: ignore[arg-type]
+        return Ranking(random, attention_map)
     ranked = rank(*cross_attention(), f=_mapping(config))
     return Ranking(ranked.importance, attention_map)
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from atedm.cli.options import quiet_libraries
+
 
 def ablate(
     captions: Annotated[int, typer.Option(help="Held-out captions per row.")] = 200,
@@ -32,6 +34,7 @@ def ablate(
 
     settings = Settings(captions=captions, steps=steps, guidance=guidance, seed=seed)
     console = Console(stderr=True)
+    quiet_libraries()
     with console.status("measuring; each row is kept as it is done"):
         rows = measure(
             out,

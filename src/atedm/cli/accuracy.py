@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from atedm.cli.options import RateOption, pruning_config
+from atedm.cli.options import RateOption, pruning_config, quiet_libraries
 
 
 def accuracy(
@@ -43,6 +43,7 @@ def accuracy(
     config = pruning_config(preset or "paper", pruning_rate) if asked_to_prune else None
     if captions < 1 or steps < 1:
         raise ValueError("captions and steps must be at least 1")
+    quiet_libraries()
     pipe = load_pipeline(TINY)
     scenes = held_out_scenes(captions, seed)
     with Progress(console=Console(stderr=True)) as bar, pruned(pipe, config) if config else nullcontext():

@@ -15,6 +15,7 @@ from atedm.cli.options import (
     RateOption,
     parse_size,
     pruning_config,
+    quiet_libraries,
 )
 
 
@@ -79,6 +80,7 @@ def generate(
         seed=seed,
     )
     console = Console(stderr=True)
+    quiet_libraries()
     with console.status(f"opening {model}"):
         pipe = load_pipeline(model, device=device)
     total = len(request.prompts) * (2 if compare else 1) * request.steps

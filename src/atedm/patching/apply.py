@@ -49,12 +49,13 @@ def apply(target: Any, config: PruningConfig | str = "paper") -> PatchSummary:
     state = UNetState(config, tuple(chosen))
     # A stage counts all its attention blocks, so First and Last do not depend on which of them are pruned.
     spared = prune_less_blocks((place for place, _ in blocks.values()), config.unpruned_blocks)
+    summary = PatchSummary.of(unet, config, [place for place, _ in blocks.values()], frozenset(chosen), spared)
     for name, (place, module) in chosen.items():
         module._atedm = BlockPatch(place, state, name in spared)
         module.__class__ = PrunedTransformer2DModel
     unet._atedm = state
     unet._atedm_hook = unet.register_forward_pre_hook(before_forward, with_kwargs=True)
-    return PatchSummary.of(unet, config, [place for place, _ in blocks.values()], frozenset(chosen), spared)
+    return summary
 
 
 def remove(target: Any) -> None:
@@ -78,11 +79,12 @@ def remove(target: Any) -> None:
 @contextmanager
 def pruned(target: Any, config: PruningConfig | str = "paper") -> Iterator[PatchSummary]:
     """Apply for the length of a ``with`` block, and remove even if it raises."""
-    summary = apply(target, config)
+    unet = find_unet(target)
+    summary = apply(unet, config)
     try:
         yield summary
     finally:
-        remove(target)
+        remove(unet)
 
 
 @contextmanager
@@ -125,7 +127,7 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
     given = dict(zip(_FORWARD, args, strict=False)) | kwargs
     if given.get("attention_mask") is not None:
         raise ValueError("attention_mask masks tokens by their place, which pruning changes; call atedm.remove first")
-    if "ip_adapter_masks" in (given.get("cross_attention_kwargs") or {}):
+    if (given.get("cross_attention_kwargs") or {}).get("ip_adapter_masks") is not None:
         raise ValueError(
             "ip_adapter_masks are laid over the tokens by their number, which pruning changes; "
             "call atedm.remove first, or leave the masks out"
@@ -134,7 +136,7 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
     for name in state.blocks:
         refuse_chunking(name, unet.get_submodule(name))
     position = step_position(given["timestep"])
-    state.step = position.step
+    state.step = torch.tensor(position.step)
     state.prune_less = is_prune_less(position.share, state.config.schedule, state.config.prune_less_share)
 
 

@@ -93,7 +93,7 @@ class PatchSummary:
         Raises:
             ValueError: If no rate reaches that cost.
         """
-        pruned = frozenset(s.place.name for s in self.shapes if s.place.name in self.pruned and config.prunes(s.place))
+        pruned = frozenset(shape.place.name for shape in self.shapes if config.prunes(shape.place))
         return solve_pruning_rate(
             self.shapes, config, pruned, mean_macs(self.shapes, self.config, self.pruned, steps), steps
         )

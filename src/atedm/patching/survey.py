@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers import UNet2DConditionModel
@@ -78,6 +79,8 @@ def choose_blocks(
         raise ValueError(_nothing_to_gain(depth, config))
     for name, (_, module) in gaining.items():
         _refuse_unknown(name, module)
+        if config.opens_layer:
+            _refuse_changed(name, module, [layer for layer, _ in config.rates])
     return gaining
 
 
@@ -120,6 +123,17 @@ def _refuse_unknown(name: str, module: Transformer2DModel) -> None:
                 f"cross-attention only: {layer.only_cross_attention}); known is the layer of SD and SDXL U-Nets"
             )
     refuse_chunking(name, module)
+
+
+def _refuse_changed(name: str, module: Transformer2DModel, pruning_layers: Sequence[int]) -> None:
+    """Raise if a layer that is to be run part by part has a forward that is not diffusers' own."""
+    for index, layer in enumerate(module.transformer_blocks):
+        if index in pruning_layers and (type(layer) is not BasicTransformerBlock or "forward" in vars(layer)):
+            raise ValueError(
+                f"the forward of {name}.transformer_blocks.{index} is overridden (by another patch, or by an offload "
+                "hook), and would be passed over when tokens are dropped or ranked inside the layer; apply atedm "
+                'first, or prune with place="after-feed-forward" and a ranking by self-attention'
+            )
 
 
 def refuse_chunking(name: str, module: Transformer2DModel) -> None:

@@ -49,7 +49,8 @@ class UNetState:
     #: Names of the patched blocks.
     blocks: tuple[str, ...]
     prune_less: bool = False
-    step: int = 0
+    #: Index of the denoising step. A tensor of the host, because `torch.compile` takes an int here for a constant.
+    step: Tensor = field(default_factory=partial(torch.tensor, 0))
     observers: list[Any] = field(default_factory=list)
 
 
@@ -103,9 +104,12 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Run the block as diffusers does, dropping tokens where the config says and refilling them at the end."""
         batch, _, height, width = hidden_states.shape
-        counts = self._atedm.counts(height * width)
+        # Hooks that were laid over this method (of an offload, say) go on calling it when the patch is gone.
+        patch: BlockPatch | None = vars(self).get("_atedm")
+        counts = patch.counts(height * width) if patch is not None else {}
         if not counts:
-            return super().forward(
+            return Transformer2DModel.forward(
+                self,
                 hidden_states,
                 encoder_hidden_states=encoder_hidden_states,
                 timestep=timestep,
@@ -181,6 +185,7 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         ranking: Ranking
         dropped: Dropped
 
+        @torch.no_grad()  # which tokens are kept has no gradient, and the maps need not wait for one
         def rank(at: Tensor) -> Ranking:
             return rank_tokens(
                 config,
@@ -193,14 +198,11 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         def drop(at: Tensor) -> tuple[Tensor, Dropped]:
             kept, record = drop_tokens(at, ranking, count, size, config)
             for observer in state.observers:
-                observer(
-                    BlockObservation(self._atedm.place.name, index, state.step, ranking.importance, record.keep, size)
-                )
+                name, step = self._atedm.place.name, int(state.step)
+                observer(BlockObservation(name, index, step, ranking.importance, record.keep, size))
             return kept, record
 
-        after = config.place == "after-feed-forward"
-        if after and not config.ranking.startswith("cross-attention"):
-            # Nothing inside the layer is needed, so that diffusers' own forward runs it whole.
+        if not config.opens_layer:
             ranking = rank(tokens)
             return drop(self._layer(layer, tokens, call))
         tokens = tokens + _self_attention(layer, tokens, call)
@@ -211,7 +213,7 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         if config.place == "before-feed-forward":
             tokens, dropped = drop(tokens)
         tokens = tokens + layer.ff(layer.norm3(tokens))
-        return drop(tokens) if after else (tokens, dropped)
+        return drop(tokens) if config.place == "after-feed-forward" else (tokens, dropped)
 
 
 def queries_and_keys(
@@ -229,6 +231,8 @@ def queries_and_keys(
         q = attention.norm_q(q)
     if attention.norm_k is not None:
         k = attention.norm_k(k)
+    if attention.upcast_attention:  # their product leaves the range of float16, as in SD 2.1
+        q, k = q.float(), k.float()
     return QueriesAndKeys(q, k, attention.scale)
 
 

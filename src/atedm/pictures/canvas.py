@@ -40,7 +40,8 @@ def draw_sheet(
     """
     small, large = ImageFont.load_default(14), ImageFont.load_default(17)
     columns = max(len(row) for row in rows)
-    width = gap + columns * (side + gap)
+    column_width = max(_fit(cell.picture, side).width for row in rows for cell in row)
+    width = gap + columns * (column_width + gap)
     top = 34 if headline else gap
     title_height = 26 if any(row_titles) else 0
     label_height = 18 * max((cell.title.count("\n") + bool(cell.title) for row in rows for cell in row), default=0)
@@ -56,7 +57,7 @@ def draw_sheet(
             draw.text((gap, y + 5), textwrap.shorten(line, max(20, width // 8), placeholder="..."), INK, large)
         y += title_height
         for column, cell in enumerate(row):
-            x = gap + column * (side + gap)
+            x = gap + column * (column_width + gap)
             draw.multiline_text((x, y), cell.title, FAINT, small, spacing=3)
             sheet.paste(_fit(cell.picture, side), (x, y + label_height))
         y += label_height + heights[index] + gap

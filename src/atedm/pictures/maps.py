@@ -13,7 +13,7 @@ from atedm.patching.transformer import BlockObservation
 from atedm.pictures.canvas import Cell, draw_sheet
 from atedm.recording import Recording
 
-SIDE = 144
+SIDE = 104
 """Side of one map on a sheet, in pixels."""
 
 
@@ -62,36 +62,42 @@ def _dim(image: Image.Image, light: NDArray[np.float32]) -> Image.Image:
     return Image.composite(image.convert("RGB"), dark, mask)
 
 
-def maps_sheet(image: Image.Image, recording: Recording, prompt: str, columns: int = 6) -> Image.Image:
-    """Draw importance and kept tokens of every block at a few steps, two rows a block.
+def maps_sheet(image: Image.Image, recording: Recording, prompt: str, steps_shown: int = 6) -> Image.Image:
+    """Draw importance, and under it the kept tokens, of every block at a few steps.
 
     Args:
         image: The finished image.
         recording: What was recorded while it was made.
         prompt: Shown on top.
-        columns: Steps to show, spread over the run.
+        steps_shown: Steps to show, spread over the run.
     """
     steps = sorted({seen.step for seen in recording.observations})
-    shown = [steps[round(i * (len(steps) - 1) / max(1, columns - 1))] for i in range(min(columns, len(steps)))]
-    rows: list[Sequence[Cell]] = []
-    titles: list[str] = []
-    blank = Image.new("RGB", image.size, (238, 238, 240))
+    last = len(steps) - 1
+    shown = sorted({steps[round(i * last / max(1, steps_shown - 1))] for i in range(steps_shown)})
+    parts = []
     for block in recording.blocks:
         by_step = {seen.step: seen for seen in recording.observations if seen.block == block}
-        first = next(iter(by_step.values()), None)
-        if first is None:
-            continue
-        h, w = first.size
-        titles += [f"{block}   {h} x {w} tokens, {first.keep.shape[1]} kept", ""]
-        rows.append(
-            [
-                Cell(importance_overlay(image, by_step[s]), f"step {s}")
-                if s in by_step
-                else Cell(blank, f"step {s}: spared")
-                for s in shown
-            ]
-        )
-        rows.append([Cell(kept_overlay(image, by_step[s])) if s in by_step else Cell(blank) for s in shown])
-    return draw_sheet(
-        rows, titles, headline=f"{prompt}: importance (yellow is high), then the tokens kept, per block", side=SIDE
-    )
+        if by_step:
+            parts.append(Cell(_block_strip(image, block, by_step, shown)))
+    rows = [parts[i : i + 2] for i in range(0, len(parts), 2)]
+    headline = f"{prompt}: importance (yellow is high) and the tokens kept, per block and step"
+    return draw_sheet(rows, headline=headline, side=max(part.picture.width for part in parts))
+
+
+def _block_strip(
+    image: Image.Image, block: str, by_step: dict[int, BlockObservation], steps: Sequence[int]
+) -> Image.Image:
+    """Draw one block: a column a step, importance over kept tokens."""
+    first = next(iter(by_step.values()))
+    height, width = first.size
+    cells = []
+    for step in steps:
+        seen = by_step.get(step)
+        pair = Image.new("RGB", (image.width, 2 * image.height), (238, 238, 240))
+        if seen is not None:
+            pair.paste(importance_overlay(image, seen), (0, 0))
+            pair.paste(kept_overlay(image, seen), (0, image.height))
+        cells.append(Cell(pair, f"step {step}" + (": spared" if seen is None else "")))
+    title = f"{block}   {height} x {width} tokens, {first.keep.shape[1]} kept"
+    side = round(SIDE * max(2 * image.height, image.width) / image.width)
+    return draw_sheet([cells], [title], side=side, gap=6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -40,11 +40,15 @@ def save_half(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
     """Write the pipeline with float16 weights that open as float32 unless a dtype is asked for."""
     pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
     for part in ("text_encoder", "text_encoder_2"):
-        file = folder / part / "config.json"
-        config = json.loads(file.read_text())
-        config["dtype"] = "float32"
-        config.pop("torch_dtype", None)
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        _edit_config(folder / part, set_to={"dtype": "float32"}, drop=("torch_dtype",))
+    # AutoencoderTiny writes this one itself and then warns of it when it is read back.
+    _edit_config(folder / "vae", drop=("block_out_channels",))
+
+
+def _edit_config(part: Path, set_to: dict[str, Any] | None = None, drop: tuple[str, ...] = ()) -> None:
+    file = part / "config.json"
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key not in drop}
+    file.write_text(json.dumps(config | (set_to or {}), indent=2, sort_keys=True) + "\n")
 
 
 def assemble(

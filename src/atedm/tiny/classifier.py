@@ -110,7 +110,8 @@ def judge(asked: Scene, seen: Scene) -> Judgement:
     """
     want, got = canonical(asked), canonical(seen)
     count = len(want.objects)
-    orders = [got.objects, got.objects[::-1]]
+    found = got.objects + (("", ""),) * (count - len(got.objects))
+    orders = [found, found[::-1]]
     scores = [[(a[0] == b[0], a[1] == b[1]) for a, b in zip(want.objects, order, strict=False)] for order in orders]
     best = max((0, 1), key=lambda i: sum(map(sum, scores[i])))  # a tie goes to the order as it stands
     right = {
