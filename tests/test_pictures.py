@@ -49,7 +49,7 @@ def test_importance_is_drawn_by_rank() -> None:
 
 
 def test_mean_overlay_is_brightest_where_tokens_were_kept_most() -> None:
-    recording = Recording([observation(0, (0, 5)), observation(1, (0, 10))], ("mid_block.attentions.0",), 2)
+    recording = Recording([observation(0, (0, 5)), observation(1, (0, 10))], ("mid_block.attentions.0",))
     cells = brightness(mean_kept_overlay(WHITE, recording))
     assert cells[0] == cells.max()
     assert cells[5] == cells[10] > cells[1]
@@ -64,7 +64,7 @@ def test_psnr_and_difference() -> None:
 
 
 def test_sheets_hold_every_picture_and_grow_with_rows() -> None:
-    recording = Recording([observation()], ("mid_block.attentions.0",), 1)
+    recording = Recording([observation()], ("mid_block.attentions.0",), [0.25])
     red = Image.new("RGB", (64, 64), (200, 0, 0))
     pairs = [Pair("a prompt that is long " * 20, WHITE, red, recording)] * 2
     sheet = comparison_sheet(pairs, "headline")
@@ -82,7 +82,10 @@ def test_pictures_keep_their_shape() -> None:
 
 
 def test_kept_share_counts_spared_blocks_as_whole() -> None:
-    recording = Recording([observation(1)], ("mid_block.attentions.0", "other"), 2)
-    assert recording.kept_share == pytest.approx((0.25 + 3) / 4)
+    recording = Recording([observation(0), observation(0, (0, 5))], ("mid_block.attentions.0", "other"))
+    recording.end_call(0)  # two pruning layers in one block: the second one's 2 of 16 are left
+    assert recording.kept_share == pytest.approx((0.125 + 1) / 2)
+    recording.end_call(2)  # a call in which every block was spared
+    assert recording.kept_share == pytest.approx((0.125 + 3) / 4)
     with pytest.raises(ValueError, match="nothing was recorded"):
         _ = Recording().kept_share

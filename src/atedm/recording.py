@@ -19,20 +19,26 @@ class Recording:
     observations: list[BlockObservation] = field(default_factory=list)
     #: Names of the blocks that may prune.
     blocks: tuple[str, ...] = ()
-    #: Times the U-Net was called.
-    evaluations: int = 0
+    #: For each call of the U-Net, the mean share of tokens left at the end of these blocks.
+    kept_shares: list[float] = field(default_factory=list)
+
+    @property
+    def evaluations(self) -> int:
+        """Times the U-Net was called."""
+        return len(self.kept_shares)
 
     @property
     def kept_share(self) -> float:
         """Mean share of tokens left at the end of a block, over the pruned blocks and all calls of the U-Net."""
-        if not self.evaluations or not self.blocks:
+        if not self.kept_shares:
             raise ValueError("nothing was recorded: no image was made")
-        left: dict[tuple[str, int], float] = {}
-        for seen in self.observations:
-            # A later pruning layer of the same block overwrites the earlier one.
-            left[seen.block, seen.step] = seen.keep.shape[1] / (seen.size[0] * seen.size[1])
-        calls = self.evaluations * len(self.blocks)
-        return (sum(left.values()) + calls - len(left)) / calls
+        return sum(self.kept_shares) / len(self.kept_shares)
+
+    def end_call(self, since: int) -> None:
+        """Sum up the call of the U-Net whose observations begin at index ``since``."""
+        # A later pruning layer of the same block overwrites the earlier one; a spared block has none and keeps all.
+        left = {seen.block: seen.keep.shape[1] / (seen.size[0] * seen.size[1]) for seen in self.observations[since:]}
+        self.kept_shares.append(sum(left.get(block, 1.0) for block in self.blocks) / len(self.blocks))
 
 
 @contextmanager
@@ -49,18 +55,21 @@ def recorded(target: Any) -> Iterator[Recording]:
     """
     unet = find_unet(target)
     recording = Recording()
+    seen_before = 0
 
     def note(seen: BlockObservation) -> None:
         recording.observations.append(
             seen._replace(importance=seen.importance.detach().float().cpu(), keep=seen.keep.detach().cpu())
         )
 
-    def count(*_: Any) -> None:
-        recording.evaluations += 1
+    def end_call(*_: Any) -> None:
+        nonlocal seen_before
+        recording.end_call(seen_before)
+        seen_before = len(recording.observations)
 
     with observed(target, note):
         recording.blocks = unet._atedm.blocks
-        hook = unet.register_forward_hook(count)
+        hook = unet.register_forward_hook(end_call)
         try:
             yield recording
         finally:

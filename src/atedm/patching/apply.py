@@ -136,7 +136,7 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
     for name in state.blocks:
         refuse_chunking(name, unet.get_submodule(name))
     position = step_position(given["timestep"])
-    state.step = torch.tensor(position.step)
+    state.step = torch.tensor(position.step, device="cpu")
     state.prune_less = is_prune_less(position.share, state.config.schedule, state.config.prune_less_share)
 
 

@@ -142,5 +142,5 @@ def refuse_chunking(name: str, module: Transformer2DModel) -> None:
         if layer._chunk_size is not None and layer._chunk_dim == 1:
             raise ValueError(
                 f"{name} has forward chunking over tokens on (dim=1), which cannot be honoured with fewer of them; "
-                "call unet.disable_forward_chunking(), or chunk over the batch with dim=0"
+                "call set_chunk_feed_forward(None) on its layers, or chunk over the batch with dim=0"
             )

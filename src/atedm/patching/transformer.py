@@ -50,7 +50,7 @@ class UNetState:
     blocks: tuple[str, ...]
     prune_less: bool = False
     #: Index of the denoising step. A tensor of the host, because `torch.compile` takes an int here for a constant.
-    step: Tensor = field(default_factory=partial(torch.tensor, 0))
+    step: Tensor = field(default_factory=partial(torch.tensor, 0, device="cpu"))
     observers: list[Any] = field(default_factory=list)
 
 

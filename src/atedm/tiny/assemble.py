@@ -63,10 +63,11 @@ def assemble(
         vae = pipe.vae
 
         @torch.inference_mode()
+        @torch.autocast("cpu", torch.bfloat16)
         def rebuild(images: torch.Tensor) -> torch.Tensor:
             latents = vae.encode(images * 2 - 1).latents
             rebuilt: torch.Tensor = vae.decode(latents + 0.05 * torch.randn_like(latents)).sample
-            return (rebuilt / 2 + 0.5).clamp(0, 1)
+            return (rebuilt.float() / 2 + 0.5).clamp(0, 1)
 
         save_classifier(train_classifier(60 * classifier_minutes, rebuild=rebuild), judge)
     folder.mkdir(parents=True, exist_ok=True)

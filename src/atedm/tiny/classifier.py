@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from atedm.tiny.scenes import (
     BACKGROUNDS,
+    CANVAS,
     COLOURS,
     RELATIONS,
     SHAPES,
@@ -142,7 +143,8 @@ def train_classifier(
     *,
     rebuild: Callable[[Tensor], Tensor] | None = None,
     batch: int = 48,
-    pool: int = 4000,
+    pool: int = 12_000,
+    rebuilt: int = 2000,
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> SceneClassifier:
@@ -150,20 +152,23 @@ def train_classifier(
 
     Args:
         seconds: training time, rendering the pool left out.
-        rebuild: sends images (B, 3, 128, 128) in [0, 1] through the shipped autoencoder; half of the pool goes that
-            way, because every picture to be judged will have.
-        batch: images per step.
+        rebuild: sends images (B, 3, 128, 128) in [0, 1] through the shipped autoencoder, because every picture to be
+            judged will have gone that way.
+        batch: images per step; half of them are rebuilt ones.
         pool: scenes rendered ahead.
+        rebuilt: how many of them are sent through ``rebuild``.
         seed: seed of scenes and weights.
         report: called now and then with a line of progress.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 2])
     scenes = [sample_scene(rng) for _ in range(pool)]
-    images = render_batch(scenes, rng)
-    if rebuild is not None:
-        half = pool // 2
-        images[:half] = torch.cat([rebuild(chunk) for chunk in torch.split(images[:half], 32)])
+    images = torch.empty(pool, 3, CANVAS, CANVAS, dtype=torch.uint8)
+    for start in range(0, pool, 32):
+        some = render_batch(scenes[start : start + 32], rng)
+        if rebuild is not None and start < rebuilt:
+            some = rebuild(some)
+        images[start : start + 32] = (some * 255).round().to(torch.uint8)
     targets = {name: torch.tensor(column) for name, column in _targets([canonical(scene) for scene in scenes]).items()}
     model = SceneClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
@@ -171,9 +176,11 @@ def train_classifier(
     while (spent := time.monotonic() - start) < seconds:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * spent / seconds)))
-        rows = torch.from_numpy(rng.integers(0, pool, size=batch))
+        rows = torch.from_numpy(
+            np.r_[rng.integers(0, rebuilt, size=batch // 2), rng.integers(0, pool, size=batch // 2)]
+        )
         shift = tuple(int(n) for n in rng.integers(-3, 4, size=2))
-        seen = images[rows].roll(shift, dims=(2, 3))
+        seen = (images[rows].float() / 255).roll(shift, dims=(2, 3))
         seen = (seen + 0.05 * rng.random() * torch.randn_like(seen)).clamp(0, 1)
         logits = model(seen)
         loss = torch.stack(
