@@ -86,11 +86,11 @@ def _build(seed: int, shape: dict[str, Any]) -> UNet2DConditionModel:
 def inputs(
     unet: UNet2DConditionModel, size: tuple[int, int] = (16, 16), batch: int = 2, words: int = 7, seed: int = 1
 ) -> dict[str, Any]:
-    """What one call of a U-Net takes besides the timestep."""
+    """What one call of a U-Net takes besides the timestep, in the U-Net's own precision."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(unet.dtype)
 
     call = {"sample": normal(batch, 4, *size), "encoder_hidden_states": normal(batch, words, TEXT_WIDTH)}
     if unet.config.addition_embed_type == "text_time":

@@ -62,7 +62,6 @@ def test_macs_of_a_block_are_what_torch_counts(
     for shape in summary.shapes:
         assert block_macs(shape, config) == counted_macs(unet, pruned, shape.place.name)
         assert block_macs(shape) == counted_macs(unet, dense, shape.place.name)
-    assert (dense.get_total_flops() > pruned.get_total_flops()) == (config.pruning_rate > 0)
 
 
 def test_a_batch_costs_as_many_times_and_the_summary_is_for_one_image() -> None:

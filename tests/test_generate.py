@@ -51,6 +51,21 @@ def test_the_kept_share_is_what_the_schedule_says(pipe: Any, tmp_path: Path) -> 
     assert made[0].kept_share == pytest.approx(summary.kept_share(10), abs=1e-4)
 
 
+def test_gradual_pruning_is_recorded_and_drawn_on_the_whole_grid(pipe: Any, tmp_path: Path) -> None:
+    config = atedm.PruningConfig(gradual=((0, 0.5), (1, 0.5)), schedule="constant", where="not-second-level")
+    with atedm.pruned(pipe, config), atedm.recorded(pipe) as recording:
+        pipe(PROMPTS[0], num_inference_steps=2, guidance_scale=3.0)
+    first, second = recording.observations[:2]
+    assert (first.layer, second.layer) == (0, 1)
+    assert (first.keep.shape[1], second.keep.shape[1]) == (32, 16)
+    assert first.importance.shape == second.importance.shape == (2, 64)
+    for element in (0, 1):
+        assert set(second.keep[element].tolist()) < set(first.keep[element].tolist())
+    assert recording.kept_share == 0.25
+    generate(pipe, request_for(prompts=PROMPTS[:1], config=config), tmp_path, compare=True, maps=True)
+    assert (tmp_path / "maps-0.png").exists()
+
+
 def test_rate_zero_is_the_dense_image(pipe: Any, tmp_path: Path) -> None:
     config = atedm.PruningConfig(pruning_rate=0.0)
     made = generate(pipe, request_for(prompts=PROMPTS[:1], config=config), tmp_path, compare=True, maps=True)

@@ -74,6 +74,21 @@ def test_image_to_image_runs_on_the_same_parts() -> None:
     assert recording.kept_share == pytest.approx(0.375, abs=0.01)  # the early steps of the schedule are never reached
 
 
+def test_training_goes_on_from_the_shipped_weights(tmp_path: Path) -> None:
+    import typer
+
+    from atedm.tiny.train import train
+
+    app = typer.Typer()
+    app.command()(train)
+    sitting = [str(tmp_path), "--minutes", "0.01", "--canvas", "64", "--batch", "2", "--scenes", "8", "--eager"]
+    shipped = ["--start-from", str(tiny_folder()), "--lr", "1e-9"]
+    assert CliRunner().invoke(app, sitting + shipped, catch_exceptions=False).exit_code == 0
+    moved = pipeline_from_run(tmp_path).unet.state_dict()
+    for name, weight in load_pipeline("tiny", device="cpu").unet.state_dict().items():
+        torch.testing.assert_close(moved[name], weight, rtol=0, atol=1e-4)
+
+
 def test_the_recipe_trains_resumes_and_assembles(tmp_path: Path) -> None:
     """Every stage of training runs for some seconds and its result opens; only the length differs from the real one."""
     import typer

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from atedm.patching.apply import observed
 from atedm.patching.survey import find_unet
 from atedm.patching.transformer import BlockObservation
@@ -14,7 +16,7 @@ from atedm.patching.transformer import BlockObservation
 
 @dataclass
 class Recording:
-    """The pruning layers that ran, in order, with tensors on the CPU."""
+    """The pruning layers that ran, in order, with tensors on the CPU and laid over the whole grid of their block."""
 
     observations: list[BlockObservation] = field(default_factory=list)
     #: Names of the blocks that may prune.
@@ -41,6 +43,12 @@ class Recording:
         self.kept_shares.append(sum(left.get(block, 1.0) for block in self.blocks) / len(self.blocks))
 
 
+def _on_the_grid(seen: BlockObservation, earlier: BlockObservation) -> BlockObservation:
+    """Lay a later pruning layer of a block over the whole grid; tokens that never reached it have importance 0."""
+    importance = torch.zeros_like(earlier.importance).scatter(1, earlier.keep, seen.importance)
+    return seen._replace(importance=importance, keep=earlier.keep.gather(1, seen.keep))
+
+
 @contextmanager
 def recorded(target: Any) -> Iterator[Recording]:
     """Record one image of a patched pipeline or U-Net.
@@ -58,9 +66,11 @@ def recorded(target: Any) -> Iterator[Recording]:
     seen_before = 0
 
     def note(seen: BlockObservation) -> None:
-        recording.observations.append(
-            seen._replace(importance=seen.importance.detach().float().cpu(), keep=seen.keep.detach().cpu())
-        )
+        seen = seen._replace(importance=seen.importance.detach().float().cpu(), keep=seen.keep.detach().cpu())
+        earlier = recording.observations[-1] if len(recording.observations) > seen_before else None
+        if earlier is not None and earlier.block == seen.block:
+            seen = _on_the_grid(seen, earlier)
+        recording.observations.append(seen)
 
     def end_call(*_: Any) -> None:
         nonlocal seen_before

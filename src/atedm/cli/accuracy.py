@@ -12,7 +12,7 @@ from atedm.cli.options import RateOption, pruning_config, quiet_libraries
 
 def accuracy(
     captions: Annotated[int, typer.Option(help="Held-out captions.")] = 500,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Seed of captions and noise.")] = 0,
     preset: Annotated[

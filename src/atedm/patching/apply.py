@@ -125,6 +125,8 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
     pickled or not, use their own. `torch.compile` must leave it alone, or it would compile it again at every step.
     """
     given = dict(zip(_FORWARD, args, strict=False)) | kwargs
+    if "timestep" not in given:
+        return  # the call fails at once, and diffusers says why
     if given.get("attention_mask") is not None:
         raise ValueError("attention_mask masks tokens by their place, which pruning changes; call atedm.remove first")
     if (given.get("cross_attention_kwargs") or {}).get("ip_adapter_masks") is not None:

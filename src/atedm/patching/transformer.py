@@ -33,9 +33,9 @@ class BlockObservation(NamedTuple):
     layer: int
     #: Index of the denoising step.
     step: int
-    #: (B, N) float32.
+    #: (B, N) float32, of the tokens that reach the layer: the whole grid, unless an earlier layer dropped some.
     importance: Tensor
-    #: (B, K) int64, ascending.
+    #: (B, K) int64, ascending: places among those N.
     keep: Tensor
     #: (h, w) of the block's grid.
     size: tuple[int, int]

@@ -13,6 +13,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ import torch.distributed as dist
 import typer
 from diffusers import AutoencoderTiny
 from diffusers.models.attention_processor import Attention
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPTokenizer
@@ -82,6 +84,10 @@ def train(
     scenes: Annotated[int, typer.Option(help="Scenes rendered ahead per process.")] = 20_000,
     autoencoder_minutes: Annotated[float, typer.Option(help="Training time of the autoencoder, if there is none.")] = 7,
     seed: Annotated[int, typer.Option(help="Seed of scenes, noise and weights.")] = 0,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(help="Begin a new run with the weights of a pipeline folder, such as the shipped one."),
+    ] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile: starts at once, a fifth slower.")] = False,
 ) -> None:
     """Train one sitting of the shipped model."""
@@ -92,7 +98,7 @@ def train(
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank == 0:
-        _prepare(run, autoencoder_minutes, seed)
+        _prepare(run, autoencoder_minutes, seed, start_from)
     if world > 1:
         dist.barrier()
     autoencoder = AutoencoderTiny.from_pretrained(run / "vae")
@@ -101,6 +107,8 @@ def train(
 
     torch.manual_seed(seed)
     model = Denoiser(tokenizer, compiled=not eager).to(device)
+    if start_from is not None and not (run / "state.pt").exists():
+        _load_parts(model, start_from)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     seen = _resume(run, model, average, optimizer)
@@ -161,12 +169,24 @@ def train(
         dist.destroy_process_group()
 
 
-def _prepare(run: Path, autoencoder_minutes: float, seed: int) -> None:
+def _prepare(run: Path, autoencoder_minutes: float, seed: int, start_from: Path | None) -> None:
     run.mkdir(parents=True, exist_ok=True)
+    for part in ("tokenizer", "vae"):
+        if start_from is not None and not (run / part).exists():
+            shutil.copytree(start_from / part, run / part)
     if not (run / "tokenizer").exists():
         build_tokenizer(run / "tokenizer")
     if not (run / "vae").exists():
         train_autoencoder(60 * autoencoder_minutes, seed=seed).save_pretrained(run / "vae")
+
+
+def _load_parts(model: Denoiser, folder: Path) -> None:
+    for part, file in (
+        ("text_encoder", "model.safetensors"),
+        ("text_encoder_2", "model.safetensors"),
+        ("unet", "diffusion_pytorch_model.safetensors"),
+    ):
+        getattr(model, part).load_state_dict(load_file(folder / part / file))
 
 
 def _resume(run: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -1,0 +1,241 @@
+"""The method inside the U-Net: every option runs, does what it should, and the whole agrees with a slow reference."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import atedm
+import references
+from atedm.config import PLACES, RANKINGS, RECOVERIES, SIMILARITIES, PruningConfig
+from atedm.patching.transformer import PrunedTransformer2DModel
+from atedm.pruning import keep_count
+from atedm.ranking import HEAD_FUSIONS
+from atedm.schedule import PAIRINGS, SCHEDULES
+from models import EARLY, LATE, TEXT_WIDTH, distance, importance, run, sd1_unet, sdxl_unet, small_unet, watched
+
+
+def output(unet: Any, config: PruningConfig, timestep: Any = LATE, **changes: Any) -> Tensor:
+    with atedm.pruned(unet, config):
+        return run(unet, timestep, **changes)
+
+
+# --- against a reference ----------------------------------------------------------------------------------------------
+
+
+def reference_block(block: Any, x: Tensor, text: Tensor, config: PruningConfig) -> Tensor:
+    """One attention block with its layers from diffusers, and all that is pruning from the slow references."""
+    batch, channels, height, width = x.shape
+    tokens = block.proj_in(block.norm(x).permute(0, 2, 3, 1).reshape(batch, height * width, channels))
+    refills = []
+    rates = dict(config.rates)
+    for index, layer in enumerate(block.transformer_blocks):
+        normed = layer.norm1(tokens)
+        q, k = (
+            project(normed).unflatten(-1, (layer.attn1.heads, -1)).transpose(1, 2).double()
+            for project in (layer.attn1.to_q, layer.attn1.to_k)
+        )
+        scale = q.shape[-1] ** -0.5
+        tokens = layer(tokens, encoder_hidden_states=text)
+        if index not in rates:
+            continue
+        count = keep_count(tokens.shape[1], rates[index])
+        kept, sources = [], []
+        for q_image, k_image in zip(q.tolist(), k.tolist(), strict=True):
+            ranked = references.importance(q_image, k_image, scale, "self-attention", config.head_fusion, config.iterations)
+            keep = references.keep_most_important(ranked, count)
+            kept.append(keep)
+            sources.append(references.attention_source(references.mean_attention_map(q_image, k_image, scale), keep))
+        tokens = torch.stack([tokens[b, keep] for b, keep in enumerate(kept)])
+        refills.append(sources)
+    for sources in reversed(refills):
+        tokens = torch.stack([tokens[b, source] for b, source in enumerate(sources)])
+    return block.proj_out(tokens).reshape(batch, height, width, channels).permute(0, 3, 1, 2) + x
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PruningConfig(),
+        PruningConfig(gradual=((0, 0.3), (1, 0.5)), head_fusion="mean-map"),
+        PruningConfig(gradual=((1, 0.7),), iterations=7),
+    ],
+    ids=["paper", "gradual", "second-layer"],
+)
+def test_a_block_agrees_with_the_slow_reference(config: PruningConfig) -> None:
+    unet = sdxl_unet().double()
+    atedm.apply(unet, config)
+    block = unet.get_submodule("mid_block.attentions.0")
+    assert isinstance(block, PrunedTransformer2DModel)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 48, 4, 5, generator=generator, dtype=torch.float64)
+    text = torch.randn(2, 7, TEXT_WIDTH, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        actual = block(x, encoder_hidden_states=text).sample
+        torch.testing.assert_close(actual, reference_block(block, x, text, config), rtol=1e-7, atol=1e-7)
+        (as_tuple,) = block(x, encoder_hidden_states=text, return_dict=False)
+        assert torch.equal(as_tuple, actual)
+        assert not torch.allclose(actual, reference_block(block, x, text, PruningConfig(pruning_rate=0.0)), atol=0.1)
+
+
+# --- the places -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [sdxl_unet, sd1_unet])
+@pytest.mark.parametrize(
+    "config",
+    [
+        PruningConfig(),
+        PruningConfig(recovery="zero-padding"),
+        PruningConfig(recovery="bicubic"),
+        PruningConfig(ranking="cross-attention-power", recovery="zero-padding"),
+        PruningConfig(gradual=((0, 0.3), (1, 0.4))),
+    ],
+    ids=["similarity-copy", "zero-padding", "bicubic", "cross-attention", "gradual"],
+)
+def test_where_in_the_layer_tokens_are_dropped_does_not_matter_because_the_kept_never_read_them_again(
+    build: Any, config: PruningConfig
+) -> None:
+    """Behind self-attention every token is on its own, so what the dropped ones still do is thrown away.
+
+    Only their refill can tell: it must not depend on their values.
+    """
+    unet = build().double()
+    dense = run(unet)
+    after = [output(unet, config.replace(place=place)) for place in PLACES if build is sdxl_unet or place != PLACES[0]]
+    assert distance(after[0], dense) > 0.1
+    for other in after[1:]:
+        torch.testing.assert_close(other, after[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [PruningConfig(recovery="direct-copy"), PruningConfig(similarity="cosine")])
+def test_a_refill_by_the_values_of_the_dropped_tells_the_places_apart(config: PruningConfig) -> None:
+    unet = sdxl_unet()
+    outputs = [output(unet, config.replace(place=place)) for place in PLACES]
+    assert min(distance(outputs[i], outputs[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 0.1
+
+
+def test_an_earlier_place_costs_less() -> None:
+    savings = [atedm.apply(sdxl_unet(), PruningConfig(place=place)).saving for place in PLACES]
+    assert savings[0] < savings[1] < savings[2]
+
+
+# --- every option -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("pruning_rate", (0.1, 0.3, 0.63, 0.95)),
+        ("ranking", RANKINGS),
+        ("head_fusion", HEAD_FUSIONS),
+        ("iterations", (1, 2, 3)),
+        ("tolerance", (None, 10.0)),
+        ("recovery", RECOVERIES),
+        ("similarity", SIMILARITIES),
+        ("gradual", ((), ((1, 0.63),), ((0, 0.4), (1, 0.4)))),
+        ("where", ("everywhere", "not-second-level")),
+    ],
+)
+def test_each_value_of_an_option_runs_and_makes_another_image(field: str, values: Any) -> None:
+    unet = sdxl_unet()
+    outputs = [run(unet), *(output(unet, PruningConfig(**{field: value})) for value in values)]
+    for index, one in enumerate(outputs):
+        assert torch.isfinite(one).all()
+        for other in outputs[:index]:
+            assert distance(one, other) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("ranking", "changes"),
+    [
+        ("cross-attention-hard-clip", {"eta": 0.5}),
+        ("cross-attention-soft-clip", {"eta": 0.9}),
+        ("cross-attention-power", {"alpha": 1.0}),
+        ("cross-attention-power", {"beta": 0.1}),
+        ("uniform-random", {"seed": 1}),
+        ("cross-attention-entropy", {"head_fusion": "mean-map"}),
+    ],
+)
+def test_the_constants_of_a_ranking_change_the_importance(ranking: str, changes: dict[str, Any]) -> None:
+    unet = small_unet()
+    with atedm.pruned(unet, PruningConfig(ranking=ranking)):
+        plain = importance(unet)
+    with atedm.pruned(unet, PruningConfig(ranking=ranking, **changes)):
+        changed = importance(unet)
+    for name, value in plain.items():
+        assert (changed[name] - value).abs().max() > 1e-3 * value.max()
+
+
+def test_a_tolerance_stops_the_ranking_early() -> None:
+    unet = sdxl_unet()
+    once = output(unet, PruningConfig(iterations=1))
+    assert torch.equal(output(unet, PruningConfig(iterations=50, tolerance=10.0)), once)
+    settled = output(unet, PruningConfig(iterations=200))
+    assert torch.equal(output(unet, PruningConfig(iterations=200, tolerance=1e-30)), settled)
+    assert not torch.equal(settled, once)
+
+
+def test_cross_attention_rankings_go_by_the_words_and_self_attention_does_so_only_later() -> None:
+    unet = small_unet()
+    words = torch.randn(2, 7, TEXT_WIDTH, generator=torch.Generator().manual_seed(9))
+    first = "down_blocks.1.attentions.0"
+    for ranking in RANKINGS:
+        with atedm.pruned(unet, PruningConfig(ranking=ranking)):
+            same = torch.equal(importance(unet)[first], importance(unet, encoder_hidden_states=words)[first])
+        assert same != ranking.startswith("cross-attention")
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_a_pairing_spares_its_blocks_in_early_steps_only(pairing: str) -> None:
+    unet = sdxl_unet()
+    summary = atedm.apply(unet, PruningConfig(unpruned_blocks=pairing))
+    down, up = ({"F": 0, "M": count // 2, "L": count - 1}[letter] for letter, count in zip(pairing[::2], (2, 3), strict=True))
+    spared = {f"down_blocks.{stage}.attentions.{down}" for stage in (1, 2)}
+    spared |= {f"up_blocks.{stage}.attentions.{up}" for stage in (0, 1)}
+    with watched(unet) as calls:
+        run(unet, EARLY)
+        run(unet, LATE)
+    assert summary.spared == spared
+    assert calls[0].kept.keys() == summary.pruned - spared
+    assert calls[1].kept.keys() == summary.pruned
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_prunes_all_blocks_early_late_or_always(schedule: str) -> None:
+    unet = sdxl_unet()
+    everywhere = {step: output(unet, PruningConfig(schedule="constant"), step) for step in (EARLY, LATE)}
+    same = {step: torch.equal(output(unet, PruningConfig(schedule=schedule), step), everywhere[step]) for step in everywhere}
+    assert same == {
+        "prune-less-early": {EARLY: False, LATE: True},
+        "prune-more-early": {EARLY: True, LATE: False},
+        "constant": {EARLY: True, LATE: True},
+    }[schedule]
+
+
+# --- uniform random ---------------------------------------------------------------------------------------------------
+
+
+def test_random_ranking_moves_with_the_step_and_leaves_the_generator_alone() -> None:
+    unet = small_unet()
+    atedm.apply(unet, PruningConfig(ranking="uniform-random"))
+    timesteps = torch.linspace(999, 0, 10)
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    at = [importance(unet, t)["mid_block.attentions.0"] for t in (timesteps[4], timesteps[5], timesteps[4])]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(at[0], at[2])
+    assert not torch.equal(at[0], at[1])
+    assert not torch.equal(at[0][0], at[0][1])  # nor are the images of a batch pruned alike
+    expected = references.uniform_random(2, 64, seed=0, step=4)
+    assert torch.equal(at[0].double(), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_random_ranking_needs_no_more_than_its_seed_to_be_the_same() -> None:
+    config = PruningConfig(ranking="uniform-random", seed=5)
+    torch.manual_seed(1)
+    first = output(small_unet(), config)
+    torch.manual_seed(2)
+    assert torch.equal(output(small_unet(), config), first)
+    assert not torch.equal(output(small_unet(), config.replace(seed=6)), first)

@@ -1,0 +1,339 @@
+"""What cannot be honoured is refused with a message that says why, before any work, and nothing has been changed."""
+
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from diffusers import (
+    DDPMPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    UNetMotionModel,
+)
+from diffusers.models.attention import BasicTransformerBlock
+from torch import nn
+
+import atedm
+from atedm.config import PruningConfig
+from models import LATE, each_layer, run, scheduler, sd1_unet, sdxl_pipeline, sdxl_unet, snapshot
+
+
+def refuse(unet: Any, config: Any, error: type[Exception], message: str) -> None:
+    """Apply must raise and leave no trace."""
+    before = snapshot(unet)
+    with pytest.raises(error, match=message):
+        atedm.apply(unet, config)
+    assert snapshot(unet) == before
+    assert not atedm.is_applied(unet)
+
+
+# --- the target -------------------------------------------------------------------------------------------------------
+
+
+def pixart() -> PixArtSigmaPipeline:
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=1, attention_head_dim=8, num_layers=1, sample_size=8, caption_channels=8, cross_attention_dim=8
+    )
+    return PixArtSigmaPipeline(None, None, None, transformer, scheduler())
+
+
+def unconditional() -> UNet2DModel:
+    return UNet2DModel(8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4)
+
+
+def video() -> UNetMotionModel:
+    return UNetMotionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlockMotion",),
+        up_block_types=("CrossAttnUpBlockMotion",),
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        motion_num_attention_heads=1,
+        num_attention_heads=1,
+        motion_max_seq_length=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [
+        (pixart, r"^PixArtSigmaPipeline has no U-Net \(it has transformer: PixArtTransformer2DModel\)"),
+        (lambda: pixart().transformer, "^found a PixArtTransformer2DModel"),
+        (lambda: DDPMPipeline(unconditional(), scheduler()), "^found a UNet2DModel"),
+        (unconditional, "^found a UNet2DModel"),
+        (video, "^found a UNetMotionModel"),
+        (lambda: SimpleNamespace(unet=video()), "^found a UNetMotionModel"),
+        (lambda: nn.Linear(2, 2), "^found a Linear"),
+        (lambda: torch.compile(nn.Linear(2, 2)), "^found a Linear"),
+        (lambda: None, "^NoneType has no U-Net"),
+        (lambda: "stabilityai/sdxl-turbo", "^str has no U-Net"),
+    ],
+    ids=["pixart", "transformer", "ddpm", "unet-2d", "motion", "video", "linear", "compiled", "none", "name"],
+)
+def test_another_kind_of_model_is_refused_by_name(target: Callable[[], Any], found: str) -> None:
+    model = target()
+    works = "; AT-EDM prunes the attention blocks of a UNet2DConditionModel, so it works on .*StableDiffusionXLPipeline"
+    for verb in (atedm.apply, atedm.remove, atedm.is_applied):
+        with pytest.raises(TypeError, match=found + works):
+            verb(model)
+
+
+def test_a_unet_without_attention_is_refused() -> None:
+    unet = sdxl_unet(
+        down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "UpBlock2D"),
+        mid_block_type=None,
+    )
+    refuse(unet, "paper", ValueError, "no attention blocks .*so there is nothing to prune")
+
+
+# --- the config -------------------------------------------------------------------------------------------------------
+
+
+def test_a_config_of_another_type_is_refused() -> None:
+    for config in (None, 0.63, {"pruning_rate": 0.5}):
+        refuse(sdxl_unet(), config, TypeError, "config must be a PruningConfig or the name of a preset, not a ")
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
+    refuse(sdxl_unet(), "tubro", ValueError, r"unknown preset 'tubro'; did you mean 'turbo'\?")
+
+
+def test_where_that_names_no_block_is_refused() -> None:
+    message = "where='.*nowhere' names none of the 11 attention blocks"
+
+    def nowhere(block: atedm.BlockPlace) -> bool:
+        return False
+
+    refuse(sdxl_unet(), PruningConfig(where=nowhere), ValueError, message)
+    at_level = functools.partial(lambda level, block: block.level == level, 9)
+    refuse(sdxl_unet(), PruningConfig(where=at_level), ValueError, "names none of the 11")
+
+
+def test_a_where_that_raises_leaves_the_model_as_it_was() -> None:
+    refuse(sdxl_unet(), PruningConfig(where=lambda block: block.nonsense), AttributeError, "nonsense")  # type: ignore[attr-defined]
+
+
+def test_blocks_of_one_layer_have_nothing_to_prune_after_it_and_the_message_names_the_place_that_has() -> None:
+    unet = sd1_unet()
+    message = (
+        "nothing to prune: the attention blocks of this model have 1 layer, .* as in SD 1.x and 2.x; "
+        r'PruningConfig\(place="after-self-attention"\) works here'
+    )
+    refuse(unet, "paper", ValueError, message)
+    summary = atedm.apply(unet, PruningConfig(place="after-self-attention"))
+    assert summary.saving > 0.1
+
+
+def test_a_pruning_layer_that_no_block_has_is_refused() -> None:
+    for config in (PruningConfig(gradual=((3, 0.5),)), PruningConfig(gradual=((3, 0.5),), place="before-feed-forward")):
+        refuse(sdxl_unet(), config, ValueError, "the attention blocks of this model have no layer 3, but 3")
+    refuse(sdxl_unet(), PruningConfig(gradual=((2, 0.5),)), ValueError, "have 3 layers, .* none is left to run on fewer")
+
+
+def test_only_blocks_with_something_to_gain_are_patched() -> None:
+    unet = sdxl_unet()
+    summary = atedm.apply(unet, PruningConfig(gradual=((1, 0.5),)))
+    assert {shape.place.level for shape in summary.shapes if shape.place.name in summary.pruned} == {3}
+    assert "6 of 11 blocks prune" in str(summary)
+
+
+# --- the state of the model -------------------------------------------------------------------------------------------
+
+
+def test_applying_twice_is_refused_and_the_first_stays() -> None:
+    pipe = sdxl_pipeline()
+    atedm.apply(pipe, "turbo")
+    before, output = snapshot(pipe.unet), run(pipe.unet)
+    for target in (pipe, pipe.unet):
+        with pytest.raises(ValueError, match=r"patched already; call atedm\.remove\(\.\.\.\) first"):
+            atedm.apply(target, "paper")
+    assert snapshot(pipe.unet) == before
+    assert torch.equal(run(pipe.unet), output)
+    atedm.remove(pipe)
+
+
+def test_a_forward_overridden_on_the_instance_is_refused() -> None:
+    unet = sdxl_unet()
+    block = unet.get_submodule("up_blocks.0.attentions.1")
+    block.forward = functools.partial(Transformer2DModel.forward, block)
+    refuse(unet, "paper", ValueError, r"forward of up_blocks\.0\.attentions\.1 is already overridden on the instance")
+
+
+def test_an_offload_hook_on_a_block_is_refused_with_the_order_that_works() -> None:
+    unet = sdxl_unet()
+    add_hook_to_module(unet.get_submodule("mid_block.attentions.0"), AlignDevicesHook("cpu"))
+    refuse(unet, "paper", ValueError, r"mid_block\.attentions\.0 is already overridden .*apply atedm first, then that")
+
+
+def test_a_block_of_another_class_is_refused() -> None:
+    class Other(Transformer2DModel):
+        pass
+
+    unet = sdxl_unet()
+    unet.get_submodule("mid_block.attentions.0").__class__ = Other
+    refuse(unet, "paper", TypeError, "mid_block.attentions.0 is a Other, not diffusers' own Transformer2DModel")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("norm_type", "ada_norm"), ("pos_embed", nn.Identity()), ("only_cross_attention", True), ("attn2", None)],
+)
+def test_a_layer_of_a_kind_not_known_is_refused(attribute: str, value: Any) -> None:
+    unet = sdxl_unet()
+    setattr(unet.get_submodule("mid_block.attentions.0").transformer_blocks[1], attribute, value)
+    refuse(unet, "paper", ValueError, r"mid_block\.attentions\.0\.transformer_blocks\.1 is of a kind not known here")
+
+
+def test_a_layer_that_is_no_basic_transformer_block_is_refused() -> None:
+    unet = sdxl_unet()
+    unet.get_submodule("mid_block.attentions.0").transformer_blocks[1] = nn.Identity()
+    refuse(unet, "paper", TypeError, "transformer_blocks.1 is a Identity, not a BasicTransformerBlock")
+
+
+class Quiet(BasicTransformerBlock):  # type: ignore[misc]
+    """A layer as other patches make it of diffusers' own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return halved(self, *args, **kwargs)
+
+
+def halved(layer: BasicTransformerBlock, *args: Any, **kwargs: Any) -> Any:
+    return 0.5 * BasicTransformerBlock.forward(layer, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PruningConfig(place="before-feed-forward"),
+        PruningConfig(place="after-self-attention"),
+        PruningConfig(ranking="cross-attention-power"),
+    ],
+    ids=lambda config: f"{config.place}-{config.ranking}",
+)
+@pytest.mark.parametrize("how", ["subclass", "instance"])
+def test_a_changed_layer_runs_as_it_is_and_is_refused_where_it_would_be_passed_over(
+    config: PruningConfig, how: str
+) -> None:
+    unet = sdxl_unet()
+    with atedm.pruned(unet):
+        plain = run(unet)
+    layers = unet.get_submodule("mid_block.attentions.0").transformer_blocks
+    for layer in (layers[0], layers[1]):
+        if how == "subclass":
+            layer.__class__ = Quiet
+        else:
+            layer.forward = functools.partial(halved, layer)
+    with atedm.pruned(unet):
+        assert not torch.equal(run(unet), plain)
+    refuse(unet, config, ValueError, r"mid_block\.attentions\.0\.transformer_blocks\.0 is overridden .*apply atedm\s*first")
+    # The second layer may be changed: it is run whole.
+    if how == "subclass":
+        layers[0].__class__ = BasicTransformerBlock
+    else:
+        del layers[0].forward
+    atedm.apply(unet, config)
+
+
+# --- forward chunking -------------------------------------------------------------------------------------------------
+
+CHUNKING = r"forward chunking over tokens on \(dim=1\).*set_chunk_feed_forward\(None\).*dim=0"
+
+
+def test_chunking_over_tokens_is_refused_when_it_was_set_before() -> None:
+    unet = sdxl_unet()
+    each_layer(unet, lambda layer: layer.set_chunk_feed_forward(1, dim=1))  # type: ignore[operator]
+    refuse(unet, "paper", ValueError, CHUNKING)
+
+
+@pytest.mark.parametrize("timestep", [999, 1])
+def test_chunking_over_tokens_is_refused_when_it_is_set_after(timestep: int) -> None:
+    unet = sdxl_unet()
+    atedm.apply(unet)
+    pruned = run(unet, timestep)
+    each_layer(unet, lambda layer: layer.set_chunk_feed_forward(1, dim=1))  # type: ignore[operator]
+    worked = []
+    hook = unet.conv_in.register_forward_hook(lambda *_: worked.append(1))
+    with pytest.raises(ValueError, match=CHUNKING):
+        run(unet, timestep)
+    assert not worked
+    each_layer(unet, lambda layer: layer.set_chunk_feed_forward(None))  # type: ignore[operator]
+    assert torch.equal(run(unet, timestep), pruned)
+    hook.remove()
+
+
+def test_chunking_over_the_batch_is_honoured() -> None:
+    unet = sdxl_unet()
+    atedm.apply(unet)
+    pruned = run(unet)
+    each_layer(unet, lambda layer: layer.set_chunk_feed_forward(1, dim=0))  # type: ignore[operator]
+    torch.testing.assert_close(run(unet), pruned, rtol=1e-3, atol=1e-3)
+
+
+# --- a call -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 64)}, r"attention_mask masks tokens by their place.*call atedm\.remove first"),
+        (
+            {"cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 1, 16, 16)]}},
+            "ip_adapter_masks are laid over the tokens by their number.*leave the masks out",
+        ),
+    ],
+    ids=["attention-mask", "ip-adapter-masks"],
+)
+@pytest.mark.parametrize("timestep", [999, 1])
+def test_masks_of_tokens_are_refused_before_any_work(changes: dict[str, Any], message: str, timestep: int) -> None:
+    unet = sdxl_unet()
+    atedm.apply(unet)
+    before = run(unet, timestep)
+    worked = []
+    hook = unet.conv_in.register_forward_hook(lambda *_: worked.append(1))
+    with pytest.raises(ValueError, match=message):
+        run(unet, timestep, **changes)
+    assert not worked
+    hook.remove()
+    assert torch.equal(run(unet, timestep), before)
+
+
+def test_an_attention_mask_is_refused_by_position_too() -> None:
+    unet = sdxl_unet()
+    atedm.apply(unet)
+    x, text = torch.zeros(1, 4, 16, 16), torch.zeros(1, 7, 96)
+    with pytest.raises(ValueError, match="attention_mask"):
+        unet(x, LATE, text, None, None, torch.ones(1, 64))
+    with pytest.raises(ValueError, match="ip_adapter_masks"):
+        unet(x, LATE, text, None, None, None, {"ip_adapter_masks": [torch.ones(1, 1, 16, 16)]})
+
+
+def test_masks_that_are_none_are_no_masks() -> None:
+    unet = sdxl_unet()
+    atedm.apply(unet)
+    assert torch.equal(run(unet, attention_mask=None, cross_attention_kwargs=None), run(unet))
+
+
+def test_a_call_without_a_timestep_is_left_to_diffusers_to_refuse() -> None:
+    unet = sdxl_unet()
+    atedm.apply(unet)
+    with pytest.raises(TypeError, match="timestep"):
+        unet(sample=torch.zeros(1, 4, 16, 16), encoder_hidden_states=torch.zeros(1, 7, 96))
+
+
+def test_a_model_is_a_unet_by_its_class_and_no_subclass() -> None:
+    class Mine(UNet2DConditionModel):  # type: ignore[misc]
+        pass
+
+    unet = sdxl_unet()
+    unet.__class__ = Mine
+    with pytest.raises(TypeError, match="^found a Mine"):
+        atedm.apply(unet)
