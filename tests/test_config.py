@@ -60,6 +60,16 @@ def test_pruning_rate_is_one_layer_and_gradual_replaces_it() -> None:
     assert PruningConfig(gradual=[[0, 0.2], [3, 0.4]]).rates == ((0, 0.2), (3, 0.4))  # type: ignore[arg-type]
 
 
+def test_in_a_block_only_layers_count_after_which_something_runs_on_fewer_tokens() -> None:
+    config = PruningConfig(gradual=((0, 0.1), (1, 0.2), (3, 0.3)))
+    assert config.rates_in(5) == config.rates_in(9) == config.rates == ((0, 0.1), (1, 0.2), (3, 0.3))
+    assert config.rates_in(4) == config.rates_in(3) == ((0, 0.1), (1, 0.2))
+    assert config.rates_in(1) == ()
+    for place in ("before-feed-forward", "after-self-attention"):
+        assert config.replace(place=place).rates_in(4) == config.rates
+        assert config.replace(place=place).rates_in(1) == ((0, 0.1),)
+
+
 @pytest.mark.parametrize(
     ("changes", "needed"),
     [

@@ -230,12 +230,18 @@ def test_an_exception_in_the_middle_of_an_image_leaves_the_model_as_before() -> 
             raise Interruption
         return kwargs
 
-    with pytest.raises(Interruption), atedm.pruned(pipe) as summary:
-        assert atedm.is_applied(pipe)
-        assert isinstance(summary, atedm.PatchSummary)
+    with pytest.raises(Interruption), atedm.pruned(pipe):
         draw(pipe, callback_on_step_end=interrupt)
     assert snapshot(pipe.unet) == before
     assert torch.equal(draw(pipe), dense)
+
+
+def test_pruned_gives_the_summary() -> None:
+    unet = small_unet()
+    with atedm.pruned(unet, PruningConfig(pruning_rate=0.5)) as summary:
+        assert atedm.is_applied(unet)
+    assert not atedm.is_applied(unet)
+    assert summary == atedm.apply(unet, PruningConfig(pruning_rate=0.5))
 
 
 def test_pruned_removes_from_the_unet_it_was_applied_to() -> None:
@@ -259,16 +265,16 @@ def test_equal_seeds_give_equal_images_twice_in_a_row() -> None:
 
 def test_observers_see_the_kept_tokens_and_only_inside_the_block() -> None:
     unet = sdxl_unet()
-    atedm.apply(unet, PruningConfig(gradual=((0, 0.5), (2, 0.5))))
+    atedm.apply(unet, PruningConfig(gradual=((0, 0.5), (1, 0.5))))
     seen: list[atedm.BlockObservation] = []
     dense_run = run(unet)
     with atedm.observed(unet, seen.append):
         assert torch.equal(run(unet), dense_run)
-    assert len(seen) == 11 + 6  # blocks of the third level have a third layer
+    assert len(seen) == 11 + 6  # only blocks of the third level have something to run after their second layer
     for one in seen:
         batch, tokens = one.importance.shape
         assert (batch, one.importance.dtype) == (2, torch.float32)
-        assert tokens == (one.size[0] * one.size[1]) >> (one.layer // 2)
+        assert tokens == (one.size[0] * one.size[1]) >> one.layer
         assert one.keep.shape == (batch, tokens // 2)
         order = one.importance.argsort(dim=-1, descending=True, stable=True)[:, : tokens // 2]
         assert torch.equal(one.keep, order.sort(dim=-1).values)

@@ -18,6 +18,7 @@ from torch import Tensor
 import atedm
 from atedm.config import PruningConfig
 from models import (
+    EARLY,
     LATE,
     distance,
     draw,
@@ -143,7 +144,9 @@ def test_each_image_of_a_batch_is_pruned_on_its_own() -> None:
 
 
 @pytest.mark.parametrize("timestep", [999, 1])
-@pytest.mark.parametrize("config", [PruningConfig(), PruningConfig(ranking="cross-attention-entropy")], ids=["self", "cross"])
+@pytest.mark.parametrize(
+    "config", [PruningConfig(), PruningConfig(ranking="cross-attention-entropy")], ids=["self", "cross"]
+)
 def test_with_and_without_prompt_in_one_call_or_in_two_is_the_same(config: PruningConfig, timestep: int) -> None:
     unet = sdxl_unet().double()
     dense = run(unet, timestep)
@@ -182,17 +185,21 @@ def test_arguments_by_name_by_position_and_as_a_tuple_are_the_same() -> None:
     unet = sdxl_unet()
     atedm.apply(unet)
     call = inputs(unet)
+    x, words = call["sample"], call["encoder_hidden_states"]
     added = {"added_cond_kwargs": call["added_cond_kwargs"]}
-    for t in (999, torch.linspace(999, 0, 5)[1], torch.linspace(999, 0, 5)[4]):
-        with torch.no_grad():
-            named = unet(sample=call["sample"], timestep=t, encoder_hidden_states=call["encoder_hidden_states"], **added)
-            placed = unet(call["sample"], t, call["encoder_hidden_states"], **added)
-            mixed = unet(call["sample"], encoder_hidden_states=call["encoder_hidden_states"], timestep=t, **added)
-            as_tuple = unet(**call, timestep=t, return_dict=False)
-        assert isinstance(as_tuple, tuple)
-        assert len(as_tuple) == 1
-        for output in (placed.sample, mixed.sample, as_tuple[0]):
-            assert torch.equal(output, named.sample)
+    timesteps = torch.linspace(999, 0, 5)
+    for t, other in ((999, LATE), (timesteps[1], LATE), (timesteps[4], EARLY)):
+        ways = [
+            lambda t=t: unet(x, t, words, **added).sample,
+            lambda t=t: unet(x, encoder_hidden_states=words, timestep=t, **added).sample,
+            lambda t=t: unet(**call, timestep=t, return_dict=False)[0],
+        ]
+        named = run(unet, t)
+        for way in ways:
+            run(unet, other)
+            with torch.no_grad():
+                assert torch.equal(way(), named)
+        assert not torch.equal(run(unet, other), named)
 
 
 def test_padded_words_can_be_masked() -> None:

@@ -13,7 +13,7 @@ from atedm.patching.transformer import PrunedTransformer2DModel
 from atedm.pruning import keep_count
 from atedm.ranking import HEAD_FUSIONS
 from atedm.schedule import PAIRINGS, SCHEDULES
-from models import EARLY, LATE, TEXT_WIDTH, distance, importance, run, sd1_unet, sdxl_unet, small_unet, watched
+from models import EARLY, LATE, TEXT_WIDTH, distance, importance, inputs, run, sd1_unet, sdxl_unet, small_unet, watched
 
 
 def output(unet: Any, config: PruningConfig, timestep: Any = LATE, **changes: Any) -> Tensor:
@@ -43,7 +43,8 @@ def reference_block(block: Any, x: Tensor, text: Tensor, config: PruningConfig) 
         count = keep_count(tokens.shape[1], rates[index])
         kept, sources = [], []
         for q_image, k_image in zip(q.tolist(), k.tolist(), strict=True):
-            ranked = references.importance(q_image, k_image, scale, "self-attention", config.head_fusion, config.iterations)
+            how = ("self-attention", config.head_fusion, config.iterations)
+            ranked = references.importance(q_image, k_image, scale, *how)
             keep = references.keep_most_important(ranked, count)
             kept.append(keep)
             sources.append(references.attention_source(references.mean_attention_map(q_image, k_image, scale), keep))
@@ -90,7 +91,7 @@ def test_a_block_agrees_with_the_slow_reference(config: PruningConfig) -> None:
         PruningConfig(recovery="zero-padding"),
         PruningConfig(recovery="bicubic"),
         PruningConfig(ranking="cross-attention-power", recovery="zero-padding"),
-        PruningConfig(gradual=((0, 0.3), (1, 0.4))),
+        PruningConfig(gradual=((0, 0.3), (1, 0.4)), where=lambda block: block.level == 3),
     ],
     ids=["similarity-copy", "zero-padding", "bicubic", "cross-attention", "gradual"],
 )
@@ -191,7 +192,7 @@ def test_cross_attention_rankings_go_by_the_words_and_self_attention_does_so_onl
 def test_a_pairing_spares_its_blocks_in_early_steps_only(pairing: str) -> None:
     unet = sdxl_unet()
     summary = atedm.apply(unet, PruningConfig(unpruned_blocks=pairing))
-    down, up = ({"F": 0, "M": count // 2, "L": count - 1}[letter] for letter, count in zip(pairing[::2], (2, 3), strict=True))
+    down, up = {"F": 0, "L": 1}[pairing[0]], {"F": 0, "M": 1, "L": 2}[pairing[2]]
     spared = {f"down_blocks.{stage}.attentions.{down}" for stage in (1, 2)}
     spared |= {f"up_blocks.{stage}.attentions.{up}" for stage in (0, 1)}
     with watched(unet) as calls:
@@ -206,12 +207,38 @@ def test_a_pairing_spares_its_blocks_in_early_steps_only(pairing: str) -> None:
 def test_a_schedule_prunes_all_blocks_early_late_or_always(schedule: str) -> None:
     unet = sdxl_unet()
     everywhere = {step: output(unet, PruningConfig(schedule="constant"), step) for step in (EARLY, LATE)}
-    same = {step: torch.equal(output(unet, PruningConfig(schedule=schedule), step), everywhere[step]) for step in everywhere}
-    assert same == {
-        "prune-less-early": {EARLY: False, LATE: True},
-        "prune-more-early": {EARLY: True, LATE: False},
-        "constant": {EARLY: True, LATE: True},
-    }[schedule]
+    same = {
+        step: torch.equal(output(unet, PruningConfig(schedule=schedule), step), everywhere[step]) for step in everywhere
+    }
+    assert (
+        same
+        == {
+            "prune-less-early": {EARLY: False, LATE: True},
+            "prune-more-early": {EARLY: True, LATE: False},
+            "constant": {EARLY: True, LATE: True},
+        }[schedule]
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"recovery": recovery, "ranking": ranking} for recovery, ranking in zip(2 * RECOVERIES, RANKINGS, strict=False)]
+    + [{"similarity": "cosine", "head_fusion": "mean-map"}, {"place": "after-self-attention"}],
+    ids=str,
+)
+def test_nothing_waits_for_the_device(changes: dict[str, Any]) -> None:
+    """Tensors without values run through, so no value is ever read."""
+    unet = small_unet().to("meta")
+    call = inputs(unet)
+    call = {key: value.to("meta") for key, value in call.items() if isinstance(value, Tensor)} | {
+        "added_cond_kwargs": {key: value.to("meta") for key, value in call["added_cond_kwargs"].items()}
+    }
+    summary = atedm.apply(unet, PruningConfig(**changes))
+    with watched(unet) as calls:
+        for timestep in torch.linspace(999, 0, 2, device="meta"):
+            assert run(unet, timestep, **call).shape == (2, 4, 16, 16)
+    assert [call.step for call in calls] == [0, 1]
+    assert [call.is_prune_less(summary) for call in calls] == [True, False]
 
 
 # --- uniform random ---------------------------------------------------------------------------------------------------

@@ -65,9 +65,9 @@ def through_torch_save(unet: UNet2DConditionModel, folder: Path) -> UNet2DCondit
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
 def test_a_copy_has_its_own_weights_and_its_own_patch(way: str, tmp_path: Path) -> None:
-    unet = sdxl_unet()
+    unet = small_unet()
     dense = run(unet)
-    atedm.apply(unet, "turbo")
+    atedm.apply(unet)
     early, late = run(unet, EARLY), run(unet, LATE)
     make = {"deepcopy": copy.deepcopy, "pickle": through_pickle}.get(way, lambda u: through_torch_save(u, tmp_path))
     twin = make(unet)
@@ -211,7 +211,12 @@ def test_checkpointing_gives_the_same_gradients(place: str, timestep: int) -> No
     atedm.apply(unet, PruningConfig(place=place))
     plain = gradients(unet, timestep)
     unet.enable_gradient_checkpointing()
+    runs = []
+    layer = unet.get_submodule("mid_block.attentions.0").transformer_blocks[1]
+    hook = layer.norm1.register_forward_hook(lambda *_: runs.append(1))
     checkpointed = gradients(unet, timestep)
+    hook.remove()
+    assert len(runs) == 2  # once more in the backward pass
     names = {name for name, _ in unet.named_parameters()}
     assert plain.keys() == checkpointed.keys() == dense.keys() == names
     assert all(torch.equal(plain[name], checkpointed[name]) for name in names)
@@ -241,7 +246,9 @@ def test_the_gradient_is_that_of_the_pruned_model() -> None:
     assert slope == pytest.approx(float(gradient @ direction), rel=1e-4)
 
 
-@pytest.mark.parametrize("config", [PruningConfig(), PruningConfig(ranking="cross-attention-power", similarity="cosine")])
+@pytest.mark.parametrize(
+    "config", [PruningConfig(), PruningConfig(ranking="cross-attention-power", similarity="cosine")]
+)
 def test_the_ranking_keeps_nothing_for_the_backward_pass(config: PruningConfig) -> None:
     unet = small_unet()
     atedm.apply(unet, config)
@@ -355,7 +362,7 @@ def add_ip_adapter(unet: UNet2DConditionModel) -> dict[str, Any]:
     ids=["paper", "cross-attention"],
 )
 def test_an_ip_adapter_takes_part(order: str, config: PruningConfig) -> None:
-    unet = sdxl_unet()
+    unet = small_unet()
     if order == "apply first":
         atedm.apply(unet, config)
         picture = add_ip_adapter(unet)
@@ -376,7 +383,7 @@ def test_an_ip_adapter_takes_part(order: str, config: PruningConfig) -> None:
     pruned = output()
     scale(0.0)
     assert distance(output(), pruned) > 0.1
-    plain = sdxl_unet()
+    plain = small_unet()
     atedm.apply(plain, config)
     torch.testing.assert_close(output(), run(plain), rtol=0.0, atol=1e-3)
     scale(1.0)
@@ -446,14 +453,14 @@ OFFLOADS = [offload_each_layer, offload_the_model, offload_groups]
 @pytest.mark.parametrize("place", [PLACES[0], PLACES[2]])
 def test_an_offloaded_model_is_patched_before_or_after(offload: Any, place: str) -> None:
     config = PruningConfig(place=place)
-    plain = sdxl_unet()
+    plain = small_unet()
     dense = run(plain)
     atedm.apply(plain, config)
     pruned = run(plain)
-    after = sdxl_unet()
+    after = small_unet()
     atedm.apply(after, config)
     bring_back_after = offload(after)
-    before = sdxl_unet()
+    before = small_unet()
     bring_back_before = offload(before)
     atedm.apply(before, config)
     for unet, bring_back in ((after, bring_back_after), (before, bring_back_before)):
@@ -519,8 +526,9 @@ def test_a_patched_model_on_another_device_dtype_or_mode_stays_patched() -> None
     moved = unet.to("meta").to_empty(device="cpu").to(torch.bfloat16).train().eval().requires_grad_(False)
     assert atedm.is_applied(moved)
     atedm.remove(moved)
-    assert snapshot(moved).keys() == before.keys()
-    assert {name: kind for name, (kind, _) in snapshot(moved).items()} == {name: kind for name, (kind, _) in before.items()}
+    assert {name: kind for name, (kind, _) in snapshot(moved).items()} == {
+        name: kind for name, (kind, _) in before.items()
+    }
 
 
 class Wrapper(nn.Module):

@@ -42,6 +42,11 @@ def test_an_element_of_a_list_stands_where_it_sits(dtype: torch.dtype, inference
             assert step_position(timesteps[index : index + 1].expand(4)) == expected
 
 
+def test_an_element_is_placed_without_reading_it() -> None:
+    timesteps = torch.empty(8, device="meta")
+    assert [step_position(t) for t in timesteps] == [StepPosition(i, i / 8) for i in range(8)]
+
+
 def test_a_part_of_a_list_stands_in_the_whole() -> None:
     timesteps = torch.linspace(999, 0, 10)
     assert [step_position(t) for t in timesteps[5:]] == [StepPosition(i, i / 10) for i in range(5, 10)]
@@ -174,7 +179,9 @@ def test_a_run_in_two_parts_counts_as_one() -> None:
     assert (steps, prune_less) == (list(range(2, 10)), [True] + 7 * [False])
 
 
-@pytest.mark.parametrize("custom", [{"timesteps": [999, 990, 980, 970]}, {"sigmas": [14.0, 13.0, 0.2, 0.1, 0.0]}], ids=str)
+@pytest.mark.parametrize(
+    "custom", [{"timesteps": [999, 990, 980, 970]}, {"sigmas": [14.0, 13.0, 0.2, 0.1, 0.0]}], ids=str
+)
 def test_a_list_of_one_s_own_is_counted_like_any_other(custom: dict[str, Any]) -> None:
     pipe = sdxl_pipeline(small_unet())
     summary = atedm.apply(pipe)

@@ -63,7 +63,8 @@ class PruningConfig:
     #: Share of the tokens dropped in a block, in [0, 1). The paper's 0.63 keeps 37 % (supplement A.3).
     pruning_rate: float = 0.63
     #: Several pruning layers in place of one: (layer, rate) pairs, layers counted from 0, each rate a share of the
-    #: tokens that reach it (supplement A.2). Empty means ``pruning_rate`` in the first layer.
+    #: tokens that reach it (supplement A.2). Empty means ``pruning_rate`` in the first layer. A block with nothing left
+    #: to run on fewer tokens after one of them passes that one over.
     gradual: tuple[tuple[int, float], ...] = ()
     #: Where in the layer tokens are dropped, one of `PLACES`. Blocks of one layer gain only inside it.
     place: str = "after-feed-forward"
@@ -131,6 +132,11 @@ class PruningConfig:
     def rates(self) -> tuple[tuple[int, float], ...]:
         """(layer, rate) of every pruning layer."""
         return self.gradual or ((0, self.pruning_rate),)
+
+    def rates_in(self, layers: int) -> tuple[tuple[int, float], ...]:
+        """Return the ``rates`` of a block of so many layers: those after which something runs on fewer tokens."""
+        end = layers - (self.place == "after-feed-forward")
+        return tuple((layer, rate) for layer, rate in self.rates if layer < end)
 
     @property
     def opens_layer(self) -> bool:

@@ -32,7 +32,7 @@ class BlockShape:
 def block_macs(shape: BlockShape, config: PruningConfig | None = None) -> int:
     """MACs of one attention block for one image; dense without a ``config``, overheads of pruning left out."""
     n, c, t, d = shape.tokens, shape.channels, shape.words, shape.word_width
-    rates = dict(config.rates) if config is not None else {}
+    rates = dict(config.rates_in(shape.place.layers)) if config is not None else {}
     place = config.place if config is not None else ""
     total = 2 * n * c * c
     for layer in range(shape.place.layers):

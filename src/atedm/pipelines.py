@@ -97,6 +97,16 @@ def load_pipeline(model: str = TINY, *, device: str | None = None, dtype: torch.
     return pipe.to(device)
 
 
+def quiet_libraries() -> None:
+    """Keep progress bars and notes of other libraries out of the terminal; warnings that matter still raise."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
 def best_device() -> str:
     """Return "cuda", "mps" or "cpu", whichever is the fastest there is."""
     if torch.cuda.is_available():

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from atedm.cli.options import quiet_libraries
-
 
 def ablate(
     captions: Annotated[int, typer.Option(help="Held-out captions per row.")] = 200,
@@ -31,6 +29,7 @@ def ablate(
     from rich.console import Console
 
     from atedm.evaluation.ablation import Settings, markdown, measure
+    from atedm.pipelines import quiet_libraries
 
     settings = Settings(captions=captions, steps=steps, guidance=guidance, seed=seed)
     console = Console(stderr=True)

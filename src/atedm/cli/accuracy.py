@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from atedm.cli.options import RateOption, pruning_config, quiet_libraries
+from atedm.cli.options import RateOption, pruning_config
 
 
 def accuracy(
@@ -35,7 +35,7 @@ def accuracy(
     from atedm.evaluation.statistics import ratio_interval
     from atedm.generate import save_image
     from atedm.patching.apply import pruned
-    from atedm.pipelines import TINY, load_pipeline, tiny_folder
+    from atedm.pipelines import TINY, load_pipeline, quiet_libraries, tiny_folder
     from atedm.tiny.classifier import load_classifier
     from atedm.tiny.scenes import held_out_scenes
 

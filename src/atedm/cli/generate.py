@@ -15,7 +15,6 @@ from atedm.cli.options import (
     RateOption,
     parse_size,
     pruning_config,
-    quiet_libraries,
 )
 
 
@@ -66,7 +65,7 @@ def generate(
 
     from atedm.generate import Request
     from atedm.generate import generate as make
-    from atedm.pipelines import habits, load_pipeline
+    from atedm.pipelines import habits, load_pipeline, quiet_libraries
 
     suits = habits(model)
     width, height = parse_size(size)

@@ -35,16 +35,6 @@ RateOption = Annotated[
 OutOption = Annotated[Path, typer.Option(help="Folder for the results.", rich_help_panel="Output")]
 
 
-def quiet_libraries() -> None:
-    """Keep progress bars and notes of other libraries out of the terminal; warnings that matter still raise."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-
 def pruning_config(preset_name: str, pruning_rate: float | None) -> PruningConfig:
     """Return the preset, at another rate if one is given."""
     from atedm.config import preset

@@ -21,7 +21,7 @@ from atedm.evaluation.variants import DENSE, variants
 from atedm.generate import save_json
 from atedm.patching.apply import apply, pruned, remove
 from atedm.patching.summary import PatchSummary
-from atedm.pipelines import TINY, load_pipeline, tiny_folder
+from atedm.pipelines import TINY, load_pipeline, quiet_libraries, tiny_folder
 from atedm.tiny.classifier import ATTRIBUTES, load_classifier
 from atedm.tiny.scenes import held_out_scenes
 
@@ -131,13 +131,18 @@ def measure(
             if report is not None:
                 report(rows[name])
     else:
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
             jobs = {pool.submit(measure_row, name, settings, folder): name for name in names[1:]}
             for job in as_completed(jobs):
                 rows[jobs[job]] = job.result()
                 if report is not None:
                     report(rows[jobs[job]])
     return [rows[name] for name in names]
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    quiet_libraries()
 
 
 def _summary(pipe: Any, config: PruningConfig, steps: int) -> PatchSummary:

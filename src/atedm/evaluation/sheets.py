@@ -21,6 +21,6 @@ def judged_sheet(
     for scene, image, judgement in list(zip(scenes, images, judgements, strict=True))[:count]:
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         frame = (255, 255, 255) if judgement.all_right else (220, 30, 30)
-        title = "\n".join([*textwrap.wrap(scene.caption, 25), "", "", ""][:3])
+        title = "\n".join([*textwrap.wrap(scene.caption, 23), "", "", "", ""][:4])
         cells.append(Cell(ImageOps.expand(picture, 4, frame), title))
-    return draw_sheet([cells[i : i + columns] for i in range(0, len(cells), columns)], side=168)
+    return draw_sheet([cells[i : i + columns] for i in range(0, len(cells), columns)], side=176)

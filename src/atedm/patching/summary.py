@@ -80,9 +80,8 @@ class PatchSummary:
     def kept(self, shape: BlockShape) -> int:
         """Tokens left in a block at the end of a normal step."""
         left = shape.tokens
-        for layer, rate in self.config.rates:
-            if layer < shape.place.layers:
-                left = keep_count(left, rate)
+        for _, rate in self.config.rates_in(shape.place.layers):
+            left = keep_count(left, rate)
         return left
 
     def at_equal_cost(self, config: PruningConfig, steps: int = 50) -> PruningConfig:

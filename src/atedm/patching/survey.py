@@ -73,7 +73,7 @@ def choose_blocks(
     wanted = {name: found for name, found in blocks.items() if config.prunes(found[0])}
     if not wanted:
         raise ValueError(f"where={config.as_dict()['where']!r} names none of the {len(blocks)} attention blocks")
-    gaining = {name: found for name, found in wanted.items() if _gains(found[0], config)}
+    gaining = {name: found for name, found in wanted.items() if config.rates_in(found[0].layers)}
     if not gaining:
         depth = max(place.layers for place, _ in wanted.values())
         raise ValueError(_nothing_to_gain(depth, config))
@@ -84,18 +84,13 @@ def choose_blocks(
     return gaining
 
 
-def _gains(place: BlockPlace, config: PruningConfig) -> bool:
-    """Whether anything runs on fewer tokens in a block of this depth."""
-    first = config.rates[0][0]
-    return first < place.layers - (config.place == "after-feed-forward")
-
-
 def _nothing_to_gain(depth: int, config: PruningConfig) -> str:
     first = config.rates[0][0]
     if config.place == "after-feed-forward" and first < depth:
         return (
             f"nothing to prune: the attention blocks of this model have {depth} layer{'s' if depth > 1 else ''}, and "
-            f"after the feed-forward of layer {first} none is left to run on fewer tokens, as in SD 1.x and 2.x; "
+            f"after the feed-forward of layer {first} none is left to run on fewer tokens"
+            f"{', as in SD 1.x and 2.x' if depth == 1 else ''}; "
             'PruningConfig(place="after-self-attention") works here'
         )
     return f"nothing to prune: the attention blocks of this model have no layer {first}, but {depth}"

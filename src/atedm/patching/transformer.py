@@ -69,8 +69,8 @@ class BlockPatch:
         if self.spared and self.state.prune_less:
             return counts
         left = tokens
-        for layer, rate in self.state.config.rates:
-            if layer < self.place.layers and keep_count(left, rate) < left:
+        for layer, rate in self.state.config.rates_in(self.place.layers):
+            if keep_count(left, rate) < left:
                 left = counts[layer] = keep_count(left, rate)
         return counts
 
