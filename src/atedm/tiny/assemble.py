@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,9 +41,10 @@ def save_half(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
     """Write the pipeline with float16 weights that open as float32 unless a dtype is asked for."""
     pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
     for part in ("text_encoder", "text_encoder_2"):
-        _edit_config(folder / part, set_to={"dtype": "float32"}, drop=("torch_dtype",))
-    # AutoencoderTiny writes this one itself and then warns of it when it is read back.
-    _edit_config(folder / "vae", drop=("block_out_channels",))
+        _edit_config(folder / part, set_to={"dtype": "float32"}, drop=("torch_dtype", "_name_or_path"))
+    # AutoencoderTiny writes block_out_channels itself and then warns of it when it is read back.
+    _edit_config(folder / "vae", drop=("block_out_channels", "_name_or_path"))
+    _edit_config(folder / "unet", drop=("_name_or_path",))
 
 
 def _edit_config(part: Path, set_to: dict[str, Any] | None = None, drop: tuple[str, ...] = ()) -> None:
@@ -62,15 +64,18 @@ def assemble(
     if not judge.exists():
         vae = pipe.vae
 
-        @torch.inference_mode()
-        @torch.autocast("cpu", torch.bfloat16)
         def rebuild(images: torch.Tensor) -> torch.Tensor:
-            latents = vae.encode(images * 2 - 1).latents
-            rebuilt: torch.Tensor = vae.decode(latents + 0.05 * torch.randn_like(latents)).sample
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                latents = vae.encode(images * 2 - 1).latents
+                rebuilt: torch.Tensor = vae.decode(latents + 0.05 * torch.randn_like(latents)).sample
             return (rebuilt.float() / 2 + 0.5).clamp(0, 1)
 
         save_classifier(train_classifier(60 * classifier_minutes, rebuild=rebuild), judge)
     folder.mkdir(parents=True, exist_ok=True)
+    for tokenizer in ("tokenizer", "tokenizer_2"):  # older transformers read these two, newer ones tokenizer.json
+        (folder / tokenizer).mkdir(exist_ok=True)
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copyfile(run / "tokenizer" / name, folder / tokenizer / name)
     (folder / "classifier.safetensors").write_bytes(judge.read_bytes())
     save_half(pipe, folder)
 

@@ -164,11 +164,11 @@ def train_classifier(
     rng = np.random.default_rng([seed, 2])
     scenes = [sample_scene(rng) for _ in range(pool)]
     images = torch.empty(pool, 3, CANVAS, CANVAS, dtype=torch.uint8)
-    for start in range(0, pool, 32):
-        some = render_batch(scenes[start : start + 32], rng)
-        if rebuild is not None and start < rebuilt:
+    for first in range(0, pool, 32):
+        some = render_batch(scenes[first : first + 32], rng)
+        if rebuild is not None and first < rebuilt:
             some = rebuild(some)
-        images[start : start + 32] = (some * 255).round().to(torch.uint8)
+        images[first : first + 32] = (some * 255).round().to(torch.uint8)
     targets = {name: torch.tensor(column) for name, column in _targets([canonical(scene) for scene in scenes]).items()}
     model = SceneClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
