@@ -74,7 +74,7 @@ def test_sheets_hold_every_picture_and_grow_with_rows() -> None:
     red_pixels = (np.asarray(sheet) == (200, 0, 0)).all(-1).sum()
     assert red_pixels >= 2 * 256 * 256
     maps = np.asarray(maps_sheet(red, recording, "a prompt"))
-    assert (maps == (200, 0, 0)).all(-1).sum() > 0.9 * 104**2 * 4 / 16  # the four kept cells, at the size of a map
+    assert (maps == (200, 0, 0)).all(-1).sum() > 0.7 * 104**2 * 4 / 16  # four kept cells, edges soft
 
 
 def test_pictures_keep_their_shape() -> None:

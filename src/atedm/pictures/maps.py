@@ -81,7 +81,7 @@ def maps_sheet(image: Image.Image, recording: Recording, prompt: str, steps_show
             parts.append(Cell(_block_strip(image, block, by_step, shown)))
     rows = [parts[i : i + 2] for i in range(0, len(parts), 2)]
     headline = f"{prompt}: importance (yellow is high) and the tokens kept, per block and step"
-    return draw_sheet(rows, headline=headline, side=max(part.picture.width for part in parts))
+    return draw_sheet(rows, headline=headline, side=max(max(part.picture.size) for part in parts))
 
 
 def _block_strip(
