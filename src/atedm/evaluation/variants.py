@@ -31,10 +31,4 @@ def variants(paper: PatchSummary, steps: int) -> dict[str, PruningConfig | None]
         "constant schedule, equal cost": paper.at_equal_cost(base.replace(schedule="constant"), steps),
         "mirrored schedule, equal cost": paper.at_equal_cost(base.replace(schedule="prune-more-early"), steps),
         "after self-attention": base.replace(place="after-self-attention"),
-        "attention received (1 iteration)": base.replace(ranking="attention-received"),
-        "heads averaged before ranking": base.replace(head_fusion="mean-map"),
-        "cross-attention, entropy": base.replace(ranking="cross-attention-entropy"),
-        "cross-attention, power": base.replace(ranking="cross-attention-power"),
-        "cross-attention, soft clip": base.replace(ranking="cross-attention-soft-clip"),
-        "cross-attention, hard clip": base.replace(ranking="cross-attention-hard-clip"),
     }
