@@ -25,7 +25,7 @@ from atedm.config import PruningConfig
 from models import LATE, each_layer, run, scheduler, sd1_unet, sdxl_pipeline, sdxl_unet, small_unet, snapshot
 
 
-def refuse(unet: Any, config: Any, error: type[Exception], message: str) -> None:
+def assert_refused(unet: Any, config: Any, error: type[Exception], message: str) -> None:
     """Apply must raise and leave no trace."""
     before = snapshot(unet)
     with pytest.raises(error, match=message):
@@ -95,7 +95,7 @@ def test_another_kind_of_model_is_refused_by_name(target: Callable[[], Any], fou
 
 def test_a_unet_without_attention_is_refused() -> None:
     unet = small_unet(down_block_types=("DownBlock2D", "DownBlock2D"), mid_block_type=None)
-    refuse(unet, "paper", ValueError, "no attention blocks .*so there is nothing to prune")
+    assert_refused(unet, "paper", ValueError, "no attention blocks .*so there is nothing to prune")
 
 
 # --- the config -------------------------------------------------------------------------------------------------------
@@ -103,11 +103,13 @@ def test_a_unet_without_attention_is_refused() -> None:
 
 def test_a_config_of_another_type_is_refused() -> None:
     for config in (None, 0.63, {"pruning_rate": 0.5}):
-        refuse(small_unet(), config, TypeError, "config must be a PruningConfig or the name of a preset, not a ")
+        assert_refused(
+            small_unet(), config, TypeError, "config must be a PruningConfig or the name of a preset, not a "
+        )
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
-    refuse(small_unet(), "tubro", ValueError, r"unknown preset 'tubro'; did you mean 'turbo'\?")
+    assert_refused(small_unet(), "tubro", ValueError, r"unknown preset 'tubro'; did you mean 'turbo'\?")
 
 
 def test_where_that_names_no_block_is_refused() -> None:
@@ -116,13 +118,13 @@ def test_where_that_names_no_block_is_refused() -> None:
     def nowhere(block: atedm.BlockPlace) -> bool:
         return False
 
-    refuse(small_unet(), PruningConfig(where=nowhere), ValueError, message)
+    assert_refused(small_unet(), PruningConfig(where=nowhere), ValueError, message)
     at_level = functools.partial(lambda level, block: block.level == level, 9)
-    refuse(small_unet(), PruningConfig(where=at_level), ValueError, "names none of the 2")
+    assert_refused(small_unet(), PruningConfig(where=at_level), ValueError, "names none of the 2")
 
 
 def test_a_where_that_raises_leaves_the_model_as_it_was() -> None:
-    refuse(small_unet(), PruningConfig(where=lambda block: block.nonsense), AttributeError, "nonsense")  # type: ignore[attr-defined]
+    assert_refused(small_unet(), PruningConfig(where=lambda block: block.nonsense), AttributeError, "nonsense")  # type: ignore[attr-defined]
 
 
 def test_blocks_of_one_layer_have_nothing_to_prune_after_it_and_the_message_names_the_place_that_has() -> None:
@@ -131,7 +133,7 @@ def test_blocks_of_one_layer_have_nothing_to_prune_after_it_and_the_message_name
         "nothing to prune: the attention blocks of this model have 1 layer, .* as in SD 1.x and 2.x; "
         r'PruningConfig\(place="after-self-attention"\) works here'
     )
-    refuse(unet, "paper", ValueError, message)
+    assert_refused(unet, "paper", ValueError, message)
     summary = atedm.apply(unet, PruningConfig(place="after-self-attention"))
     assert summary.saving > 0.1
 
@@ -139,9 +141,11 @@ def test_blocks_of_one_layer_have_nothing_to_prune_after_it_and_the_message_name
 def test_a_pruning_layer_that_no_block_has_is_refused() -> None:
     for place in ("after-feed-forward", "before-feed-forward"):
         config = PruningConfig(gradual=((2, 0.5),), place=place)
-        refuse(small_unet(), config, ValueError, "the attention blocks of this model have no layer 2, but 2")
+        assert_refused(small_unet(), config, ValueError, "the attention blocks of this model have no layer 2, but 2")
     last = PruningConfig(gradual=((1, 0.5),))
-    refuse(small_unet(), last, ValueError, "have 2 layers, .* of layer 1 none is left to run on fewer tokens; Pruning")
+    assert_refused(
+        small_unet(), last, ValueError, "have 2 layers, .* of layer 1 none is left to run on fewer tokens; Pruning"
+    )
 
 
 def test_only_blocks_with_something_to_gain_are_patched() -> None:
@@ -170,13 +174,17 @@ def test_a_forward_overridden_on_the_instance_is_refused() -> None:
     unet = small_unet()
     block = unet.get_submodule("down_blocks.1.attentions.0")
     block.forward = functools.partial(Transformer2DModel.forward, block)
-    refuse(unet, "paper", ValueError, r"forward of down_blocks\.1\.attentions\.0 is already overridden on the instance")
+    assert_refused(
+        unet, "paper", ValueError, r"forward of down_blocks\.1\.attentions\.0 is already overridden on the instance"
+    )
 
 
 def test_an_offload_hook_on_a_block_is_refused_with_the_order_that_works() -> None:
     unet = small_unet()
     add_hook_to_module(unet.get_submodule("mid_block.attentions.0"), AlignDevicesHook("cpu"))
-    refuse(unet, "paper", ValueError, r"mid_block\.attentions\.0 is already overridden .*apply atedm first, then that")
+    assert_refused(
+        unet, "paper", ValueError, r"mid_block\.attentions\.0 is already overridden .*apply atedm first, then that"
+    )
 
 
 def test_a_block_of_another_class_is_refused() -> None:
@@ -185,7 +193,7 @@ def test_a_block_of_another_class_is_refused() -> None:
 
     unet = small_unet()
     unet.get_submodule("mid_block.attentions.0").__class__ = Other
-    refuse(unet, "paper", TypeError, "mid_block.attentions.0 is a Other, not diffusers' own Transformer2DModel")
+    assert_refused(unet, "paper", TypeError, "mid_block.attentions.0 is a Other, not diffusers' own Transformer2DModel")
 
 
 @pytest.mark.parametrize(
@@ -195,13 +203,15 @@ def test_a_block_of_another_class_is_refused() -> None:
 def test_a_layer_of_a_kind_not_known_is_refused(attribute: str, value: Any) -> None:
     unet = small_unet()
     setattr(unet.get_submodule("mid_block.attentions.0").transformer_blocks[1], attribute, value)
-    refuse(unet, "paper", ValueError, r"mid_block\.attentions\.0\.transformer_blocks\.1 is of a kind not known here")
+    assert_refused(
+        unet, "paper", ValueError, r"mid_block\.attentions\.0\.transformer_blocks\.1 is of a kind not known here"
+    )
 
 
 def test_a_layer_that_is_no_basic_transformer_block_is_refused() -> None:
     unet = small_unet()
     unet.get_submodule("mid_block.attentions.0").transformer_blocks[1] = nn.Identity()
-    refuse(unet, "paper", TypeError, "transformer_blocks.1 is a Identity, not a BasicTransformerBlock")
+    assert_refused(unet, "paper", TypeError, "transformer_blocks.1 is a Identity, not a BasicTransformerBlock")
 
 
 class Quiet(BasicTransformerBlock):  # type: ignore[misc]
@@ -239,7 +249,7 @@ def test_a_changed_layer_runs_as_it_is_and_is_refused_where_it_would_be_passed_o
             layer.forward = functools.partial(halved, layer)
     with atedm.pruned(unet):
         assert not torch.equal(run(unet), plain)
-    refuse(
+    assert_refused(
         unet, config, ValueError, r"mid_block\.attentions\.0\.transformer_blocks\.0 is overridden .*apply atedm\s*first"
     )
     # The second layer may be changed: it is run whole.
@@ -258,7 +268,7 @@ CHUNKING = r"forward chunking over tokens on \(dim=1\).*set_chunk_feed_forward\(
 def test_chunking_over_tokens_is_refused_when_it_was_set_before() -> None:
     unet = small_unet()
     each_layer(unet, lambda layer: layer.set_chunk_feed_forward(1, dim=1))  # type: ignore[operator]
-    refuse(unet, "paper", ValueError, CHUNKING)
+    assert_refused(unet, "paper", ValueError, CHUNKING)
 
 
 @pytest.mark.parametrize("timestep", [999, 1])

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from atedm.cli.options import CaptionGuidance, CaptionSeed, CaptionSteps
+
 
 def ablate(
     captions: Annotated[int, typer.Option(help="Held-out captions per row.")] = 200,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 3.0,
-    seed: Annotated[int, typer.Option(help="Seed of captions and noise.")] = 0,
+    steps: CaptionSteps = 20,
+    guidance: CaptionGuidance = 3.0,
+    seed: CaptionSeed = 0,
     only: Annotated[
         list[str] | None, typer.Option(help="A row by its name; may be given again.", show_default=False)
     ] = None,

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from atedm.cli.options import RateOption, pruning_config
+from atedm.cli.options import CaptionGuidance, CaptionSeed, CaptionSteps, RateOption, pruning_config
 
 
 def accuracy(
     captions: Annotated[int, typer.Option(help="Held-out captions.")] = 500,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 3.0,
-    seed: Annotated[int, typer.Option(help="Seed of captions and noise.")] = 0,
+    steps: CaptionSteps = 20,
+    guidance: CaptionGuidance = 3.0,
+    seed: CaptionSeed = 0,
     preset: Annotated[
         str | None, typer.Option(help="Prune by a preset; dense without one.", rich_help_panel="Pruning")
     ] = None,

@@ -32,6 +32,9 @@ RateOption = Annotated[
     float | None,
     typer.Option(help="Share of the tokens dropped, in [0, 1): the one slider.", rich_help_panel="Pruning"),
 ]
+CaptionSteps = Annotated[int, typer.Option(help="Denoising steps.")]
+CaptionGuidance = Annotated[float, typer.Option(help="Guidance scale.")]
+CaptionSeed = Annotated[int, typer.Option(help="Seed of captions and noise.")]
 OutOption = Annotated[Path, typer.Option(help="Folder for the results.", rich_help_panel="Output")]
 
 

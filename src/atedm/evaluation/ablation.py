@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import multiprocessing
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -19,25 +20,28 @@ from atedm.evaluation.captions import columns, judge_images, make_scenes, psnr_e
 from atedm.evaluation.statistics import Interval, mean_interval, ratio_interval
 from atedm.evaluation.variants import DENSE, variants
 from atedm.generate import save_json
-from atedm.patching.apply import apply, pruned, remove
-from atedm.patching.summary import PatchSummary
+from atedm.patching.apply import pruned
 from atedm.pipelines import TINY, load_pipeline, quiet_libraries, tiny_folder
 from atedm.tiny.classifier import ATTRIBUTES, load_classifier
 from atedm.tiny.scenes import held_out_scenes
 
+UNET_WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for every row."""
+    """What is the same for every row. ``weights`` is a checksum: rows of another model are not read back."""
 
     captions: int = 200
     steps: int = 20
     guidance: float = 3.0
     seed: int = 0
     batch: int = 10
+    weights: int = 0
 
     def __post_init__(self) -> None:
-        """Check every value."""
+        """Check every value, and note which weights are there to be measured."""
+        object.__setattr__(self, "weights", zlib.crc32((tiny_folder() / UNET_WEIGHTS).read_bytes()))
         for name in ("captions", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -58,14 +62,15 @@ class Row:
     psnr: Interval | None
 
 
-def measure_row(name: str, settings: Settings, folder: Path, progress: Callable[[int], None] | None = None) -> Row:
+def measure_row(name: str, settings: Settings, folder: Path) -> Row:
     """Make and judge one variant's images; keep the row, and dense's images, in ``folder``."""
     file = folder / f"{name.replace(' ', '-').replace(',', '')}.json"
-    if (stored := _read(file, settings)) is not None:
-        return stored
+    dense_file = folder / "dense.npy"
     pipe = load_pipeline(TINY, device="cpu")
-    paper = _summary(pipe, PruningConfig(), settings.steps)
-    config = variants(paper, settings.steps)[name]
+    config = _variants(pipe, settings)[name]
+    stored = _read(file, settings, config)
+    if stored is not None and dense_file.exists():
+        return stored
     scenes = held_out_scenes(settings.captions, settings.seed)
     draw = functools.partial(
         make_scenes,
@@ -75,9 +80,7 @@ def measure_row(name: str, settings: Settings, folder: Path, progress: Callable[
         guidance=settings.guidance,
         seed=settings.seed,
         batch=settings.batch,
-        progress=progress,
     )
-    dense_file = folder / "dense.npy"
     if config is None:
         images, cost = draw(), 1.0
         partial = folder / ".dense.partial.npy"
@@ -116,7 +119,7 @@ def measure(
     Raises:
         ValueError: If a name is unknown.
     """
-    names = list(variants(_summary(load_pipeline(TINY, device="cpu"), PruningConfig(), settings.steps), settings.steps))
+    names = list(_variants(load_pipeline(TINY, device="cpu"), settings))
     for name in only:
         check_name("row", name, names)
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,17 +148,16 @@ def _start_worker() -> None:
     quiet_libraries()
 
 
-def _summary(pipe: Any, config: PruningConfig, steps: int) -> PatchSummary:
-    summary = apply(pipe, config)
-    remove(pipe)
-    return summary
+def _variants(pipe: Any, settings: Settings) -> dict[str, PruningConfig | None]:
+    with pruned(pipe, "paper") as paper:
+        return variants(paper, settings.steps)
 
 
-def _read(file: Path, settings: Settings) -> Row | None:
+def _read(file: Path, settings: Settings, config: PruningConfig | None) -> Row | None:
     if not file.exists():
         return None
     stored = json.loads(file.read_text())
-    if stored["settings"] != asdict(settings):
+    if stored["settings"] != asdict(settings) or stored["config"] != (config and config.as_dict()):
         return None
     return Row(
         stored["name"],
