@@ -3,6 +3,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tomesd
 import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
@@ -12,8 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import atedm
 from atedm.config import PLACES, PruningConfig
-from atedm.cost import BlockShape, block_macs, mean_macs, solve_pruning_rate, step_macs
-from atedm.patching.summary import WORDS
+from atedm.costs.architectures import architecture
+from atedm.costs.budget import BUDGETS_OF, solve_pruning_rate
+from atedm.costs.formula import CONVENTIONS, BlockShape, block_macs, mean_macs, step_macs
+from atedm.costs.tome import LEVELS, MERGES, ToMe, tome_macs, tome_step_macs
+from atedm.patching.summary import WORDS, block_shape
+from atedm.patching.survey import find_blocks
 from atedm.pruning import keep_count
 from atedm.schedule import SCHEDULES, BlockPlace
 from models import EARLY, LATE, inputs, sd1_unet, sdxl_unet
@@ -22,7 +27,8 @@ from models import EARLY, LATE, inputs, sd1_unet, sdxl_unet
 def count(unet: UNet2DConditionModel, timestep: int, call: dict[str, Any]) -> FlopCounterMode:
     """Let torch count one call; the plain attention shows it every product."""
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        unet(**call, timestep=timestep)
+        rest = dict(call)
+        unet(rest.pop("sample"), timestep, **rest)  # by place, because tomesd reads the size off the first argument
     return counter
 
 
@@ -33,6 +39,17 @@ def counted_macs(unet: UNet2DConditionModel, counter: FlopCounterMode, block: st
         parts += [f"transformer_blocks.{layer}.{part}" for part in ("attn1", "attn2", "ff")]
     flops = counter.get_flop_counts()
     return sum(sum(flops[f"UNet2DConditionModel.{block}.{part}"].values()) for part in parts) / 2
+
+
+def without_overhead(shape: BlockShape, config: PruningConfig) -> int:
+    macs = block_macs(shape, config)
+    return macs.exact - macs.overhead
+
+
+def whole_blocks(unet: UNet2DConditionModel, counter: FlopCounterMode, summary: atedm.PatchSummary) -> float:
+    """MACs of the attention blocks with all that is done in them, the ranking too."""
+    flops = counter.get_flop_counts()
+    return sum(sum(flops[f"UNet2DConditionModel.{s.place.name}"].values()) for s in summary.shapes) / 2
 
 
 # --- one block --------------------------------------------------------------------------------------------------------
@@ -60,8 +77,8 @@ def test_macs_of_a_block_are_what_torch_counts(
     dense = count(unet, LATE, call)
     assert len(summary.shapes) == 11
     for shape in summary.shapes:
-        assert block_macs(shape, config) == counted_macs(unet, pruned, shape.place.name)
-        assert block_macs(shape) == counted_macs(unet, dense, shape.place.name)
+        assert without_overhead(shape, config) == counted_macs(unet, pruned, shape.place.name)
+        assert block_macs(shape).exact == counted_macs(unet, dense, shape.place.name)
 
 
 def test_a_batch_costs_as_many_times_and_the_summary_is_for_one_image() -> None:
@@ -69,7 +86,7 @@ def test_a_batch_costs_as_many_times_and_the_summary_is_for_one_image() -> None:
     summary = atedm.apply(unet)
     counter = count(unet, LATE, inputs(unet, batch=3, words=WORDS))
     for block in summary.shapes:
-        assert 3 * block_macs(block, summary.config) == counted_macs(unet, counter, block.place.name)
+        assert 3 * without_overhead(block, summary.config) == counted_macs(unet, counter, block.place.name)
 
 
 @pytest.mark.parametrize("size", [(9, 13), (12, 20), (2, 2)])
@@ -79,49 +96,79 @@ def test_the_token_counts_of_odd_and_non_square_latents_are_right(size: tuple[in
     assert summary.size == size
     counter = count(unet, LATE, inputs(unet, size, batch=1, words=WORDS))
     for block in summary.shapes:
-        assert block_macs(block, summary.config) == counted_macs(unet, counter, block.place.name)
+        assert without_overhead(block, summary.config) == counted_macs(unet, counter, block.place.name)
 
 
-@functools.cache
-def real_sdxl() -> tuple[UNet2DConditionModel, dict[str, Any]]:
-    """SDXL itself at 1024 px with guidance, without weights: sizes are all that is counted."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(320, 640, 1280),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-        return unet, {
-            "sample": torch.empty(2, 4, 128, 128),
-            "encoder_hidden_states": torch.empty(2, 77, 2048),
-            "added_cond_kwargs": {"text_embeds": torch.empty(2, 1280), "time_ids": torch.empty(2, 6)},
-        }
+# --- what pruning adds ------------------------------------------------------------------------------------------------
 
 
-def test_sdxl_costs_what_is_known_of_it() -> None:
-    unet, call = real_sdxl()
-    counter = count(unet, LATE, call)
-    whole = counter.get_total_flops() / 2
-    assert f"{whole / 1e12:.3f}" == "6.761"  # the paper's 6.7 T leaves the products of cross-attention out
-    with atedm.pruned(unet) as summary:
-        counted = count(unet, LATE, call)
-    dense = [2 * block_macs(shape) for shape in summary.shapes]
-    assert dense == [counted_macs(unet, counter, shape.place.name) for shape in summary.shapes]
-    pruned = [2 * block_macs(shape, summary.config) for shape in summary.shapes]
-    assert pruned == [counted_macs(unet, counted, shape.place.name) for shape in summary.shapes]
-    # The overhead of G-WPR and of making the map is no part of the saving, and is small.
-    assert 0 < counted.get_total_flops() / 2 - (whole - sum(dense) + sum(pruned)) < 0.04 * whole
-    assert summary.saving == pytest.approx(1 - sum(pruned) / sum(dense), rel=1e-12)
-    # The paper's 38.8 % of the whole U-Net.
-    assert (sum(dense) - sum(pruned)) / whole == pytest.approx(0.40, abs=0.01)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"head_fusion": "mean-map", "iterations": 5},
+        {"ranking": "attention-received"},
+        {"ranking": "uniform-random"},
+        {"ranking": "uniform-random", "similarity": "cosine"},
+        {"ranking": "cross-attention-entropy"},
+        {"ranking": "cross-attention-hard-clip", "recovery": "direct-copy"},
+        {"ranking": "cross-attention-soft-clip", "similarity": "cosine", "place": "after-self-attention"},
+        {"ranking": "cross-attention-power", "recovery": "bicubic", "head_fusion": "mean-map"},
+        {"recovery": "zero-padding", "place": "before-feed-forward", "iterations": 1},
+        {"gradual": ((0, 0.3), (1, 0.5)), "similarity": "cosine"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_overhead_is_what_torch_counts(changes: dict[str, Any], batch: int) -> None:
+    unet = sdxl_unet()
+    summary = atedm.apply(unet, PruningConfig(**changes))
+    for timestep, prune_less in ((EARLY, True), (LATE, False)):
+        counter = count(unet, timestep, inputs(unet, (9, 12), batch=batch, words=WORDS))
+        macs = step_macs(shapes_at(unet, (9, 12)), summary.config, summary.pruned, prune_less)
+        assert batch * macs.exact == whole_blocks(unet, counter, summary)
+        assert (macs.overhead > 0) == (changes != {"ranking": "uniform-random"} or summary.config.needs_attention_map)
+
+
+def shapes_at(unet: UNet2DConditionModel, size: tuple[int, int]) -> list[BlockShape]:
+    return [block_shape(unet, place, size) for place, _ in find_blocks(unet).values()]
+
+
+# --- ToMe -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(16, 16), (9, 14)])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.75])
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("build", [sdxl_unet, sd1_unet])
+def test_tome_costs_what_torch_counts_on_the_real_one(
+    build: Callable[[], UNet2DConditionModel], levels: str, merge: str, ratio: float, size: tuple[int, int]
+) -> None:
+    unet = build()
+    everything = merge == "everything"
+    tomesd.apply_patch(
+        unet,
+        ratio=ratio,
+        max_downsample=8 if levels == "all" else 1,
+        merge_attn=True,
+        merge_crossattn=everything,
+        merge_mlp=everything,
+    )
+    counter = count(unet, LATE, inputs(unet, size, batch=2, words=WORDS))
+    shapes = shapes_at(unet, size)
+    flops = counter.get_flop_counts()
+    for shape in shapes:
+        name = f"UNet2DConditionModel.{shape.place.name}"
+        assert 2 * tome_macs(shape, ToMe(ratio, merge, levels)).exact == sum(flops[name].values()) / 2, name
+    total = tome_step_macs(shapes, ToMe(ratio, merge, levels)).exact
+    assert 2 * total == sum(sum(flops[f"UNet2DConditionModel.{s.place.name}"].values()) for s in shapes) / 2
+
+
+@pytest.mark.parametrize("bad", [{"ratio": 0.76}, {"ratio": -0.1}, {"merge": "all"}, {"levels": "lowest"}], ids=str)
+def test_a_setting_that_tome_has_not_is_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"ratio must be|unknown"):
+        ToMe(**bad)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -135,7 +182,8 @@ def test_step_macs_are_what_torch_counts_in_early_and_late_steps() -> None:
     for timestep, prune_less in ((EARLY, True), (LATE, False)):
         counter = count(unet, timestep, call)
         counted = sum(counted_macs(unet, counter, shape.place.name) for shape in summary.shapes)
-        assert step_macs(summary.shapes, config, summary.pruned, prune_less) == counted
+        macs = step_macs(summary.shapes, config, summary.pruned, prune_less)
+        assert macs.exact - macs.overhead == counted
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -144,8 +192,7 @@ def test_the_savings_of_a_summary_are_what_torch_counts(schedule: str) -> None:
     call = inputs(unet, batch=1, words=WORDS)
 
     def counted(timestep: int) -> float:
-        counter = count(unet, timestep, call)
-        return sum(counted_macs(unet, counter, shape.place.name) for shape in summary.shapes)
+        return whole_blocks(unet, count(unet, timestep, call), summary)
 
     summary = atedm.apply(unet, PruningConfig(schedule=schedule, gradual=((0, 0.4), (1, 0.4))))
     early, late = counted(EARLY), counted(LATE)
@@ -179,8 +226,13 @@ def test_kept_share_is_the_mean_over_steps_and_blocks() -> None:
 # --- at equal cost ----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def real_sdxl() -> UNet2DConditionModel:
+    return architecture("sdxl").on_meta()
+
+
 def summary_of_sdxl(config: PruningConfig | str) -> atedm.PatchSummary:
-    with atedm.pruned(real_sdxl()[0], config) as summary:
+    with atedm.pruned(real_sdxl(), config) as summary:
         return summary
 
 
@@ -216,45 +268,81 @@ def test_at_equal_cost_counts_the_blocks_that_the_other_config_prunes() -> None:
 def test_the_mirror_prunes_more_where_it_prunes_fewer_steps() -> None:
     # By hand: one spared block of the two, both of 100 tokens.
     blocks = [
-        BlockShape(BlockPlace("down", 1, index, 2, 2, str(index)), tokens=100, channels=8, words=1, word_width=1)
+        BlockShape(BlockPlace("down", 1, index, 2, 2, str(index)), (10, 10), channels=8, words=1, word_width=1)
         for index in range(2)
     ]
     names = frozenset({"0", "1"})
     config = PruningConfig(pruning_rate=0.5)
     less, normal = (step_macs(blocks, config, names, kind) for kind in (True, False))
-    assert less == block_macs(blocks[0]) + block_macs(blocks[1], config)
-    assert normal == 2 * block_macs(blocks[0], config)
-    assert mean_macs(blocks, config, names) == pytest.approx(0.3 * less + 0.7 * normal)
-    mirror = config.replace(schedule="prune-more-early")
-    assert mean_macs(blocks, mirror, names) == pytest.approx(0.3 * normal + 0.7 * less)
+    assert less == block_macs(blocks[0]).plus(block_macs(blocks[1], config))
+    assert normal == block_macs(blocks[0], config).times(2)
+    for convention in CONVENTIONS:
+        of_less, of_normal = less.by(convention), normal.by(convention)
+        mean = mean_macs(blocks, config, names, 50, convention)
+        assert mean == pytest.approx(0.3 * of_less + 0.7 * of_normal)
+        mirror = config.replace(schedule="prune-more-early")
+        assert mean_macs(blocks, mirror, names, 50, convention) == pytest.approx(0.3 * of_normal + 0.7 * of_less)
     solved = solve_pruning_rate(blocks, mirror, names, mean_macs(blocks, config, names))
     assert solved.pruning_rate > 0.5
 
 
 def test_a_cost_out_of_reach_is_refused_with_the_range() -> None:
-    block = BlockShape(BlockPlace("mid", 1, 0, 1, 2, "mid"), tokens=100, channels=8, words=1, word_width=1)
-    dense = block_macs(block)
-    floor = block_macs(block, PruningConfig(pruning_rate=1 - 1e-9))
+    block = BlockShape(BlockPlace("mid", 1, 0, 1, 2, "mid"), (10, 10), channels=8, words=1, word_width=1)
+    dense = block_macs(block).exact
+    floor = block_macs(block, PruningConfig(pruning_rate=1 - 1e-9)).exact
     for target in (0, floor - 1, dense + 1):
-        with pytest.raises(ValueError, match=r"cannot be had; pruning reaches .* to "):
+        with pytest.raises(ValueError, match=r"cannot cost .* of the dense .*; pruning reaches down to "):
             solve_pruning_rate([block], PruningConfig(), frozenset({"mid"}), target)
-    assert solve_pruning_rate([block], PruningConfig(), frozenset({"mid"}), dense).pruning_rate < 0.01
+    assert solve_pruning_rate([block], PruningConfig(), frozenset({"mid"}), dense).pruning_rate == 0
     assert keep_count(100, solve_pruning_rate([block], PruningConfig(), frozenset({"mid"}), floor).pruning_rate) == 1
 
 
 def test_gradual_pruning_has_no_one_rate_to_solve_for() -> None:
-    block = BlockShape(BlockPlace("mid", 1, 0, 1, 2, "mid"), tokens=100, channels=8, words=1, word_width=1)
+    block = BlockShape(BlockPlace("mid", 1, 0, 1, 2, "mid"), (10, 10), channels=8, words=1, word_width=1)
     with pytest.raises(ValueError, match="not for gradual pruning"):
         solve_pruning_rate([block], PruningConfig(gradual=((0, 0.5),)), frozenset({"mid"}), 1e6)
 
 
-@given(st.integers(1, 300), st.integers(1, 4), st.floats(0, 0.99), st.sampled_from(PLACES))
+@given(
+    st.tuples(st.integers(1, 20), st.integers(1, 20)), st.integers(1, 4), st.floats(0, 0.99), st.sampled_from(PLACES)
+)
 @settings(max_examples=200, deadline=None)
-def test_pruning_never_costs_more_and_earlier_places_cost_less(
-    tokens: int, layers: int, rate: float, place: str
+def test_pruning_more_never_costs_more_and_earlier_places_cost_less(
+    size: tuple[int, int], layers: int, rate: float, place: str
 ) -> None:
-    block = BlockShape(BlockPlace("mid", 1, 0, 1, layers, "mid"), tokens, channels=16, words=7, word_width=5)
-    costs = [block_macs(block, PruningConfig(pruning_rate=rate, place=where)) for where in PLACES]
-    assert block_macs(block) >= costs[0] >= costs[1] >= costs[2] > 0
-    higher = block_macs(block, PruningConfig(pruning_rate=min(rate + 0.1, 0.99), place=place))
+    block = BlockShape(BlockPlace("mid", 1, 0, 1, layers, "mid"), size, channels=16, words=7, word_width=5, heads=2)
+    costs = [without_overhead(block, PruningConfig(pruning_rate=rate, place=where)) for where in PLACES]
+    assert block_macs(block).exact >= costs[0] >= costs[1] >= costs[2] > 0
+    higher = without_overhead(block, PruningConfig(pruning_rate=min(rate + 0.1, 0.99), place=place))
     assert higher <= costs[PLACES.index(place)]
+
+
+@given(
+    st.floats(0.3, 1),
+    st.sampled_from(BUDGETS_OF),
+    st.sampled_from(CONVENTIONS),
+    st.sampled_from(["cosine", "attention"]),
+)
+@settings(max_examples=50, deadline=None)
+def test_a_solved_rate_keeps_to_the_budget_and_a_lower_one_does_not(
+    share: float, of: str, convention: str, similarity: str
+) -> None:
+    shapes = summary_of_sdxl("paper").shapes
+    names = frozenset(shape.place.name for shape in shapes)
+    config = PruningConfig(similarity=similarity)
+
+    def cost(config: PruningConfig) -> float:
+        if of == "mean":
+            return mean_macs(shapes, config, names, 50, convention)
+        return step_macs(shapes, config, names, prune_less=False).by(convention)
+
+    dense = cost(config.replace(pruning_rate=0.0))
+    try:
+        solved = solve_pruning_rate(shapes, config, names, share * dense, of=of, convention=convention)
+    except ValueError:
+        assert share * dense < cost(config.replace(pruning_rate=1 - 1e-9))
+        return
+    assert cost(solved) <= share * dense
+    if solved.pruning_rate:
+        one_token_less = solved.pruning_rate - 1 / 1024
+        assert one_token_less <= 0 or cost(config.replace(pruning_rate=one_token_less)) > share * dense

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from atedm.config import PRESETS, PruningConfig
+    from atedm.costs.report import CostReport, cost
+    from atedm.costs.tome import ToMe
     from atedm.patching.apply import apply, is_applied, observed, pruned, remove
     from atedm.patching.summary import PatchSummary
     from atedm.patching.transformer import BlockObservation
@@ -24,10 +26,13 @@ __all__ = [
     "PRESETS",
     "BlockObservation",
     "BlockPlace",
+    "CostReport",
     "PatchSummary",
     "PruningConfig",
     "Recording",
+    "ToMe",
     "apply",
+    "cost",
     "is_applied",
     "load_pipeline",
     "observed",
@@ -41,10 +46,13 @@ _HOMES = {
     "PRESETS": "atedm.config",
     "BlockObservation": "atedm.patching.transformer",
     "BlockPlace": "atedm.schedule",
+    "CostReport": "atedm.costs.report",
     "PatchSummary": "atedm.patching.summary",
     "PruningConfig": "atedm.config",
     "Recording": "atedm.recording",
+    "ToMe": "atedm.costs.tome",
     "apply": "atedm.patching.apply",
+    "cost": "atedm.costs.report",
     "is_applied": "atedm.patching.apply",
     "load_pipeline": "atedm.pipelines",
     "observed": "atedm.patching.apply",

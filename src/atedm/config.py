@@ -128,6 +128,57 @@ class PruningConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be a whole number, not {self.seed!r}")
 
+    @classmethod
+    def for_budget(
+        cls,
+        model: Any,
+        *,
+        share: float | None = None,
+        tmacs: float | None = None,
+        config: PruningConfig | str = "paper",
+        size: tuple[int, int] | None = None,
+        guidance: bool | None = None,
+        of: str = "mean",
+        steps: int = 50,
+        convention: str = "exact",
+    ) -> PruningConfig:
+        """Return ``config`` with the least pruning rate that keeps to a budget for the whole U-Net.
+
+            >>> PruningConfig.for_budget("sdxl", tmacs=4.1, of="normal-step", convention="paper").pruning_rate
+            0.617...
+
+        Args:
+            model: "sdxl", "sdxl-turbo", "sd15", "sd21", "tiny", a folder, a hub id, a pipeline or a U-Net. No weights
+                are read.
+            share: The budget as a share of the dense cost.
+            tmacs: Or in T MACs a step for one image.
+            config: What to prune and how, or the name of a preset.
+            size: (width, height) in pixels; by default what the model was trained for.
+            guidance: Whether an image takes two halves of a U-Net call; by default what suits the model.
+            of: What the budget is for: the "mean" step of a run, or a "normal-step", as the paper's figures are.
+            steps: Steps of the run.
+            convention: "exact", overheads counted, or "paper", its own way to count.
+
+        Raises:
+            TypeError: If there is no U-Net.
+            ValueError: If the budget cannot be kept; the message names the floor.
+        """
+        from atedm.costs.fit import fit_to_budget  # builds the U-Net, which this module knows nothing of
+
+        fitted = fit_to_budget(
+            model,
+            preset(config) if isinstance(config, str) else config,
+            share=share,
+            tmacs=tmacs,
+            size=size,
+            guidance=guidance,
+            of=of,
+            steps=steps,
+            convention=convention,
+        )
+        assert isinstance(fitted, PruningConfig)
+        return fitted
+
     @property
     def rates(self) -> tuple[tuple[int, float], ...]:
         """(layer, rate) of every pruning layer."""

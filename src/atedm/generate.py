@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -129,6 +130,25 @@ def generate(
         save_image(comparison_sheet(pairs, f"AT-EDM, {kept}, {request.steps} steps"), out / "comparison.png")
     save_json(_run_file(pipe, request, model, summary.saving, summary.mean_saving, made), out / "run.json")
     return made
+
+
+def within_budget(pipe: Any, request: Request, share: float) -> Request:
+    """Return ``request`` with the least pruning rate at which its run costs this share of the dense one.
+
+    Raises:
+        TypeError: If the pipeline has no U-Net.
+        ValueError: If the budget cannot be kept; the message names the floor.
+    """
+    sides = (request.width, request.height)
+    default = (pipe.unet.config.sample_size or 64) * pipe.vae_scale_factor
+    config = PruningConfig.for_budget(
+        pipe,
+        share=share,
+        config=request.config,
+        size=(sides[0] or default, sides[1] or default),
+        steps=request.steps,
+    )
+    return dataclasses.replace(request, config=config)
 
 
 def _make(pipe: Any, request: Request, index: int, what: str, progress: Progress | None) -> tuple[Image.Image, float]:

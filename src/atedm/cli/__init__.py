@@ -8,7 +8,9 @@ import typer
 
 from atedm.cli.ablate import ablate
 from atedm.cli.accuracy import accuracy
+from atedm.cli.cost import cost
 from atedm.cli.generate import generate
+from atedm.cli.scaling import scaling
 
 app = typer.Typer(
     name="atedm",
@@ -35,6 +37,8 @@ def about(
 
 
 app.command()(generate)
+app.command()(cost)
+app.command()(scaling)
 app.command()(accuracy)
 app.command()(ablate)
 

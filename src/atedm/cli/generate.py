@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 
 from atedm.cli.options import (
+    BudgetOption,
     DeviceOption,
     ModelOption,
     OutOption,
     PresetOption,
     RateOption,
+    budget_share,
     parse_size,
     pruning_config,
 )
@@ -27,6 +29,7 @@ def generate(
     device: DeviceOption = None,
     preset: PresetOption = None,
     pruning_rate: RateOption = None,
+    budget: BudgetOption = None,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps; 50, or 4 for few-step models.", rich_help_panel="Image")
     ] = None,
@@ -58,16 +61,19 @@ def generate(
 
     `atedm generate "a red circle above a blue square" --pruning-rate 0.5 --maps`
 
+    `atedm generate --budget 0.9 --compare` prunes as much as it takes for a run to cost 90 % of the dense one.
+
     `atedm generate "a fox in snow" --model stabilityai/stable-diffusion-xl-base-1.0 --compare`
     """
     from rich.console import Console
     from rich.progress import Progress
 
-    from atedm.generate import Request
+    from atedm.generate import Request, within_budget
     from atedm.generate import generate as make
     from atedm.pipelines import habits, load_pipeline, quiet_libraries
 
     suits = habits(model)
+    share = budget_share(budget, pruning_rate)
     width, height = parse_size(size)
     request = Request(
         prompts=tuple(prompts or suits.prompts),
@@ -82,6 +88,8 @@ def generate(
     quiet_libraries()
     with console.status(f"opening {model}"):
         pipe = load_pipeline(model, device=device)
+        if share is not None:
+            request = within_budget(pipe, request, share)
     total = len(request.prompts) * (2 if compare else 1) * request.steps
     with Progress(console=console) as bar:
         task = bar.add_task("images", total=total)

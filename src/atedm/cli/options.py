@@ -32,6 +32,13 @@ RateOption = Annotated[
     float | None,
     typer.Option(help="Share of the tokens dropped, in [0, 1): the one slider.", rich_help_panel="Pruning"),
 ]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        help="What the mean step may cost, as a share of the dense step, such as 0.7; solved for the rate.",
+        rich_help_panel="Pruning",
+    ),
+]
 CaptionSteps = Annotated[int, typer.Option(help="Denoising steps.")]
 CaptionGuidance = Annotated[float, typer.Option(help="Guidance scale.")]
 CaptionSeed = Annotated[int, typer.Option(help="Seed of captions and noise.")]
@@ -54,3 +61,10 @@ def parse_size(size: str | None) -> tuple[int | None, int | None]:
     if match is None:
         raise ValueError(f"size must be WIDTHxHEIGHT in pixels, such as 128x128, not {size!r}")
     return int(match[1]), int(match[2])
+
+
+def budget_share(budget: float | None, pruning_rate: float | None) -> float | None:
+    """Return the budget as it is, after a look that no rate is given beside it."""
+    if budget is not None and pruning_rate is not None:
+        raise ValueError("give --budget or --pruning-rate, not both: a budget is solved for its rate")
+    return budget

@@ -18,7 +18,7 @@ from atedm.patching.transformer import BlockObservation, BlockPatch, PrunedTrans
 from atedm.schedule import is_prune_less, prune_less_blocks
 
 
-def apply(target: Any, config: PruningConfig | str = "paper") -> PatchSummary:
+def apply(target: Any, config: PruningConfig | str = "paper", *, budget: float | None = None) -> PatchSummary:
     """Make a diffusers pipeline prune tokens while it denoises. No weights change and no image is made.
 
         pipe = StableDiffusionXLPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")
@@ -29,14 +29,16 @@ def apply(target: Any, config: PruningConfig | str = "paper") -> PatchSummary:
     Args:
         target: A pipeline with a `UNet2DConditionModel`, or such a U-Net, compiled or not.
         config: A `PruningConfig`, or the name of one of the paper's settings: "paper", "dagger" or "turbo".
+        budget: What the mean step of a run may cost, as a share of the dense step, at the size the model was trained
+            for; its pruning rate takes the place of the config's. `atedm.PruningConfig.for_budget` has more choices.
 
     Returns:
         What was patched; printing it shows every block, the tokens it keeps, and the share of the work that is saved.
 
     Raises:
         TypeError: If there is no such U-Net, or an attention block is of a class not known here.
-        ValueError: If there is nothing to prune, the U-Net is patched already, a name is unknown, or the model is set
-            up in a way pruning cannot honour. Nothing has been changed then.
+        ValueError: If there is nothing to prune, the U-Net is patched already, a name is unknown, the budget cannot be
+            kept, or the model is set up in a way pruning cannot honour. Nothing has been changed then.
     """
     config = preset(config) if isinstance(config, str) else config
     if not isinstance(config, PruningConfig):
@@ -44,6 +46,8 @@ def apply(target: Any, config: PruningConfig | str = "paper") -> PatchSummary:
     unet = find_unet(target)
     if is_applied(unet):
         raise ValueError("this U-Net is patched already; call atedm.remove(...) first, then apply the other config")
+    if budget is not None:
+        config = PruningConfig.for_budget(unet, share=budget, config=config)
     blocks = find_blocks(unet)
     chosen = choose_blocks(blocks, config)
     state = UNetState(config, tuple(chosen))
@@ -77,10 +81,12 @@ def remove(target: Any) -> None:
 
 
 @contextmanager
-def pruned(target: Any, config: PruningConfig | str = "paper") -> Iterator[PatchSummary]:
+def pruned(
+    target: Any, config: PruningConfig | str = "paper", *, budget: float | None = None
+) -> Iterator[PatchSummary]:
     """Apply for the length of a ``with`` block, and remove even if it raises."""
     unet = find_unet(target)
-    summary = apply(unet, config)
+    summary = apply(unet, config, budget=budget)
     try:
         yield summary
     finally:

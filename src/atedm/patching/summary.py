@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from diffusers import UNet2DConditionModel
 
 from atedm.config import PruningConfig
-from atedm.cost import BlockShape, mean_macs, solve_pruning_rate
+from atedm.costs.budget import solve_pruning_rate
+from atedm.costs.formula import BlockShape, mean_macs
 from atedm.pruning import keep_count
 from atedm.schedule import BlockPlace, prune_less_steps
 
@@ -44,12 +45,12 @@ class PatchSummary:
         if size is None:
             default = unet.config.sample_size or 64
             size = (default, default) if isinstance(default, int) else tuple(default)
-        shapes = tuple(_shape(unet, place, size) for place in places)
+        shapes = tuple(block_shape(unet, place, size) for place in places)
         return cls(config, shapes, pruned, spared & pruned, size)
 
     @property
     def saving(self) -> float:
-        """Share of the attention blocks' arithmetic that a normal step saves."""
+        """Share of the attention blocks' arithmetic that a normal step saves, net of what pruning adds."""
         return 1 - self._mean(self.config.replace(schedule="constant")) / self._dense
 
     @property
@@ -124,11 +125,12 @@ class PatchSummary:
         return "\n".join(lines)
 
 
-def _shape(unet: UNet2DConditionModel, place: BlockPlace, size: tuple[int, int]) -> BlockShape:
+def block_shape(unet: UNet2DConditionModel, place: BlockPlace, size: tuple[int, int]) -> BlockShape:
+    """Return the sizes of one attention block at (height, width) latents."""
     height, width = size
     for _ in range(place.level - 1):  # a downsampling convolution of stride 2 rounds up
         height, width = -(-height // 2), -(-width // 2)
     module = unet.get_submodule(place.name)
     layer = module.transformer_blocks[0]
     channels = layer.attn1.to_q.in_features
-    return BlockShape(place, height * width, channels, WORDS, layer.attn2.to_k.in_features)
+    return BlockShape(place, (height, width), channels, WORDS, layer.attn2.to_k.in_features, layer.attn1.heads)

@@ -1,0 +1,65 @@
+"""What torch itself counts on a U-Net, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from atedm.patching.survey import find_blocks
+
+STAGES = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """MACs of one call of a U-Net, as `torch.utils.flop_counter` counts them."""
+
+    total: int
+    #: By attention block, what pruning adds included.
+    blocks: Mapping[str, int]
+    #: By stage ("down_blocks.1", "mid_block", ...), all of it.
+    stages: Mapping[str, int]
+    #: By stage, the residual blocks.
+    resnets: Mapping[str, int]
+
+    @property
+    def rest(self) -> int:
+        """All but the attention blocks."""
+        return self.total - sum(self.blocks.values())
+
+
+def count_macs(unet: UNet2DConditionModel, call: Mapping[str, Any], timestep: int) -> Counted:
+    """Let torch count one call. On the meta device nothing is computed, and the largest U-Net takes seconds.
+
+    Args:
+        unet: Patched or not, on any device.
+        call: Its arguments but for the timestep, see `atedm.costs.architectures.Architecture.call`.
+        timestep: Of 999 down to 0, which tells the early steps of a run from the late ones.
+    """
+    # The counter does not see into the CPU's fused attention.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        arguments = dict(call)
+        unet(arguments.pop("sample"), timestep, **arguments)  # by place, as pipelines and other patches have it
+    by_module = {
+        name.partition(".")[2]: sum(counts.values()) // 2 for name, counts in counter.get_flop_counts().items()
+    }
+    stages = [f"{STAGES['down']}.{i}" for i in range(len(unet.down_blocks))]
+    stages += [STAGES["mid"]] if unet.mid_block is not None else []
+    stages += [f"{STAGES['up']}.{i}" for i in range(len(unet.up_blocks))]
+
+    def resnets(stage: str) -> int:
+        parent = unet.get_submodule(stage)
+        return sum(by_module.get(f"{stage}.resnets.{i}", 0) for i in range(len(getattr(parent, "resnets", ()))))
+
+    return Counted(
+        total=counter.get_total_flops() // 2,
+        blocks={name: by_module.get(name, 0) for name in find_blocks(unet)},
+        stages={stage: by_module.get(stage, 0) for stage in stages},
+        resnets={stage: resnets(stage) for stage in stages},
+    )

@@ -1,0 +1,162 @@
+"""Arithmetic of attention blocks, in multiply-accumulates (MACs), dense and pruned.
+
+For one image and one layer, N tokens of C channels and T words of width D: the linear projections cost
+18 N C^2 + 2 T D C, self-attention 2 N^2 C (the supplement's Eq. 1 with a batch of one and no guidance), cross-attention
+2 N T C; the projections into and out of a block 2 N C^2. Pruning adds the attention map, its ranking, and the matching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from atedm.config import PruningConfig
+from atedm.pruning import keep_count
+from atedm.schedule import BlockPlace, prune_less_blocks, prune_less_steps
+
+#: How MACs are counted: see `Macs`.
+CONVENTIONS = ("exact", "paper")
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Sizes of one attention block."""
+
+    place: BlockPlace
+    #: (h, w) of the token grid.
+    size: tuple[int, int]
+    #: C.
+    channels: int
+    #: T.
+    words: int
+    #: D.
+    word_width: int
+    #: H.
+    heads: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.size[0] * self.size[1]
+
+
+class Macs(NamedTuple):
+    """MACs by what they are spent on, for one image.
+
+    Two conventions sum them up. ``exact`` is what `torch.utils.flop_counter` counts (half of its FLOPs): everything.
+    ``paper`` is what the paper counts: Linear and convolution, as THOP does, plus self-attention by the supplement's
+    Eq. 1; the products of cross-attention and all overheads are left out.
+    """
+
+    #: Linear layers.
+    linear: int = 0
+    #: Both products of self-attention.
+    self_attention: int = 0
+    #: Both products of cross-attention.
+    cross_attention: int = 0
+    #: Overhead: queries, keys and their product once more, because fused attention does not yield the map.
+    map: int = 0
+    #: Overhead: the iterations of G-WPR.
+    ranking: int = 0
+    #: Overhead: the product that finds what is alike, in copy by cosine and in ToMe.
+    matching: int = 0
+
+    @property
+    def overhead(self) -> int:
+        """What the dense model does not do."""
+        return self.map + self.ranking + self.matching
+
+    @property
+    def exact(self) -> int:
+        """All of it."""
+        return sum(self)
+
+    @property
+    def paper(self) -> int:
+        """Linear and self-attention."""
+        return self.linear + self.self_attention
+
+    def by(self, convention: str) -> int:
+        """Sum up by one of `CONVENTIONS`."""
+        return self.paper if convention == "paper" else self.exact
+
+    def plus(self, *others: Macs) -> Macs:
+        """Add up, part by part."""
+        return Macs(*map(sum, zip(self, *others, strict=True)))
+
+    def times(self, factor: int) -> Macs:
+        """Multiply every part."""
+        return Macs(*(factor * part for part in self))
+
+
+def layer_macs(shape: BlockShape, in_self: int, in_cross: int, in_ff: int) -> Macs:
+    """MACs of one layer whose parts run on so many tokens."""
+    c, t, d = shape.channels, shape.words, shape.word_width
+    return Macs(
+        linear=4 * in_self * c * c + 2 * in_cross * c * c + 2 * t * d * c + 12 * in_ff * c * c,
+        self_attention=2 * in_self * in_self * c,
+        cross_attention=2 * in_cross * t * c,
+    )
+
+
+def block_macs(shape: BlockShape, config: PruningConfig | None = None) -> Macs:
+    """MACs of one attention block for one image; dense without a ``config``."""
+    n, c = shape.tokens, shape.channels
+    rates = dict(config.rates_in(shape.place.layers)) if config is not None else {}
+    total = Macs(linear=2 * n * c * c)
+    for layer in range(shape.place.layers):
+        left = keep_count(n, rates[layer]) if layer in rates else n
+        if config is None or left == n:
+            total = total.plus(layer_macs(shape, n, n, n))
+            continue
+        in_cross = left if config.place == "after-self-attention" else n
+        in_ff = n if config.place == "after-feed-forward" else left
+        total = total.plus(layer_macs(shape, n, in_cross, in_ff), overhead_macs(shape, config, n, left))
+        n = left
+    return total
+
+
+def overhead_macs(shape: BlockShape, config: PruningConfig, tokens: int, kept: int) -> Macs:
+    """MACs that one pruning layer adds: N = ``tokens`` reach it, K = ``kept`` go on."""
+    c, t, d = shape.channels, shape.words, shape.word_width
+    ranked = shape.heads * config.iterations if config.head_fusion == "rms" else config.iterations
+    of_map, of_ranking, of_matching = 0, 0, 0
+    if config.needs_attention_map:
+        of_map += 2 * tokens * c * c + tokens * tokens * c
+    if config.ranking == "self-attention":
+        of_ranking = ranked * tokens * tokens
+    if config.ranking.startswith("cross-attention"):
+        of_map += tokens * c * c + t * d * c + tokens * t * c
+        of_ranking = ranked * tokens * t * _PRODUCTS[config.ranking]
+    if config.recovery == "similarity-copy" and config.similarity == "cosine":
+        of_matching = kept * tokens * c
+    return Macs(map=of_map, ranking=of_ranking, matching=of_matching)
+
+
+_PRODUCTS = {
+    "cross-attention-entropy": 3,
+    "cross-attention-hard-clip": 2,
+    "cross-attention-soft-clip": 2,
+    "cross-attention-power": 1,
+}
+"""Products of the map and a vector, or of its rows, in one iteration of G-WPR with each mapping f."""
+
+
+def step_macs(shapes: Sequence[BlockShape], config: PruningConfig, pruned: frozenset[str], prune_less: bool) -> Macs:
+    """MACs of all attention blocks in one step for one image: a normal one, or a prune-less one."""
+    spared = prune_less_blocks((s.place for s in shapes), config.unpruned_blocks) if prune_less else frozenset()
+    return Macs().plus(*(block_macs(s, config if s.place.name in pruned - spared else None) for s in shapes))
+
+
+def mean_macs(
+    shapes: Sequence[BlockShape],
+    config: PruningConfig,
+    pruned: frozenset[str],
+    steps: int = 50,
+    convention: str = "exact",
+) -> float:
+    """Mean of `step_macs` over a run of ``steps`` steps, summed up by one of `CONVENTIONS`."""
+    early = prune_less_steps(steps, config.schedule, config.prune_less_share) / steps
+    normal, less = (step_macs(shapes, config, pruned, kind).by(convention) for kind in (False, True))
+    return early * less + (1 - early) * normal
