@@ -281,9 +281,8 @@ def test_stable_diffusion_1_works_with_a_place_inside_the_layer() -> None:
     dense = draw(pipe)
     with pytest.raises(ValueError, match="nothing to prune"):
         atedm.apply(pipe)
-    with atedm.pruned(pipe, PruningConfig(place="after-self-attention")) as summary:
+    with atedm.pruned(pipe, PruningConfig(place="after-self-attention")):
         pruned = draw(pipe)
         assert torch.equal(draw(pipe), pruned)
-    assert summary.saving > 0.1
     assert distance(pruned, dense) > 0.1
     assert torch.equal(draw(pipe), dense)

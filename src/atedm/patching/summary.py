@@ -122,6 +122,8 @@ class PatchSummary:
             f"blocks' arithmetic {self.prunable:.0%} is prunable; a normal step saves {self.saving:.1%}, "
             f"a run of 50 steps {self.mean_saving:.1%}."
         )
+        if self.saving < 0:
+            lines.append("What pruning adds (the attention map above all) costs more than it saves here.")
         return "\n".join(lines)
 
 
