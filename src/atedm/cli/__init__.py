@@ -10,7 +10,9 @@ from atedm.cli.ablate import ablate
 from atedm.cli.accuracy import accuracy
 from atedm.cli.cost import cost
 from atedm.cli.generate import generate
+from atedm.cli.latency import latency
 from atedm.cli.scaling import scaling
+from atedm.cli.variance import variance
 
 app = typer.Typer(
     name="atedm",
@@ -39,6 +41,8 @@ def about(
 app.command()(generate)
 app.command()(cost)
 app.command()(scaling)
+app.command()(latency)
+app.command()(variance)
 app.command()(accuracy)
 app.command()(ablate)
 
@@ -47,7 +51,7 @@ def main() -> None:
     """Run the command line; what the user got wrong ends in one line and status 2."""
     try:
         app()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         line = " ".join(str(error).split()) or type(error).__name__
         typer.secho(f"atedm: {line}", err=True, fg="red")
         sys.exit(2)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from atedm.costs.report import CostReport, Figures
     from atedm.costs.tome import ToMe
 
-TOME = "ToMe"
+TOME, MEMORY = "ToMe", "Memory"
 UNITS = {"T": 1e12, "G": 1e9}
 
 
@@ -76,8 +76,22 @@ def cost(
         "all"
     ),
     memory: Annotated[
-        bool, typer.Option(help="Trace the activations' footprint too.", rich_help_panel="Output")
-    ] = True,
+        str,
+        typer.Option(
+            help="**traced** without computing, **measured** here with random weights, or **none**.",
+            rich_help_panel=MEMORY,
+        ),
+    ] = "traced",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of weights and activations: **float16**, **bfloat16**, **float32**.", rich_help_panel=MEMORY
+        ),
+    ] = "float16",
+    attention: Annotated[
+        str,
+        typer.Option(help="**fused**, or **plain** with whole attention maps; traced only.", rich_help_panel=MEMORY),
+    ] = "fused",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Output")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the cost of each stage to this PNG.", rich_help_panel="Output")
@@ -107,6 +121,9 @@ def cost(
 
     quiet_libraries()
     check_name("method", method, ("at-edm", "tome"))
+    check_name("memory", memory, ("traced", "measured", "none"))
+    check_name("dtype", dtype, ("float16", "bfloat16", "float32"))
+    check_name("attention", attention, ("fused", "plain"))
     width, height = parse_size(size)
     pixels = None if width is None or height is None else (width, height)
     tome = ToMe(ratio, merge, levels)
@@ -128,7 +145,7 @@ def cost(
         )
     with Console(stderr=True).status(f"counting {model}"):
         report = cost_of(model, chosen, size=pixels, batch=batch, guidance=guidance, steps=steps)
-        footprint = _memory(report) if memory else None
+        footprint = _memory(report, memory, dtype, attention)
     if plot is not None:
         _draw(report, plot)
     if as_json:
@@ -150,9 +167,14 @@ def _config(model: str, preset_name: str | None, pruning_rate: float | None, pla
     return config.replace(**{name: value for name, value in changes.items() if value is not None})
 
 
-def _memory(report: CostReport) -> MemoryReport:
-    from atedm.costs.memory import memory
+def _memory(report: CostReport, kind: str, dtype: str, attention: str) -> MemoryReport | None:
+    import torch
 
+    from atedm.costs.memory import memory
+    from atedm.pipelines import best_device
+
+    if kind == "none":
+        return None
     return memory(
         report.model,
         report.method,
@@ -160,6 +182,9 @@ def _memory(report: CostReport) -> MemoryReport:
         batch=report.batch,
         guidance=report.guidance,
         steps=report.steps,
+        dtype=getattr(torch, dtype),
+        attention=attention,
+        device=best_device() if kind == "measured" else None,
     )
 
 
@@ -285,7 +310,18 @@ def _blocks_table(report: CostReport) -> Any:
 
 
 def _memory_table(memory: MemoryReport) -> Any:
-    raise NotImplementedError
+    table = _table("activations, MiB", "dense", "normal", "prune-less")
+    steps = (memory.dense, memory.normal_step, memory.prune_less_step)
+    table.add_row("peak", *(f"{step.peak / 2**20:.1f}" for step in steps))
+    table.add_row("average over the step", *(f"{step.average / 2**20:.1f}" for step in steps))
+    keeping = memory.more_jobs_if_dense_keeps_all
+    table.caption = (
+        f"{memory.dense.basis}; freed at once; weights {memory.weights / 2**20:.0f} MiB.\n"
+        f"More jobs in the same memory, over a run: {memory.more_jobs:+.1%}; each with its own weights "
+        f"{memory.more_jobs_with_weights:+.1%}"
+        + (f";\nif the dense model alone gave nothing back, {keeping:+.1%}." if keeping is not None else ".")
+    )
+    return table
 
 
 def _table(first: str, *others: str) -> Any:

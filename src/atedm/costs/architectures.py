@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,12 @@ class Architecture:
             pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
             call["added_cond_kwargs"] = {"text_embeds": noise(batch, pooled), "time_ids": noise(batch, 6)}
         return call
+
+
+def run_once(unet: Any, call: Mapping[str, Any], timestep: int) -> Any:
+    """Call a U-Net as pipelines do: the sample by place, where other patches look for it."""
+    arguments = dict(call)
+    return unet(arguments.pop("sample"), timestep, **arguments)
 
 
 def architecture(model: Any) -> Architecture:

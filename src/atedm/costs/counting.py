@@ -11,7 +11,11 @@ from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from atedm.config import PruningConfig
+from atedm.costs.architectures import run_once
+from atedm.patching.steps import step_position
 from atedm.patching.survey import find_blocks
+from atedm.schedule import is_prune_less
 
 STAGES = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 
@@ -34,6 +38,19 @@ class Counted:
         return self.total - sum(self.blocks.values())
 
 
+EARLY, LATE = 999, 0
+"""Timesteps of the first and the last step of a run, which the patch tells apart by value."""
+
+
+def kinds_of_step(config: PruningConfig) -> dict[str, int]:
+    """Map each kind of step that a run has, "normal_step" and "prune_less_step", to a timestep that is one."""
+    kinds: dict[str, int] = {}
+    for timestep in (EARLY, LATE):
+        less = is_prune_less(step_position(timestep).share, config.schedule, config.prune_less_share)
+        kinds.setdefault("prune_less_step" if less else "normal_step", timestep)
+    return kinds
+
+
 def count_macs(unet: UNet2DConditionModel, call: Mapping[str, Any], timestep: int) -> Counted:
     """Let torch count one call. On the meta device nothing is computed, and the largest U-Net takes seconds.
 
@@ -44,8 +61,7 @@ def count_macs(unet: UNet2DConditionModel, call: Mapping[str, Any], timestep: in
     """
     # The counter does not see into the CPU's fused attention.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        arguments = dict(call)
-        unet(arguments.pop("sample"), timestep, **arguments)  # by place, as pipelines and other patches have it
+        run_once(unet, call, timestep)
     by_module = {
         name.partition(".")[2]: sum(counts.values()) // 2 for name, counts in counter.get_flop_counts().items()
     }

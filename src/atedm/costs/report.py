@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import atedm
 from atedm.config import PruningConfig, preset
 from atedm.costs.architectures import architecture
-from atedm.costs.counting import Counted, count_macs
+from atedm.costs.counting import LATE, Counted, count_macs, kinds_of_step
 from atedm.costs.formula import CONVENTIONS, BlockShape, Macs, block_macs
 from atedm.costs.tome import ToMe, tome_macs, tome_step_macs
 from atedm.patching.apply import pruned
@@ -16,10 +16,7 @@ from atedm.patching.summary import block_shape
 from atedm.patching.survey import choose_blocks, find_blocks
 from atedm.pipelines import habits
 from atedm.pruning import keep_count
-from atedm.schedule import is_prune_less, prune_less_blocks, prune_less_steps
-
-EARLY, LATE = 999, 0
-"""Timesteps of the first and the last step of a run."""
+from atedm.schedule import prune_less_blocks, prune_less_steps
 
 TERA = 1e12
 
@@ -211,8 +208,8 @@ def cost(
     report = CostReport(arch.name, method, size, batch, guidance, steps, early, blocks, _stages(dense, images))
     _check(report.figures().dense, dense.total * images, "dense")
     if isinstance(method, PruningConfig):
-        for timestep, kind in _kinds(method).items():
-            with pruned(unet, method):
+        for kind, timestep in kinds_of_step(method).items():
+            with pruned(unet, method.replace(tolerance=None)):  # what it compares has no value on meta
                 counted = count_macs(unet, call, timestep)
             _check(getattr(report.figures(), kind), counted.total * images, kind)
     return report
@@ -269,15 +266,6 @@ def _stages(counted: Counted, images: int) -> tuple[StageCost, ...]:
         for name, whole in counted.stages.items()
     ]
     return (*stages, StageCost("in and out", 0, (counted.total - sum(counted.stages.values())) * images))
-
-
-def _kinds(config: PruningConfig) -> dict[int, str]:
-    """Map a timestep to the kind of step it is, for each kind that a run has."""
-    kinds: dict[str, int] = {}
-    for timestep, share in ((EARLY, 0.0), (LATE, 1 - 1e-3)):
-        less = is_prune_less(share, config.schedule, config.prune_less_share)
-        kinds.setdefault("prune_less_step" if less else "normal_step", timestep)
-    return {timestep: kind for kind, timestep in kinds.items()}
 
 
 def _check(formula: float, counted: int, what: str) -> None:

@@ -6,8 +6,10 @@ sources most alike to a destination is merged into it; results are copied back a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from atedm.config import check_name
 from atedm.costs.formula import BlockShape, Macs, layer_macs
@@ -64,6 +66,32 @@ def tome_macs(shape: BlockShape, tome: ToMe) -> Macs:
 def tome_step_macs(shapes: Sequence[BlockShape], tome: ToMe) -> Macs:
     """MACs of all attention blocks in one step for one image; every step is alike."""
     return Macs().plus(*(tome_macs(shape, tome) for shape in shapes))
+
+
+@contextmanager
+def with_tomesd(unet: Any, tome: ToMe) -> Iterator[None]:
+    """Run a U-Net with ToMe for the length of a ``with`` block, by the package of its authors.
+
+    Raises:
+        ImportError: If ``tomesd`` is not installed.
+    """
+    try:
+        import tomesd
+    except ImportError as error:
+        raise ImportError("ToMe needs the tomesd package: pip install 'atedm[peers]'") from error
+    everything = tome.merge == "everything"
+    tomesd.apply_patch(
+        unet,
+        ratio=tome.ratio,
+        max_downsample=1 if tome.levels == "highest" else 8,
+        merge_attn=True,
+        merge_crossattn=everything,
+        merge_mlp=everything,
+    )
+    try:
+        yield
+    finally:
+        tomesd.remove_patch(unet)
 
 
 def _destinations(shape: BlockShape) -> int:
