@@ -1,0 +1,166 @@
+"""The parts of pruning, one after another: get the map, rank, mask, drop, fill (supplement Fig. 4).
+
+Done by the package's own functions, and told apart. The way to the attention map is the one that differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from atedm.attention_map import attention_maps, empty_map
+from atedm.config import PruningConfig
+from atedm.costs.stopwatch import free_memory
+from atedm.patching.summary import PatchSummary
+from atedm.patching.transformer import queries_and_keys
+from atedm.pruning import gather_tokens, keep_most_important
+from atedm.ranking import RankedMap, gwpr, root_mean_square
+from atedm.recovery import attention_source, similarity_copy
+from atedm.schedule import prune_less_steps
+from atedm.token_pruning import QueriesAndKeys
+
+PARTS = ("get map", "rank", "mask", "drop", "fill")
+"""The bars of supplement Fig. 4."""
+
+Rank: TypeAlias = Callable[[Tensor], Tensor]
+"""Importance (..., N) of maps (..., N, N)."""
+
+Lap: TypeAlias = Callable[[str], None]
+"""Says that what was done since the last lap belongs to a part."""
+
+
+# --- Ways to the attention map ----------------------------------------------------------------------------------------
+
+
+def head_by_head(attention: QueriesAndKeys, rank: Rank, lap: Lap) -> RankedMap:
+    """Rank by one head's map at a time, as `rank_by_attention` does: the package's way."""
+    mean_map = empty_map(attention.q, attention.k)
+    per_head = []
+    for a in attention_maps(*attention):
+        mean_map.add_(a, alpha=1 / attention.q.shape[1])
+        lap("get map")
+        per_head.append(rank(a))
+        lap("rank")
+        del a  # or it lives on while the next head is computed
+    importance = root_mean_square(torch.stack(per_head))
+    lap("rank")
+    return RankedMap(importance, mean_map)
+
+
+def all_heads(attention: QueriesAndKeys, rank: Rank, lap: Lap) -> RankedMap:
+    """Rank by the maps of all heads at once, (B, H, N, N): one product, one softmax, and the memory for them."""
+    q, k, scale = attention
+    maps = torch.softmax((scale * q) @ k.mT, dim=-1, dtype=torch.float32)
+    mean_map = maps.mean(1)
+    lap("get map")
+    importance = root_mean_square(rank(maps).transpose(0, 1))
+    lap("rank")
+    del maps
+    lap("get map")  # giving that much memory back takes a while too
+    return RankedMap(importance, mean_map)
+
+
+MAP_WAYS: dict[str, Callable[[QueriesAndKeys, Rank, Lap], RankedMap]] = {
+    "head-by-head": head_by_head,
+    "all-heads": all_heads,
+}
+"""By name. Each gives what `rank_by_attention` gives and laps "get map" and "rank"."""
+
+_HOLDS_ALL = frozenset({"all-heads"})
+
+
+def too_large(way: str, shapes: Sequence[PrunedShape], batch: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Say why a way has to be passed over: the maps of all heads take more than a third of the free memory.
+
+    Counted are their product in ``dtype`` and its softmax in float32; the rest is left to what else wants memory.
+
+    Args:
+        way: A name in `MAP_WAYS`.
+        shapes: What is to be timed.
+        batch: B, images of guidance counted.
+        dtype: Of the model.
+        device: Where it is.
+
+    Returns:
+        The reason, or "" if there is none.
+    """
+    if way not in _HOLDS_ALL:
+        return ""
+    for shape in shapes:
+        needed = batch * shape.heads * shape.tokens**2 * (4 + dtype.itemsize)
+        free = free_memory(device)
+        if needed > free / 3:
+            return (
+                f"the maps of {shape.heads} heads of {shape.tokens} tokens take {needed / 2**30:.1f} GiB, more than a "
+                f"third of the {free / 2**30:.1f} GiB free"
+            )
+    return ""
+
+
+# --- One block --------------------------------------------------------------------------------------------------------
+
+
+class PrunedOnce(NamedTuple):
+    """What the parts gave: for comparing with what the patch does."""
+
+    importance: Tensor
+    keep: Tensor
+    kept: Tensor
+    filled: Tensor
+
+
+@torch.no_grad()
+def prune_once(layer: Any, tokens: Tensor, count: int, config: PruningConfig, way: str, lap: Lap) -> PrunedOnce:
+    """Do what pruning adds to a block, and nothing else of it.
+
+    Args:
+        layer: The pruning layer, a `BasicTransformerBlock`.
+        tokens: (B, N, C) that reach it; the same stand for those after it, which only have to be of that size.
+        count: K.
+        config: Of the paper's kind, see `latency`.
+        way: A name in `MAP_WAYS`.
+        lap: Called after each part with its name in `PARTS`.
+    """
+    rank = partial(gwpr, iterations=config.iterations)
+    ranked = MAP_WAYS[way](queries_and_keys(layer.attn1, layer.norm1, tokens), rank, lap)
+    keep = keep_most_important(ranked.importance, count)
+    lap("mask")
+    kept = gather_tokens(tokens, keep)
+    lap("drop")
+    filled = similarity_copy(kept, attention_source(ranked.attention_map, keep))
+    lap("fill")
+    return PrunedOnce(ranked.importance, keep, kept, filled)
+
+
+@dataclass(frozen=True)
+class PrunedShape:
+    """Pruned blocks of one shape."""
+
+    tokens: int
+    #: Tokens left.
+    kept: int
+    channels: int
+    heads: int
+    #: Their names.
+    blocks: tuple[str, ...]
+    #: How often one of them prunes in a run: blocks times steps, less the steps in which they are spared.
+    times: int
+
+
+def pruned_shapes(summary: PatchSummary, steps: int) -> tuple[PrunedShape, ...]:
+    """Group the pruned blocks by shape, and count how often they prune in a run of ``steps`` steps."""
+    less = prune_less_steps(steps, summary.config.schedule, summary.config.prune_less_share)
+    groups: dict[tuple[int, int, int, int], list[str]] = {}
+    for shape in summary.shapes:
+        if shape.place.name in summary.pruned:
+            key = (shape.tokens, summary.kept(shape), shape.channels, shape.heads)
+            groups.setdefault(key, []).append(shape.place.name)
+    return tuple(
+        PrunedShape(*key, tuple(names), sum(steps - less * (name in summary.spared) for name in names))
+        for key, names in groups.items()
+    )
