@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
+import atedm
+from atedm import PruningConfig
 from atedm.cli import main
 
 
@@ -45,7 +47,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
     shown = subprocess.run([sys.executable, "-m", "atedm", "--help"], capture_output=True, text=True, check=False)
     assert shown.returncode == 0
-    for command in ("generate", "accuracy", "ablate"):
+    for command in ("generate", "cost", "scaling", "latency", "variance", "accuracy", "ablate"):
         assert command in shown.stdout
     code = "import sys, atedm.cli; print([m for m in ('torch', 'diffusers', 'matplotlib') if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -90,9 +92,73 @@ def test_ablate_measures_rows_keeps_them_and_goes_on(run: Run, tmp_path: Path) -
     assert "| zero padding | 0.123 |" in run(*command).stdout
 
 
+def test_cost_prints_json_and_nothing_else(run: Run) -> None:
+    content = json.loads(run("cost", "--json").stdout)
+    assert content["unit"] == "TMAC"
+    assert round(content["convention"]["paper"]["normal_step"], 3) == 4.049
+    assert content["memory"]["dense"]["peak_gib"] > content["memory"]["dense"]["average_gib"] > 0
+    assert {(row["merge"], row["levels"]) for row in content["tome"]} == {
+        (merge, levels) for merge in ("everything", "self-attention") for levels in ("all", "highest")
+    }
+    tome = json.loads(run("cost", "--method", "tome", "--ratio", "0.6", "--json").stdout)
+    assert round(tome["convention"]["paper"]["mean"], 3) == 3.563
+    assert tome.keys() == content.keys()
+
+
+def test_cost_shows_tables_and_draws(run: Run, tmp_path: Path) -> None:
+    done = run("cost", "--model", "tiny", "--budget", "0.9", "--batch", "2", "--no-guidance", "--plot", "a/cost.png")
+    assert done.returncode == 0, done.stderr
+    for part in ("tiny, 128 x 128 px, batch 2 without guidance", "AT-EDM, exact", "ToMe SA+CA+FF, all levels"):
+        assert part in done.stdout
+    for part in ("up_blocks.1.attentions.2", "average over the step", "More jobs in the same memory"):
+        assert part in done.stdout
+    assert (tmp_path / "a" / "cost.png").stat().st_size > 1000
+
+
+def test_cost_measures_memory_on_the_device_at_hand(run: Run) -> None:
+    done = run("cost", "--model", "tiny", "--memory", "measured", "--dtype", "float32", "--json")
+    assert json.loads(done.stdout)["memory"]["dense"]["basis"].startswith("measured on ")
+    assert json.loads(run("cost", "--model", "tiny", "--memory", "none", "--json").stdout)["memory"] is None
+
+
+def test_scaling_counts_every_model_at_every_size(run: Run, tmp_path: Path) -> None:
+    done = run("scaling", "--models", "tiny,sd15", "--sizes", "128,512", "--json", "--plot", "scaling.png")
+    points = json.loads(done.stdout)
+    assert [(point["model"], point["side"]) for point in points] == [
+        ("tiny", 128), ("tiny", 512), ("sd15", 128), ("sd15", 512),
+    ]  # fmt: skip
+    assert [point["attention_pruned"] is None for point in points] == [False, False, True, True]
+    assert "48%" in run("scaling", "--models", "sd15", "--sizes", "512").stdout
+    assert (tmp_path / "scaling.png").exists()
+
+
+def test_generate_keeps_to_a_budget(run: Run, tmp_path: Path) -> None:
+    done = run("generate", "a red circle", "--budget", "0.92", "--preset", "paper", "--steps", "2", "--size", "160x128")
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "out" / "run.json").read_text())
+    config = PruningConfig(pruning_rate=made["request"]["config"]["pruning_rate"])
+    figures = atedm.cost("tiny", config, size=(160, 128), steps=2).figures()
+    assert 0.91 < figures.mean / figures.dense <= 0.92
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("generate", "x", "--budget", "0.1"), "pruning reaches down to"),
+        (("generate", "x", "--budget", "0.9", "--pruning-rate", "0.5"), "--budget or --pruning-rate, not both"),
+        (("cost", "--model", "sdlx"), "did you mean 'sdxl'?"),
+        (("cost", "--model", "./nowhere"), "no folder './nowhere'"),
+        (("cost", "--size", "1000x1001"), "height must be a multiple of 8 pixels"),
+        (("cost", "--size", "big"), "size must be WIDTHxHEIGHT"),
+        (("cost", "--tmacs", "2.9", "--convention", "paper"), "pruning reaches down to 3.081, 45.8%"),
+        (("cost", "--budget", "0.6", "--tmacs", "4"), "one of the two"),
+        (("cost", "--method", "deepcache"), "unknown method"),
+        (("cost", "--method", "tome", "--ratio", "0.8"), "ratio must be from 0 to 0.75"),
+        (("cost", "--memory", "guessed"), "unknown memory"),
+        (("scaling", "--sizes", "512,x"), "sizes must be whole numbers"),
+        (("scaling", "--models", ","), "at least one model"),
+        (("latency", "--dtype", "int8"), "unknown dtype"),
+        (("variance", "--steps", "0"), "steps must be at least 1"),
         (("generate", "x", "--pruning-rate", "1"), "pruning_rate must be in [0, 1)"),
         (("generate", "x", "--preset", "papre"), "did you mean 'paper'?"),
         (("generate", "x", "--size", "128"), "size must be WIDTHxHEIGHT"),

@@ -26,6 +26,8 @@ def scaling(
 ) -> None:
     """Show how the cost of a step grows with the image, in T MACs as torch counts them.
 
+    The last column is attention where it is pruned; "nothing" where the paper's place has nothing to prune.
+
     Examples:
     `atedm scaling --plot scaling.png`
 
@@ -61,11 +63,11 @@ def scaling(
         typer.echo(json.dumps([point.as_dict() for point in points], indent=2))
         return
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("T MACs of a step")
-    for name in ("px", "attention", "share", "ResNet", "other", "attention, pruned"):
+    table.add_column("T MACs of a step", no_wrap=True)
+    for name in ("px", "attention", "share", "ResNet", "other", "pruned"):
         table.add_column(name, justify="right")
     for point in points:
-        pruned = "nothing to prune" if point.attention_pruned is None else f"{point.attention_pruned:.4g}"
+        pruned = "nothing" if point.attention_pruned is None else f"{point.attention_pruned:.4g}"
         table.add_row(
             point.model,
             str(point.side),

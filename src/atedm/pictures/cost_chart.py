@@ -86,7 +86,7 @@ def scaling_chart(points: Sequence[Point]) -> Image.Image:
             axes.annotate(
                 f"{point.attention_share:.0%} of the step",
                 (point.side, point.attention),
-                (0, 7) if point is of_model[0] else (-7, 0),
+                (-2, 18) if point is of_model[0] else (-7, 0),
                 textcoords="offset points",
                 ha="left" if point is of_model[0] else "right",
                 fontsize=8,
