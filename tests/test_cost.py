@@ -16,12 +16,13 @@ from atedm.config import PLACES, PruningConfig
 from atedm.costs.architectures import architecture
 from atedm.costs.budget import BUDGETS_OF, solve_pruning_rate
 from atedm.costs.formula import CONVENTIONS, BlockShape, block_macs, mean_macs, step_macs
-from atedm.costs.tome import LEVELS, MERGES, ToMe, tome_macs, tome_step_macs
+from atedm.costs.tome import LEVELS, MERGES, ToMe, tome_macs, tome_mean_macs, tome_step_macs
+from atedm.costs.tomesd_patch import with_tomesd
 from atedm.patching.summary import WORDS, block_shape
 from atedm.patching.survey import find_blocks
 from atedm.pruning import keep_count
 from atedm.schedule import SCHEDULES, BlockPlace
-from models import EARLY, LATE, inputs, sd1_unet, sdxl_unet
+from models import EARLY, LATE, inputs, sd1_unet, sdxl_unet, snapshot
 
 
 def count(unet: UNet2DConditionModel, timestep: int, call: dict[str, Any]) -> FlopCounterMode:
@@ -163,6 +164,33 @@ def test_tome_costs_what_torch_counts_on_the_real_one(
         assert 2 * tome_macs(shape, ToMe(ratio, merge, levels)).exact == sum(flops[name].values()) / 2, name
     total = tome_step_macs(shapes, ToMe(ratio, merge, levels)).exact
     assert 2 * total == sum(sum(flops[f"UNet2DConditionModel.{s.place.name}"].values()) for s in shapes) / 2
+
+
+def test_tome_with_the_papers_schedule_spares_blocks_early_and_leaves_no_trace() -> None:
+    unet = sdxl_unet()
+    before, shapes = snapshot(unet), shapes_at(unet, (16, 16))
+    tome = ToMe(0.5, prune_less_share=0.3)
+    with with_tomesd(unet, tome):
+        for timestep, prune_less in ((EARLY, True), (LATE, False)):
+            flops = count(unet, timestep, inputs(unet, batch=2, words=WORDS)).get_flop_counts()
+            counted = sum(sum(flops[f"UNet2DConditionModel.{s.place.name}"].values()) for s in shapes) / 2
+            assert 2 * tome_step_macs(shapes, tome, prune_less).exact == counted
+    assert snapshot(unet) == before
+    less, normal = (tome_step_macs(shapes, tome, kind).exact for kind in (True, False))
+    assert tome_mean_macs(shapes, tome, 50) == pytest.approx(0.3 * less + 0.7 * normal)
+    assert tome_mean_macs(shapes, ToMe(0.5), 50) == normal < less
+
+
+def test_tome_draws_the_same_destinations_from_the_same_seed() -> None:
+    unet = sdxl_unet()
+    outputs = []
+    for seed in (0, 0, 1):
+        torch.rand(3)  # moves the global generator, which must not matter
+        with with_tomesd(unet, ToMe(0.5), seed), torch.no_grad():
+            call = inputs(unet)
+            outputs.append(unet(call.pop("sample"), LATE, **call).sample)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
 
 
 @pytest.mark.parametrize("bad", [{"ratio": 0.76}, {"ratio": -0.1}, {"merge": "all"}, {"levels": "lowest"}], ids=str)

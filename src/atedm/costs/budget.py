@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from atedm.config import PruningConfig, check_name
 from atedm.costs.formula import CONVENTIONS, BlockShape, mean_macs, step_macs
-from atedm.costs.tome import ToMe, tome_step_macs
+from atedm.costs.tome import ToMe, tome_mean_macs
 
 #: What a budget is for: the mean step of a run, or a normal step, which is what the paper's figures are.
 BUDGETS_OF = ("mean", "normal-step")
@@ -63,12 +63,13 @@ def solve_tome_ratio(
     shapes: Sequence[BlockShape],
     tome: ToMe,
     target: float,
+    steps: int = 50,
     *,
     convention: str = "exact",
     rest: float = 0,
     images: int = 1,
 ) -> ToMe:
-    """Return ``tome`` with the least ratio at which a step costs no more than ``target`` MACs.
+    """Return ``tome`` with the least ratio at which the mean step of a run costs no more than ``target`` MACs.
 
     Raises:
         ValueError: If no ratio gives that cost; the message names the range that can be had.
@@ -76,7 +77,7 @@ def solve_tome_ratio(
     check_name("convention", convention, CONVENTIONS)
 
     def cost(ratio: float) -> float:
-        return rest + tome_step_macs(shapes, dataclasses.replace(tome, ratio=ratio)).by(convention)
+        return rest + tome_mean_macs(shapes, dataclasses.replace(tome, ratio=ratio), steps, convention)
 
     return dataclasses.replace(tome, ratio=_least(cost, target, 0.75, "a step with ToMe", images))
 

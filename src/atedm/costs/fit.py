@@ -59,7 +59,7 @@ def fit_to_budget(
     images = 2 if (arch.guidance if guidance is None else guidance) else 1
     target = share * dense if share is not None else given * 1e12 / images
     if isinstance(method, ToMe):
-        return solve_tome_ratio(shapes, method, target, convention=convention, rest=rest, images=images)
+        return solve_tome_ratio(shapes, method, target, steps, convention=convention, rest=rest, images=images)
     chosen = frozenset(choose_blocks(find_blocks(unet), method))
     return solve_pruning_rate(
         shapes, method, chosen, target, steps, of=of, convention=convention, rest=rest, images=images

@@ -7,6 +7,7 @@ weights, with that assumption named, or measured.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from atedm.costs.counting import LATE, kinds_of_step
 from atedm.costs.memory_measured import measured_footprint
 from atedm.costs.memory_traced import Footprint, gib, mean, traced_footprint
 from atedm.costs.random_weights import random_unet
-from atedm.costs.tome import ToMe, with_tomesd
+from atedm.costs.tome import ToMe
+from atedm.costs.tomesd_patch import with_tomesd
 from atedm.patching.apply import pruned
 from atedm.schedule import prune_less_steps
 
@@ -140,16 +142,18 @@ def memory(
         return traced_footprint(unet, call, timestep, attention=attention)
 
     dense = footprint(LATE)
+    patched: AbstractContextManager[Any]
     if isinstance(method, ToMe):
-        with with_tomesd(unet, method):
-            normal = less = footprint(LATE)
-        share = 0.0
+        schedule, patched = "prune-less-early", with_tomesd(unet, method)
     else:
-        share = prune_less_steps(steps, method.schedule, method.prune_less_share) / steps
-        with pruned(unet, method.replace(tolerance=None)):  # what it compares has no value on meta
-            kinds = {kind: footprint(timestep) for kind, timestep in kinds_of_step(method).items()}
-        some = next(iter(kinds.values()))
-        normal, less = kinds.get("normal_step", some), kinds.get("prune_less_step", some)
+        schedule = method.schedule
+        patched = pruned(unet, method.replace(tolerance=None))  # what it compares has no value on meta
+    with patched:
+        kinds = kinds_of_step(schedule, method.prune_less_share)
+        found_by_kind = {kind: footprint(timestep) for kind, timestep in kinds.items()}
+    some = next(iter(found_by_kind.values()))
+    normal, less = found_by_kind.get("normal_step", some), found_by_kind.get("prune_less_step", some)
+    share = prune_less_steps(steps, schedule, method.prune_less_share) / steps
     return MemoryReport(
         dense=dense,
         normal_step=normal,

@@ -10,7 +10,7 @@ from atedm.config import PruningConfig, preset
 from atedm.costs.architectures import architecture
 from atedm.costs.counting import LATE, Counted, count_macs, kinds_of_step
 from atedm.costs.formula import CONVENTIONS, BlockShape, Macs, block_macs
-from atedm.costs.tome import ToMe, tome_macs, tome_step_macs
+from atedm.costs.tome import ToMe, tome_macs, tome_mean_macs, tome_step_macs
 from atedm.patching.apply import pruned
 from atedm.patching.summary import block_shape
 from atedm.patching.survey import choose_blocks, find_blocks
@@ -98,8 +98,14 @@ class CostReport:
     def with_tome(self, tome: ToMe, convention: str = "exact") -> Figures:
         """Figures of ToMe on the same model at the same size."""
         images = self.batch * (2 if self.guidance else 1)
-        merged = self.rest + images * tome_step_macs([block.shape for block in self.blocks], tome).by(convention)
-        return Figures(self.figures(convention).dense, merged, merged, merged)
+        shapes = [block.shape for block in self.blocks]
+        normal, less = (
+            self.rest + images * tome_step_macs(shapes, tome, prune_less).by(convention) for prune_less in (False, True)
+        )
+        if not tome.prune_less_share:
+            less = normal
+        mean = self.rest + images * tome_mean_macs(shapes, tome, self.steps, convention)
+        return Figures(self.figures(convention).dense, normal, less, mean)
 
     def overhead(self) -> Macs:
         """Of a normal step; its ``exact`` figures hold the map, the ranking and the matching."""
@@ -201,14 +207,16 @@ def cost(
         blocks = tuple(_pruned_block(shape, method, chosen, _spared(shapes, method), images) for shape in shapes)
         early = prune_less_steps(steps, method.schedule, method.prune_less_share)
     else:
-        blocks = tuple(_tome_block(shape, method, images) for shape in shapes)
-        early = 0
+        at_all = prune_less_blocks((shape.place for shape in shapes), method.unpruned_blocks)
+        spared = at_all if method.prune_less_share else frozenset()
+        blocks = tuple(_tome_block(shape, method, spared, images) for shape in shapes)
+        early = prune_less_steps(steps, "prune-less-early", method.prune_less_share)
     call = arch.call(size)
     dense = count_macs(unet, call, LATE)
     report = CostReport(arch.name, method, size, batch, guidance, steps, early, blocks, _stages(dense, images))
     _check(report.figures().dense, dense.total * images, "dense")
     if isinstance(method, PruningConfig):
-        for kind, timestep in kinds_of_step(method).items():
+        for kind, timestep in kinds_of_step(method.schedule, method.prune_less_share).items():
             with pruned(unet, method.replace(tolerance=None)):  # what it compares has no value on meta
                 counted = count_macs(unet, call, timestep)
             _check(getattr(report.figures(), kind), counted.total * images, kind)
@@ -246,9 +254,11 @@ def _pruned_block(
     return BlockCost(shape, kept, name in spared, dense, normal, dense if name in spared else normal)
 
 
-def _tome_block(shape: BlockShape, tome: ToMe, images: int) -> BlockCost:
-    merged = tome_macs(shape, tome).times(images)
-    return BlockCost(shape, shape.tokens - tome.merged(shape), False, block_macs(shape).times(images), merged, merged)
+def _tome_block(shape: BlockShape, tome: ToMe, spared: frozenset[str], images: int) -> BlockCost:
+    dense, merged = (macs.times(images) for macs in (block_macs(shape), tome_macs(shape, tome)))
+    is_spared = shape.place.name in spared
+    kept = shape.tokens - tome.merged(shape)
+    return BlockCost(shape, kept, is_spared, dense, merged, dense if is_spared else merged)
 
 
 def _spared(shapes: list[BlockShape], config: PruningConfig) -> frozenset[str]:

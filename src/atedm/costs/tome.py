@@ -6,13 +6,12 @@ sources most alike to a destination is merged into it; results are copied back a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from atedm.config import check_name
-from atedm.costs.formula import BlockShape, Macs, layer_macs
+from atedm.costs.formula import BlockShape, Macs, block_macs, layer_macs
+from atedm.schedule import PAIRINGS, prune_less_blocks, prune_less_steps
 
 #: What runs on merged tokens: self-attention alone, as by default, or with cross-attention and feed-forward, as the
 #: paper widens it for SD-XL (supplement B.1).
@@ -35,6 +34,11 @@ class ToMe:
     merge: str = "everything"
     #: One of `LEVELS`.
     levels: str = "all"
+    #: Share of the run in which one block of each down and up stage is spared, as the paper does to compare; 0 is ToMe
+    #: as it comes, 0.3 the paper's 15 of 50 steps.
+    prune_less_share: float = 0.0
+    #: Which blocks those are, see `atedm.schedule.PAIRINGS`.
+    unpruned_blocks: str = "F-L"
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -42,6 +46,9 @@ class ToMe:
             raise ValueError(f"ratio must be from 0 to 0.75, the most that ToMe can merge, not {self.ratio!r}")
         check_name("merge", self.merge, MERGES)
         check_name("levels", self.levels, LEVELS)
+        if not 0 <= self.prune_less_share <= 1:
+            raise ValueError(f"prune_less_share must be in [0, 1], not {self.prune_less_share!r}")
+        check_name("unpruned_blocks", self.unpruned_blocks, PAIRINGS)
 
     def merged(self, shape: BlockShape) -> int:
         """Tokens of a block that are merged away."""
@@ -63,35 +70,17 @@ def tome_macs(shape: BlockShape, tome: ToMe) -> Macs:
     return Macs(linear=2 * n * c * c).plus(layer.times(shape.place.layers))
 
 
-def tome_step_macs(shapes: Sequence[BlockShape], tome: ToMe) -> Macs:
-    """MACs of all attention blocks in one step for one image; every step is alike."""
-    return Macs().plus(*(tome_macs(shape, tome) for shape in shapes))
+def tome_step_macs(shapes: Sequence[BlockShape], tome: ToMe, prune_less: bool = False) -> Macs:
+    """MACs of all attention blocks in one step for one image: a normal one, or one that spares some blocks."""
+    spared = prune_less_blocks((s.place for s in shapes), tome.unpruned_blocks) if prune_less else frozenset()
+    return Macs().plus(*(block_macs(s) if s.place.name in spared else tome_macs(s, tome) for s in shapes))
 
 
-@contextmanager
-def with_tomesd(unet: Any, tome: ToMe) -> Iterator[None]:
-    """Run a U-Net with ToMe for the length of a ``with`` block, by the package of its authors.
-
-    Raises:
-        ImportError: If ``tomesd`` is not installed.
-    """
-    try:
-        import tomesd
-    except ImportError as error:
-        raise ImportError("ToMe needs the tomesd package: pip install 'atedm[peers]'") from error
-    everything = tome.merge == "everything"
-    tomesd.apply_patch(
-        unet,
-        ratio=tome.ratio,
-        max_downsample=1 if tome.levels == "highest" else 8,
-        merge_attn=True,
-        merge_crossattn=everything,
-        merge_mlp=everything,
-    )
-    try:
-        yield
-    finally:
-        tomesd.remove_patch(unet)
+def tome_mean_macs(shapes: Sequence[BlockShape], tome: ToMe, steps: int = 50, convention: str = "exact") -> float:
+    """Mean of `tome_step_macs` over a run of ``steps`` steps, summed up by one of the conventions."""
+    early = prune_less_steps(steps, "prune-less-early", tome.prune_less_share) / steps
+    normal, less = (tome_step_macs(shapes, tome, kind).by(convention) for kind in (False, True))
+    return early * less + (1 - early) * normal
 
 
 def _destinations(shape: BlockShape) -> int:
