@@ -51,6 +51,8 @@ class Architecture:
     factor: int
     #: Whether it is run with guidance.
     guidance: bool
+    #: Text tokens of a caption.
+    words: int = WORDS
 
     def latents(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """Return (height, width) of the latents of an image of ``size`` (width, height) pixels.
@@ -107,7 +109,7 @@ class Architecture:
         width = config.get("encoder_hid_dim") or config.get("cross_attention_dim", 1280)
         call: dict[str, Any] = {
             "sample": noise(batch, config.get("in_channels", 4), *self.latents(size)),
-            "encoder_hidden_states": noise(batch, WORDS, width),
+            "encoder_hidden_states": noise(batch, self.words, width),
         }
         if config.get("addition_embed_type") == "text_time":
             # Six sizes and crops in SDXL, five in its refiner; only the sum of both widths matters.
@@ -154,15 +156,18 @@ def architecture(model: Any) -> Architecture:
 def _of_object(target: Any) -> Architecture:
     unet = find_unet(target)
     factor = getattr(target, "vae_scale_factor", 8)
-    return _architecture(type(target).__name__, dict(unet.config), factor)
+    text = getattr(getattr(target, "text_encoder", None), "config", None)
+    words = getattr(text, "max_position_embeddings", WORDS)
+    return _architecture(type(target).__name__, dict(unet.config), factor, words)
 
 
 def _of_folder(name: str, folder: Path) -> Architecture:
     file = next((f for f in (folder / "unet" / "config.json", folder / "config.json") if f.exists()), None)
     if file is None:
         raise ValueError(f"{name} has no U-Net: neither unet/config.json nor config.json is there")
-    vae = folder / "vae" / "config.json"
-    return _architecture(name, _read(file), _factor(_read(vae)) if vae.exists() else 8)
+    vae, text = (folder / part / "config.json" for part in ("vae", "text_encoder"))
+    words = _read(text).get("max_position_embeddings", WORDS) if text.exists() else WORDS
+    return _architecture(name, _read(file), _factor(_read(vae)) if vae.exists() else 8, words)
 
 
 def _of_hub(name: str) -> Architecture:
@@ -184,13 +189,13 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _architecture(name: str, config: dict[str, Any], factor: int) -> Architecture:
+def _architecture(name: str, config: dict[str, Any], factor: int, words: int = WORDS) -> Architecture:
     kind = config.get("_class_name", "UNet2DConditionModel")
     if kind != "UNet2DConditionModel":
         raise ValueError(f"{name} holds a {kind}; AT-EDM prunes the attention blocks of a UNet2DConditionModel")
     side = config.get("sample_size") or 64
     height, width = (side, side) if isinstance(side, int) else side
-    return Architecture(name, config, (width * factor, height * factor), factor, habits(name).guidance > 0)
+    return Architecture(name, config, (width * factor, height * factor), factor, habits(name).guidance > 0, words)
 
 
 def _factor(vae: dict[str, Any]) -> int:

@@ -53,7 +53,7 @@ def fit_to_budget(
     arch = architecture(model)
     unet = arch.on_meta()
     latents = arch.latents(size)
-    shapes = [block_shape(unet, place, latents) for place, _ in find_blocks(unet).values()]
+    shapes = [block_shape(unet, place, latents, arch.words) for place, _ in find_blocks(unet).values()]
     rest = count_macs(unet, arch.call(size), 0).rest
     dense = rest + Macs().plus(*map(block_macs, shapes)).by(convention)
     images = 2 if (arch.guidance if guidance is None else guidance) else 1

@@ -201,7 +201,7 @@ def cost(
     size = size or arch.default_size
     latents = arch.latents(size)
     unet = arch.on_meta()
-    shapes = [block_shape(unet, place, latents) for place, _ in find_blocks(unet).values()]
+    shapes = [block_shape(unet, place, latents, arch.words) for place, _ in find_blocks(unet).values()]
     if isinstance(method, PruningConfig):
         chosen = frozenset(choose_blocks(find_blocks(unet), method))
         blocks = tuple(_pruned_block(shape, method, chosen, _spared(shapes, method), images) for shape in shapes)

@@ -77,7 +77,7 @@ def scaling(
             if progress is not None:
                 progress(arch.name, side)
             counted = count_macs(unet, arch.call((side, side)), 0)
-            shapes = [block_shape(unet, place, arch.latents((side, side))) for place, _ in blocks.values()]
+            shapes = [block_shape(unet, place, arch.latents((side, side)), arch.words) for place, _ in blocks.values()]
             pruned = Macs().plus(*(block_macs(s, config if s.place.name in chosen else None) for s in shapes))
             resnet = sum(counted.resnets.values())
             points.append(

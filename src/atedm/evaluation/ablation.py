@@ -54,7 +54,7 @@ class Row:
     name: str
     settings: Settings
     config: dict[str, Any] | None
-    #: Share of the attention blocks' multiply-accumulates a run takes, overheads of pruning left out.
+    #: Share of the attention blocks' multiply-accumulates a run takes, what pruning adds included.
     cost: float
     #: Per attribute, and "all" of a caption at once: (mean, low, high).
     accuracy: dict[str, Interval]

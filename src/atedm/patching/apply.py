@@ -47,7 +47,7 @@ def apply(target: Any, config: PruningConfig | str = "paper", *, budget: float |
     if is_applied(unet):
         raise ValueError("this U-Net is patched already; call atedm.remove(...) first, then apply the other config")
     if budget is not None:
-        config = PruningConfig.for_budget(unet, share=budget, config=config)
+        config = PruningConfig.for_budget(target, share=budget, config=config)
     blocks = find_blocks(unet)
     chosen = choose_blocks(blocks, config)
     state = UNetState(config, tuple(chosen))
@@ -86,7 +86,7 @@ def pruned(
 ) -> Iterator[PatchSummary]:
     """Apply for the length of a ``with`` block, and remove even if it raises."""
     unet = find_unet(target)
-    summary = apply(unet, config, budget=budget)
+    summary = apply(target, config, budget=budget)
     try:
         yield summary
     finally:

@@ -127,7 +127,7 @@ class PatchSummary:
         return "\n".join(lines)
 
 
-def block_shape(unet: UNet2DConditionModel, place: BlockPlace, size: tuple[int, int]) -> BlockShape:
+def block_shape(unet: UNet2DConditionModel, place: BlockPlace, size: tuple[int, int], words: int = WORDS) -> BlockShape:
     """Return the sizes of one attention block at (height, width) latents."""
     height, width = size
     for _ in range(place.level - 1):  # a downsampling convolution of stride 2 rounds up
@@ -135,4 +135,4 @@ def block_shape(unet: UNet2DConditionModel, place: BlockPlace, size: tuple[int, 
     module = unet.get_submodule(place.name)
     layer = module.transformer_blocks[0]
     channels = layer.attn1.to_q.in_features
-    return BlockShape(place, (height, width), channels, WORDS, layer.attn2.to_k.in_features, layer.attn1.heads)
+    return BlockShape(place, (height, width), channels, words, layer.attn2.to_k.in_features, layer.attn1.heads)
