@@ -9,8 +9,10 @@ import typer
 from atedm.cli.ablate import ablate
 from atedm.cli.accuracy import accuracy
 from atedm.cli.cost import cost
+from atedm.cli.evaluate import evaluate
 from atedm.cli.generate import generate
 from atedm.cli.latency import latency
+from atedm.cli.reproduce import reproduce
 from atedm.cli.scaling import scaling
 from atedm.cli.variance import variance
 
@@ -43,6 +45,8 @@ app.command()(cost)
 app.command()(scaling)
 app.command()(latency)
 app.command()(variance)
+app.command()(evaluate)
+app.command()(reproduce)
 app.command()(accuracy)
 app.command()(ablate)
 

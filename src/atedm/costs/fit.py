@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import json
+from dataclasses import dataclass
 from typing import Any
 
+from diffusers import UNet2DConditionModel
+
 from atedm.config import PruningConfig, check_name
-from atedm.costs.architectures import architecture
+from atedm.costs.architectures import Architecture, architecture
 from atedm.costs.budget import solve_pruning_rate, solve_tome_ratio
 from atedm.costs.counting import count_macs
-from atedm.costs.formula import CONVENTIONS, Macs, block_macs
-from atedm.costs.tome import ToMe
+from atedm.costs.formula import CONVENTIONS, BlockShape, Macs, block_macs, mean_macs
+from atedm.costs.tome import ToMe, tome_mean_macs
 from atedm.patching.summary import block_shape
 from atedm.patching.survey import choose_blocks, find_blocks
 
@@ -51,16 +56,72 @@ def fit_to_budget(
     if not isinstance(given, int | float) or isinstance(given, bool) or not given > 0:
         raise ValueError(f"a budget must be a number above 0, not {given!r}")
     arch = architecture(model)
-    unet = arch.on_meta()
-    latents = arch.latents(size)
-    shapes = [block_shape(unet, place, latents, arch.words) for place, _ in find_blocks(unet).values()]
-    rest = count_macs(unet, arch.call(size), 0).rest
-    dense = rest + Macs().plus(*map(block_macs, shapes)).by(convention)
+    profile = profile_of(arch, size)
     images = 2 if (arch.guidance if guidance is None else guidance) else 1
+    dense = profile.rest + Macs().plus(*map(block_macs, profile.shapes)).by(convention)
     target = share * dense if share is not None else given * 1e12 / images
     if isinstance(method, ToMe):
-        return solve_tome_ratio(shapes, method, target, steps, convention=convention, rest=rest, images=images)
-    chosen = frozenset(choose_blocks(find_blocks(unet), method))
+        return solve_tome_ratio(
+            profile.shapes, method, target, steps, convention=convention, rest=profile.rest, images=images
+        )
     return solve_pruning_rate(
-        shapes, method, chosen, target, steps, of=of, convention=convention, rest=rest, images=images
+        profile.shapes,
+        method,
+        profile.pruned_by(method),
+        target,
+        steps,
+        of=of,
+        convention=convention,
+        rest=profile.rest,
+        images=images,
     )
+
+
+def mean_share(
+    model: Any, method: PruningConfig | ToMe, *, size: tuple[int, int] | None = None, steps: int = 50
+) -> float:
+    """Return the mean step of a run as a share of the dense step, exact, by formula.
+
+    Args:
+        model: As `atedm.cost`.
+        method: What is pruned or merged.
+        size: (width, height) in pixels; by default what the model was trained for.
+        steps: Steps of the run.
+
+    Raises:
+        FileNotFoundError: As `atedm.cost`.
+        TypeError: As `atedm.cost`.
+        ValueError: As `atedm.cost`.
+    """
+    profile = profile_of(architecture(model), size)
+    dense = profile.rest + Macs().plus(*map(block_macs, profile.shapes)).exact
+    if isinstance(method, ToMe):
+        return (profile.rest + tome_mean_macs(profile.shapes, method, steps)) / dense
+    return (profile.rest + mean_macs(profile.shapes, method, profile.pruned_by(method), steps)) / dense
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What the cost of a U-Net at one size depends on, for one image."""
+
+    unet: UNet2DConditionModel
+    shapes: tuple[BlockShape, ...]
+    #: MACs outside the attention blocks.
+    rest: int
+
+    def pruned_by(self, config: PruningConfig) -> frozenset[str]:
+        """Names of the blocks that ``config`` prunes."""
+        return frozenset(choose_blocks(find_blocks(self.unet), config))
+
+
+def profile_of(arch: Architecture, size: tuple[int, int] | None = None) -> Profile:
+    """Count the dense U-Net at ``size`` (width, height) in pixels; the same one is counted once."""
+    return _profile(json.dumps(arch.config, sort_keys=True, default=str), arch.latents(size), arch.words)
+
+
+@functools.lru_cache(maxsize=8)
+def _profile(config: str, latents: tuple[int, int], words: int) -> Profile:
+    arch = Architecture("", json.loads(config), (latents[1], latents[0]), 1, False, words)
+    unet = arch.on_meta()
+    shapes = tuple(block_shape(unet, place, latents, words) for place, _ in find_blocks(unet).values())
+    return Profile(unet, shapes, count_macs(unet, arch.call(), 0).rest)

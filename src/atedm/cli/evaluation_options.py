@@ -1,0 +1,121 @@
+"""Options that `atedm evaluate` and `atedm reproduce` share, and what they open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from atedm.cli.options import parse_size
+
+if TYPE_CHECKING:
+    from atedm.evaluation.images import Drawing
+    from atedm.evaluation.prompts import Prompt
+    from atedm.evaluation.scores import Metrics
+
+METRICS_PANEL, IMAGES_PANEL = "Metrics", "Images"
+
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16; by default what suits the device.", rich_help_panel="Model"),
+]
+PromptsOption = Annotated[
+    str,
+    typer.Option(
+        help="**scenes**, held-out captions that the shipped model draws and a judge reads back; a .txt or .csv file; "
+        "or a folder of MS-COCO.",
+        rich_help_panel=IMAGES_PANEL,
+    ),
+]
+CaptionsOption = Annotated[
+    int | None, typer.Option(help="How many, from the first; all, or 500 scenes.", rich_help_panel=IMAGES_PANEL)
+]
+StepsOption = Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=IMAGES_PANEL)]
+GuidanceOption = Annotated[
+    float | None, typer.Option(help="Guidance scale; by default what suits the model.", rich_help_panel=IMAGES_PANEL)
+]
+SizeOption = Annotated[
+    str | None, typer.Option(help="WxH in pixels; by default the model's own.", rich_help_panel=IMAGES_PANEL)
+]
+SeedOption = Annotated[
+    int, typer.Option(help="Of the first image; each next has one more.", rich_help_panel=IMAGES_PANEL)
+]
+BatchOption = Annotated[int, typer.Option(help="Images drawn at once.", rich_help_panel=IMAGES_PANEL)]
+MetricsOption = Annotated[
+    str,
+    typer.Option(
+        help="Of **distance** (to dense), **accuracy** (of captions, scenes only), **clip** and **fid**.",
+        rich_help_panel=METRICS_PANEL,
+    ),
+]
+ClipModelOption = Annotated[
+    str | None,
+    typer.Option(
+        help="An open_clip model; by default ViT-g-14, and a small one of our own for scenes.",
+        rich_help_panel=METRICS_PANEL,
+    ),
+]
+ClipWeightsOption = Annotated[str, typer.Option(help="Its weights.", rich_help_panel=METRICS_PANEL)]
+FidFeaturesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="**inception**, or an open_clip model; by default inception, and the small one for scenes.",
+        rich_help_panel=METRICS_PANEL,
+    ),
+]
+FolderOption = Annotated[
+    Path, typer.Option(help="Folder; a run that was stopped goes on there.", rich_help_panel="Output")
+]
+
+
+class Asked(NamedTuple):
+    """What was asked for, checked before any model is opened."""
+
+    prompts: list[Prompt]
+    metrics: Metrics
+    drawing: Drawing
+
+
+def read_options(
+    model: str,
+    dtype: str | None,
+    prompts: str,
+    captions: int | None,
+    steps: int,
+    guidance: float | None,
+    size: str | None,
+    seed: int,
+    batch: int,
+    metrics: str,
+    clip_model: str | None,
+    clip_pretrained: str,
+    fid_features: str | None,
+) -> Asked:
+    """Check the options and read the prompts."""
+    from atedm.config import check_name
+    from atedm.evaluation.clip_score import tiny_clip
+    from atedm.evaluation.images import Drawing
+    from atedm.evaluation.prompts import SCENES, read_prompts
+    from atedm.evaluation.scores import METRICS, Metrics
+    from atedm.pipelines import habits
+
+    names = tuple(name.strip() for name in metrics.split(",") if name.strip())
+    for name in names:
+        check_name("metric", name, METRICS)
+    if dtype is not None:
+        check_name("dtype", dtype, ("float32", "bfloat16", "float16"))
+    width, height = parse_size(size)
+    scale = habits(model).guidance if guidance is None else guidance
+    drawing = Drawing(model, steps, scale, seed, batch, width, height, dtype or "")
+    of_scenes = prompts == SCENES
+    return Asked(
+        read_prompts(prompts, captions, seed),
+        Metrics(
+            names,
+            clip_model or (tiny_clip() if of_scenes else "ViT-g-14"),
+            clip_pretrained,
+            fid_features or (tiny_clip() if of_scenes else "inception"),
+        ),
+        drawing,
+    )

@@ -1,0 +1,150 @@
+"""`atedm reproduce`: the paper's tables, curves and ablations, one word each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from atedm.cli.evaluation_options import (
+    BatchOption,
+    CaptionsOption,
+    ClipModelOption,
+    ClipWeightsOption,
+    DtypeOption,
+    FidFeaturesOption,
+    FolderOption,
+    GuidanceOption,
+    MetricsOption,
+    PromptsOption,
+    SeedOption,
+    SizeOption,
+    StepsOption,
+    read_options,
+)
+from atedm.cli.options import DeviceOption, ModelOption
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from atedm.evaluation.experiments import Experiment
+    from atedm.evaluation.reproduce import Outcome
+
+
+def reproduce(
+    experiment: Annotated[
+        str,
+        typer.Argument(
+            help="**table1**, **curve**, **place**, **rankings**, **blocks**, **early**, **recovery**, "
+            "**prune-less-steps**, **few-steps**, **stacking** or **questions**."
+        ),
+    ],
+    model: ModelOption = "tiny",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    prompts: PromptsOption = "scenes",
+    captions: CaptionsOption = 1000,
+    steps: StepsOption = 20,
+    guidance: GuidanceOption = None,
+    size: SizeOption = None,
+    seed: SeedOption = 0,
+    batch: BatchOption = 10,
+    metrics: MetricsOption = "distance,accuracy,clip,fid",
+    clip_model: ClipModelOption = None,
+    clip_pretrained: ClipWeightsOption = "laion2b_s34b_b88k",
+    fid_features: FidFeaturesOption = None,
+    out: FolderOption = Path("out/reproduce"),
+) -> None:
+    """Run one of the paper's experiments: numbers, a plot and a sheet of images.
+
+    Images are kept by setting and method, so experiments share them and a run that was stopped goes on. Work is shared
+    among processes as with `atedm evaluate`.
+
+    Examples:
+    `atedm reproduce table1 --captions 100`
+
+    `atedm reproduce recovery --model stabilityai/stable-diffusion-xl-base-1.0 --prompts COCO_FOLDER --steps 50`
+    """
+    import torch
+    from accelerate import PartialState
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from atedm.config import check_name
+    from atedm.evaluation.experiments import EXPERIMENTS
+    from atedm.evaluation.report import image_sheet
+    from atedm.evaluation.reproduce import markdown_of
+    from atedm.evaluation.reproduce import reproduce as run
+    from atedm.generate import save_image, save_json
+    from atedm.pipelines import load_pipeline, quiet_libraries
+
+    quiet_libraries()
+    check_name("experiment", experiment, EXPERIMENTS)
+    asked = read_options(
+        model, dtype, prompts, captions, steps, guidance, size, seed, batch, metrics, clip_model, clip_pretrained,
+        fid_features,
+    )  # fmt: skip
+    what = EXPERIMENTS[experiment]
+    state = PartialState(cpu=device == "cpu")
+    console = Console(stderr=True, quiet=not state.is_main_process)
+    with console.status(f"opening {model}"):
+        precision = None if dtype is None else getattr(torch, dtype)
+        pipe = load_pipeline(model, device=device or str(state.device), dtype=precision)
+    drawing = replace(asked.drawing, dtype=str(pipe.unet.dtype).removeprefix("torch."))
+    with Progress(console=console) as bar:
+        task = bar.add_task("images", total=None)
+
+        def tell(part: str, done: int, total: int) -> None:
+            bar.update(task, description=part, completed=done, total=total)
+
+        outcomes = run(what, pipe, asked.prompts, drawing, asked.metrics, out, state=state, progress=tell)
+    if not state.is_main_process:
+        return
+    text = f"## {what.title} ({what.source})\n\n{markdown_of(what, outcomes)}\n"
+    save_json([outcome.as_dict() for outcome in outcomes], out / f"{experiment}.json")
+    (out / f"{experiment}.md").write_text(text)
+    chart = _chart(what, outcomes)
+    if chart is not None:
+        save_image(chart, out / f"{experiment}.png")
+    save_image(image_sheet(outcomes[0].results, asked.prompts), out / f"{experiment}-sheet.png")
+    typer.echo(text)
+    typer.echo(str(out / f"{experiment}.md"))
+
+
+def _chart(experiment: Experiment, outcomes: list[Outcome]) -> Image.Image | None:
+    """Draw FID against CLIP score where guidance varies, else what the experiment has of quality against cost."""
+    from atedm.pictures.quality_chart import cost_chart, curve_chart
+
+    if experiment.guidance:
+        curves: dict[str, list[tuple[float, float, float]]] = {}
+        for outcome in outcomes:
+            for result in outcome.results:
+                figures = result.scores.intervals()
+                if "clip" in figures and "fid" in figures:
+                    point = (outcome.drawing.guidance, figures["clip"].mean, figures["fid"].mean)
+                    curves.setdefault(result.name, []).append(point)
+        return curve_chart(curves, experiment.title) if curves else None
+    name, what, factor = next(
+        (
+            entry
+            for entry in (
+                ("accuracy", "captions right in everything, %", 100.0),
+                ("psnr", "distance to dense, dB", 1.0),
+                ("clip", "CLIP score", 1.0),
+            )
+            if all(entry[0] in result.scores.intervals() for result in outcomes[-1].results[1:])
+        ),
+        ("", "", 1.0),
+    )
+    points = {
+        f"{result.name}, {outcome.drawing.steps} steps" if experiment.steps else result.name: (
+            result.cost,
+            result.scores.intervals()[name],
+        )
+        for outcome in outcomes
+        for result in outcome.results
+        if name and name in result.scores.intervals()
+    }
+    return cost_chart(points, what, factor, experiment.title) if points else None

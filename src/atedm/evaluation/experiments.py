@@ -1,0 +1,137 @@
+"""The paper's tables and ablations as lists of methods, one experiment a name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atedm.schedule import PAIRINGS
+
+#: Guidance scales of the paper's FID-CLIP curves (supplement Fig. 5).
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 9.0, 12.0, 15.0)
+
+#: Pruning rates at which a normal step of SDXL at 1024 px costs the paper's 2.9, 3.6, 4.1 and 4.52 T MACs, in its own
+#: convention: ``atedm cost --tmacs 2.9 --of normal-step --convention paper``. The paper states the third.
+BUDGETS = {"a": 0.934, "b": 0.746, "c": 0.63, "d": 0.513}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Methods to hold against each other, under one or several settings."""
+
+    title: str
+    #: What it reproduces.
+    source: str
+    #: Methods by label, as `atedm.evaluation.methods_by_name` reads them.
+    methods: dict[str, str]
+    #: Guidance scales; empty for the one asked for.
+    guidance: tuple[float, ...] = ()
+    #: Numbers of steps; empty for the one asked for.
+    steps: tuple[int, ...] = ()
+
+
+def _paper(changes: str) -> str:
+    return f"paper[{changes}]"
+
+
+def _budgets() -> dict[str, str]:
+    methods = {"dense": "dense"}
+    for name, rate in BUDGETS.items():
+        ours = _paper(f"pruning_rate={rate}")
+        methods[f"AT-EDM-{name}"] = ours
+        methods[f"ToMe-{name}"] = f"tome[cost={ours}]"
+        methods[f"ToMe-{name}, DSAP"] = f"tome[prune_less_share=0.3,cost={ours}]"
+    dagger = {"AT-EDM†": "dagger", "ToMe at †": "tome[cost=dagger]"}
+    return methods | dagger
+
+
+_BASE = {"dense": "dense", "paper": "paper"}
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "table1": Experiment("AT-EDM and ToMe at equal mean cost", "Table 1, Fig. 7", _budgets()),
+    "curve": Experiment(
+        "FID against CLIP score over guidance scales",
+        "supplement Fig. 5",
+        {**_BASE, "dagger": "dagger", "ToMe": "tome[cost=paper]"},
+        guidance=GUIDANCE_SCALES,
+    ),
+    "place": Experiment(
+        "Where in the layer tokens are dropped",
+        "supplement C.1, Fig. 8",
+        {**_BASE, **{name: _paper(f"place={name}") for name in ("before-feed-forward", "after-self-attention")}},
+    ),
+    "rankings": Experiment(
+        "What the ranking goes by, mappings of cross-attention among them",
+        "supplement C.2, Fig. 9",
+        {
+            **_BASE,
+            **{
+                name: _paper(f"ranking={name}")
+                for name in (
+                    "cross-attention-entropy",
+                    "cross-attention-power",
+                    "cross-attention-soft-clip",
+                    "cross-attention-hard-clip",
+                    "attention-received",
+                    "uniform-random",
+                )
+            },
+        },
+    ),
+    "blocks": Experiment(
+        "Which blocks prune-less steps spare",
+        "supplement C.3, Fig. 10",
+        {"dense": "dense", **{name: _paper(f"unpruned_blocks={name}") for name in PAIRINGS}},
+    ),
+    "early": Experiment(
+        "Prune less early, more early, or always alike, at equal mean cost",
+        "supplement C.5, Fig. 11",
+        {
+            **_BASE,
+            **{name: _paper(f"schedule={name},cost=paper") for name in ("prune-more-early", "constant")},
+        },
+    ),
+    "recovery": Experiment(
+        "How dropped tokens are refilled",
+        "supplement A.6",
+        {
+            **_BASE,
+            **{name: _paper(f"recovery={name}") for name in ("zero-padding", "bicubic", "direct-copy")},
+            "copy by cosine": _paper("similarity=cosine"),
+        },
+    ),
+    "prune-less-steps": Experiment(
+        "How many steps prune less, at equal mean cost",
+        "supplement C.4",
+        {
+            **_BASE,
+            **{f"{share:.0%}": _paper(f"prune_less_share={share},cost=paper") for share in (0.0, 0.1, 0.2, 0.5)},
+        },
+    ),
+    "few-steps": Experiment(
+        "On top of few-step sampling",
+        "supplement E",
+        {"dense": "dense", "turbo": "turbo", "paper": "paper", "ToMe": "tome[cost=turbo]"},
+        steps=(1, 2, 4, 8),
+    ),
+    "stacking": Experiment(
+        "Beside and on top of DeepCache",
+        "what users pick today",
+        {
+            **_BASE,
+            "dagger": "dagger",
+            "DeepCache 2": "deepcache[interval=2]",
+            "DeepCache 3": "deepcache[interval=3]",
+            "dagger + DeepCache 2": "dagger+deepcache[interval=2]",
+        },
+    ),
+    "questions": Experiment(
+        "What the paper leaves open",
+        "heads, iterations, copy rule",
+        {
+            **_BASE,
+            "heads averaged": _paper("head_fusion=mean-map"),
+            **{f"{n} iterations": _paper(f"iterations={n}") for n in (1, 10, 50)},
+            "random, copy by cosine": _paper("ranking=uniform-random,similarity=cosine"),
+        },
+    ),
+}

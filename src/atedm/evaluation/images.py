@@ -1,0 +1,127 @@
+"""Draw every prompt with one method into a folder: a run that lasts, can be stopped and goes on, and can be shared out.
+
+Image i always starts from the noise of seed ``seed + i``, and images are drawn in fixed groups, so that it does not
+matter how often a run was stopped or how many processes it was shared among.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from atedm.evaluation.methods import Method
+from atedm.evaluation.prompts import Prompt
+from atedm.generate import save_image, save_json
+
+SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is the same for every method. Sizes are pixels; None leaves them to the pipeline."""
+
+    model: str = "tiny"
+    steps: int = 20
+    guidance: float = 3.0
+    seed: int = 0
+    batch: int = 10
+    width: int | None = None
+    height: int | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.guidance < 1000:
+            raise ValueError(f"guidance must be 0 or more, not {self.guidance}")
+
+
+def image_file(folder: Path, index: int) -> Path:
+    """Return where image ``index`` of a method is kept."""
+    return folder / f"{index:05d}.png"
+
+
+def groups(count: int, batch: int) -> list[range]:
+    """Split ``count`` images into the fixed groups they are drawn in."""
+    return [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+
+
+def missing_groups(folder: Path, count: int, batch: int) -> list[range]:
+    """Return the groups of which an image is not there yet."""
+    return [group for group in groups(count, batch) if not all(image_file(folder, i).exists() for i in group)]
+
+
+def claim_folder(folder: Path, method: Method, drawing: Drawing, prompts: Sequence[Prompt], weights: int) -> None:
+    """Write down in ``folder`` what is drawn there, or see that it is the same.
+
+    Args:
+        folder: Made if missing.
+        method: What is applied.
+        drawing: What is the same for every method.
+        prompts: All of them; more may be asked for later, as long as those before stay the same.
+        weights: A checksum of the model.
+
+    Raises:
+        ValueError: If images of something else are there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    asked: dict[str, Any] = {"method": method.as_dict(), "drawing": asdict(drawing), "weights": weights}
+    asked["prompts"] = [zlib.crc32(prompt.text.encode()) for prompt in prompts]
+    file = folder / SETTINGS
+    if file.exists():
+        stored = json.loads(file.read_text())
+        for key in ("method", "drawing", "weights"):
+            if stored.get(key) != asked[key]:
+                raise ValueError(f"{folder} holds images of another {key}; give another --out, or remove it")
+        shorter = min(len(stored["prompts"]), len(asked["prompts"]))
+        if stored["prompts"][:shorter] != asked["prompts"][:shorter]:
+            raise ValueError(f"{folder} holds images of other prompts; give another --out, or remove it")
+        if len(stored["prompts"]) >= len(asked["prompts"]):
+            return
+    save_json(asked, file)
+
+
+def draw_groups(
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    method: Method,
+    drawing: Drawing,
+    folder: Path,
+    todo: Sequence[range],
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Draw groups of images. Each image is written whole or not at all.
+
+    Args:
+        pipe: A text-to-image pipeline, as it is.
+        prompts: All of them.
+        method: What is applied.
+        drawing: What is the same for every method.
+        folder: Where to.
+        todo: Groups of indices, from `missing_groups`.
+        progress: Told how many images were drawn.
+    """
+    for group in todo:
+        with method.applied(pipe, seed=drawing.seed + group.start):
+            images: list[Image.Image] = pipe(
+                [prompts[i].text for i in group],
+                num_inference_steps=drawing.steps,
+                guidance_scale=drawing.guidance,
+                width=drawing.width,
+                height=drawing.height,
+                # Generators on the CPU give the same noise on every device.
+                generator=[torch.Generator("cpu").manual_seed(drawing.seed + i) for i in group],
+            ).images
+        for index, image in zip(group, images, strict=True):
+            save_image(image, image_file(folder, index))
+        if progress is not None:
+            progress(len(group))

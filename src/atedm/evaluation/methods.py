@@ -1,0 +1,179 @@
+"""What is compared, behind one interface: dense, AT-EDM in any setting, ToMe, DeepCache, and one on top of another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from atedm.config import PruningConfig
+from atedm.costs.tome import ToMe
+from atedm.costs.tomesd_patch import with_tomesd
+from atedm.patching.apply import pruned
+
+
+class Method(Protocol):
+    """A way to make images cheaper, or none."""
+
+    def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[Any]:
+        """Change a pipeline for the length of a ``with`` block; ``seed`` is for methods that draw at random."""
+        ...
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything that makes a difference as plain JSON values."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The model as it is."""
+
+    def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[Any]:
+        """Change nothing."""
+        return nullcontext()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the kind."""
+        return {"kind": "dense"}
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """AT-EDM in any setting, its ablations and controls."""
+
+    config: PruningConfig
+
+    def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[Any]:
+        """Prune; ``seed`` is the config's own."""
+        return pruned(pipe, self.config)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the config."""
+        return {"kind": "pruning", **self.config.as_dict()}
+
+
+@dataclass(frozen=True)
+class Merging:
+    """ToMe, by the package of its authors."""
+
+    tome: ToMe
+
+    def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[Any]:
+        """Merge tokens."""
+        return with_tomesd(pipe.unet, self.tome, seed)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the setting."""
+        return {"kind": "merging", **asdict(self.tome)}
+
+
+@dataclass(frozen=True)
+class Caching:
+    """DeepCache, by the package of its authors: most of the U-Net runs every ``interval`` steps only.
+
+    It calls the U-Net's parts by wrapping their ``forward``, looks the timestep up in the pipeline's scheduler, and
+    keeps the deep half between steps, so it needs several steps a run: with few-step models it has nothing to reuse.
+    """
+
+    interval: int = 2
+    #: Which skip connection is the last to be computed, counted from the shallowest.
+    branch: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.interval < 1 or self.branch < 0:
+            raise ValueError(
+                f"interval must be at least 1 and branch at least 0, not {self.interval} and {self.branch}"
+            )
+
+    def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[Any]:
+        """Cache."""
+        return _deepcache(pipe, self.interval, self.branch)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the setting."""
+        return {"kind": "caching", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Several at once, the first one applied first. Pruning has to come before caching, which wraps what it finds."""
+
+    methods: tuple[Method, ...]
+
+    @contextmanager
+    def applied(self, pipe: Any, seed: int = 0) -> Iterator[None]:
+        """Apply all of them."""
+        with ExitStack() as stack:
+            for method in self.methods:
+                stack.enter_context(method.applied(pipe, seed))
+            yield
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what each of them says."""
+        return {"kind": "stacked", "methods": [method.as_dict() for method in self.methods]}
+
+
+@contextmanager
+def _deepcache(pipe: Any, interval: int, branch: int) -> Iterator[None]:
+    try:
+        from DeepCache import DeepCacheSDHelper
+    except ImportError as error:
+        raise ImportError("DeepCache needs its package: pip install 'atedm[peers]'") from error
+    before = {name: "forward" in vars(module) for name, module in pipe.unet.named_modules()}
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=interval, cache_branch_id=branch)
+    helper.enable()
+    try:
+        yield
+    finally:
+        helper.disable()
+        for name, module in pipe.unet.named_modules():  # which disable leaves on every module it wrapped
+            if not before[name]:
+                vars(module).pop("forward", None)
+
+
+def counted_run(
+    pipe: Any, method: Method, prompt: str, *, steps: int, guidance: float, width: int | None, height: int | None
+) -> int:
+    """MACs that the U-Net takes for one image with a method, as torch counts them on a whole run.
+
+    Args:
+        pipe: A text-to-image pipeline.
+        method: What is applied.
+        prompt: Of the image.
+        steps: Denoising steps.
+        guidance: Guidance scale.
+        width: In pixels; None leaves it to the pipeline.
+        height: Likewise.
+    """
+    counters: list[FlopCounterMode] = []
+
+    def start(*_: Any) -> None:
+        counters.append(FlopCounterMode(display=False))
+        counters[-1].__enter__()  # type: ignore[no-untyped-call]
+
+    def stop(*_: Any) -> None:
+        counters[-1].__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    hooks = [pipe.unet.register_forward_pre_hook(start), pipe.unet.register_forward_hook(stop)]
+    try:
+        with method.applied(pipe), sdpa_kernel(SDPBackend.MATH):  # the counter does not see into fused attention
+            pipe(
+                prompt,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                width=width,
+                height=height,
+                generator=torch.Generator("cpu").manual_seed(0),
+                output_type="latent",
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(int(counter.get_total_flops()) for counter in counters) // 2

@@ -1,0 +1,134 @@
+"""Methods as a user writes them: ``paper``, ``tome[ratio=0.5]``, ``paper[recovery=direct-copy]+deepcache``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+from atedm.config import PRESETS, PruningConfig, check_name
+from atedm.costs.fit import fit_to_budget, mean_share
+from atedm.costs.tome import ToMe
+from atedm.evaluation.methods import Caching, Dense, Merging, Method, Pruning, Stacked
+
+NAMES = ("dense", *PRESETS, "tome", "deepcache")
+EQUAL_COST = "cost"
+"""Key that has a rate or ratio solved for the mean cost of another method: ``tome[cost=paper]``."""
+
+
+def parse_methods(specs: str) -> list[str]:
+    """Split "dense, paper[...], tome" at the commas outside of brackets.
+
+    Raises:
+        ValueError: If there is none, or one comes twice.
+    """
+    found = [spec for spec in _split(specs, ",") if spec]
+    if not found:
+        raise ValueError("methods must name at least one method, such as dense,paper,tome[ratio=0.5]")
+    twice = {spec for spec in found if found.count(spec) > 1}
+    if twice:
+        raise ValueError(f"{sorted(twice)[0]!r} is named twice")
+    return found
+
+
+def method_by_name(
+    spec: str,
+    model: Any = "tiny",
+    *,
+    size: tuple[int, int] | None = None,
+    steps: int = 50,
+) -> Method:
+    """Return the method that ``spec`` describes.
+
+    A name, one of `NAMES`, with changes to its fields in brackets; several joined by ``+`` are applied from left to
+    right. ``cost=NAME`` in the brackets solves for the rate or ratio at which a run costs what NAME does.
+
+        >>> method_by_name("tome[ratio=0.4]")
+        Merging(tome=ToMe(ratio=0.4, merge='everything', levels='all', prune_less_share=0.0, unpruned_blocks='F-L'))
+
+    Args:
+        spec: What to parse.
+        model: As `atedm.cost`, for equal cost.
+        size: (width, height) in pixels, for equal cost.
+        steps: Steps of the run, for equal cost.
+
+    Raises:
+        ValueError: If a name or a field is unknown, or a cost cannot be had.
+    """
+    parts = _split(spec, "+")
+    if len(parts) > 1:
+        methods = tuple(method_by_name(part, model, size=size, steps=steps) for part in parts)
+        return Stacked(methods)
+    match = re.fullmatch(r"([\w-]+)(?:\[(.*)\])?", spec.strip())
+    if match is None:
+        raise ValueError(f"cannot read the method {spec!r}; write NAME or NAME[field=value,...]")
+    name, fields = match[1], _fields(match[2] or "")
+    check_name("method", name, NAMES)
+    other = fields.pop(EQUAL_COST, None)
+    method = _build(name, fields)
+    if other is None:
+        return method
+    return _at_cost_of(str(other), method, model, size, steps)
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split where ``separator`` stands outside of all brackets."""
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign == "[") - (sign == "]")
+        if sign == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    if depth:
+        raise ValueError(f"cannot read {text!r}: its brackets do not match")
+    return [part.strip() for part in parts]
+
+
+def _fields(text: str) -> dict[str, Any]:
+    fields = {}
+    for pair in filter(None, _split(text, ",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"cannot read {pair!r}; write field=value")
+        try:
+            fields[key.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[key.strip()] = value.strip()
+    return fields
+
+
+def _build(name: str, fields: dict[str, Any]) -> Method:
+    if name in PRESETS:
+        return Pruning(PRESETS[name].replace(**fields))
+    if name == "tome":
+        return Merging(_replace(ToMe(), fields))
+    if name == "deepcache":
+        caching: Caching = _replace(Caching(), fields)
+        return caching
+    if fields:
+        raise ValueError(f"{name} has no fields, so {', '.join(fields)} cannot be set")
+    return Dense()
+
+
+def _replace(default: Any, fields: dict[str, Any]) -> Any:
+    known = [field.name for field in dataclasses.fields(default)]
+    for key in fields:
+        check_name("field", key, known)
+    return dataclasses.replace(default, **fields)
+
+
+def _at_cost_of(other: str, method: Method, model: Any, size: tuple[int, int] | None, steps: int) -> Method:
+    target = method_by_name(other, model, size=size, steps=steps)
+    if not isinstance(target, Pruning | Merging) or not isinstance(method, Pruning | Merging):
+        raise ValueError(f"equal cost is solved for pruning and for ToMe, not for {other!r}")
+    what = target.config if isinstance(target, Pruning) else target.tome
+    fitted = fit_to_budget(
+        model,
+        method.config if isinstance(method, Pruning) else method.tome,
+        share=mean_share(model, what, size=size, steps=steps),
+        size=size,
+        steps=steps,
+    )
+    return Pruning(fitted) if isinstance(fitted, PruningConfig) else Merging(fitted)

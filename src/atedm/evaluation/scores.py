@@ -1,0 +1,187 @@
+"""From folders of images to figures with intervals: distance to dense, caption accuracy, CLIP score, FID."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from atedm.evaluation.captions import columns, judge_images, psnr_each
+from atedm.evaluation.images import image_file
+from atedm.evaluation.prompts import Prompt
+from atedm.evaluation.statistics import Interval, mean_interval, ratio_interval
+from atedm.generate import save_json
+from atedm.pipelines import tiny_folder
+from atedm.tiny.classifier import load_classifier
+
+CLIP, FID, ACCURACY, DISTANCE = METRICS = ("clip", "fid", "accuracy", "distance")
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Which figures are taken, and by which models."""
+
+    names: tuple[str, ...] = METRICS
+    #: An open_clip model, "local-dir:..." or a name.
+    clip_model: str = "ViT-g-14"
+    clip_pretrained: str = "laion2b_s34b_b88k"
+    #: Features that FID compares: "inception", or an open_clip model.
+    fid_features: str = "inception"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Figures of one method."""
+
+    #: Per image; a list is empty where the metric was not taken.
+    psnr: list[float] = field(default_factory=list)
+    clip: list[float] = field(default_factory=list)
+    #: (right, asked) per image, for each attribute and "all".
+    accuracy: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
+    fid: Interval | None = None
+
+    def intervals(self) -> dict[str, Interval]:
+        """Sum up, with 95 % intervals by bootstrap over images."""
+        found: dict[str, Interval] = {}
+        if self.psnr:
+            found["psnr"] = mean_interval(self.psnr)
+        if "all" in self.accuracy:
+            found["accuracy"] = ratio_interval(*self.accuracy["all"])
+        if self.clip:
+            found["clip"] = mean_interval(self.clip)
+        if self.fid is not None:
+            found["fid"] = self.fid
+        return found
+
+    def difference(self, other: Scores) -> dict[str, Interval]:
+        """Paired differences to another method on the same prompts and noise: this minus the other."""
+        pairs = {"psnr": (self.psnr, other.psnr), "clip": (self.clip, other.clip)}
+        if "all" in self.accuracy and "all" in other.accuracy:
+            pairs["accuracy"] = ([*map(float, self.accuracy["all"][0])], [*map(float, other.accuracy["all"][0])])
+        return {
+            name: mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])
+            for name, (ours, theirs) in pairs.items()
+            if ours and theirs
+        }
+
+
+def score(
+    folder: Path,
+    prompts: Sequence[Prompt],
+    metrics: Metrics,
+    *,
+    dense: Path | None = None,
+    references: Path | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Scores:
+    """Score the images of one method. What was scored before under the same terms is read back.
+
+    Args:
+        folder: Where images 0 to N-1 are.
+        prompts: N of them.
+        metrics: Which figures, by which models.
+        dense: Folder of the dense images; None for dense itself.
+        references: Folder of real pictures, for FID.
+        device: Where CLIP and FID are computed.
+        progress: Told what is being scored.
+
+    Raises:
+        ValueError: If an image is missing or cannot be read, or the weights of a metric cannot be had.
+    """
+    files = [image_file(folder, index) for index in range(len(prompts))]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} of {len(files)} images, such as {missing[0]}")
+
+    def tell(what: str) -> None:
+        if progress is not None:
+            progress(what)
+
+    psnr: list[float] = []
+    if DISTANCE in metrics.names and dense is not None:
+        tell("distance to dense")
+        psnr = distances(files, [image_file(dense, index) for index in range(len(prompts))])
+    accuracy: dict[str, tuple[list[int], list[int]]] = {}
+    if ACCURACY in metrics.names and all(prompt.scene is not None for prompt in prompts):
+        tell("caption accuracy")
+        judge = load_classifier(tiny_folder() / "classifier.safetensors")
+        scenes = [prompt.scene for prompt in prompts if prompt.scene is not None]
+        accuracy = columns(judge_images(judge, scenes, torch.stack([_pixels(file) for file in files])))
+    clip: list[float] = []
+    if CLIP in metrics.names:
+        tell("CLIP score")
+        clip = _clip(files, prompts, metrics, folder, device)
+    fid = None
+    if FID in metrics.names and references is not None:
+        tell("FID")
+        fid = _fid(folder, references, len(prompts), metrics, device)
+    return Scores(psnr, clip, accuracy, fid)
+
+
+def distances(files: Sequence[Path], references: Sequence[Path]) -> list[float]:
+    """PSNR in dB of each picture to its reference, capped at 99 where they are equal."""
+    return [
+        psnr_each(_pixels(file).unsqueeze(0), _pixels(reference).unsqueeze(0))[0]
+        for file, reference in zip(files, references, strict=True)
+    ]
+
+
+def _pixels(file: Path) -> torch.Tensor:
+    """(3, H, W) uint8."""
+    try:
+        with Image.open(file) as opened:
+            return torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"cannot read the image {file}: {error}") from error
+
+
+def _clip(files: Sequence[Path], prompts: Sequence[Prompt], metrics: Metrics, folder: Path, device: str) -> list[float]:
+    from atedm.evaluation.clip_score import clip_scores
+
+    texts = [prompt.text for prompt in prompts]
+    terms = {"model": metrics.clip_model, "pretrained": metrics.clip_pretrained, "files": _checksums(files)}
+    cache = folder / "clip.json"
+    stored = json.loads(cache.read_text()) if cache.exists() else {}
+    if stored.get("terms") == terms:
+        return list(stored["scores"])
+    scores = clip_scores(files, texts, model=metrics.clip_model, pretrained=metrics.clip_pretrained, device=device)
+    save_json({"terms": terms, "scores": scores}, cache)
+    return scores
+
+
+def _fid(folder: Path, references: Path, count: int, metrics: Metrics, device: str) -> Interval:
+    from atedm.evaluation.fid import fid_interval
+
+    ours, theirs = (_features(where, count, metrics.fid_features, device) for where in (folder, references))
+    return fid_interval(ours, theirs)
+
+
+def _features(folder: Path, count: int, extractor: str, device: str) -> Any:
+    from atedm.evaluation.fid import folder_features
+
+    files = sorted(folder.glob("*.png"))[:count]
+    terms = {"extractor": extractor, "files": _checksums(files)}
+    cache = folder / "features.json"
+    stored = json.loads(cache.read_text()) if cache.exists() else {}
+    if stored.get("terms") == terms:
+        return np.asarray(stored["features"])
+    features = folder_features(folder, extractor, device=device)[:count]
+    save_json({"terms": terms, "features": features.tolist()}, cache)
+    return features
+
+
+def _checksums(files: Sequence[Path]) -> int:
+    total = 0
+    for file in files:
+        total = zlib.crc32(file.read_bytes(), total)
+    return total

@@ -1,0 +1,63 @@
+"""Charts of quality: what each method costs against what is left of the picture, and FID against CLIP score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib import colormaps
+from PIL import Image
+
+from atedm.evaluation.statistics import Interval
+from atedm.pictures.figure import FAINT_HEX, INK_HEX, new_chart, picture_of
+
+
+def cost_chart(
+    figures: Mapping[str, tuple[float, Interval]], what: str, factor: float = 1.0, title: str = ""
+) -> Image.Image:
+    """Draw a figure with its interval against cost, a point a method.
+
+    Args:
+        figures: (share of the dense cost, figure) by method.
+        what: Name of the figure.
+        factor: What it is multiplied by, 100 for a share in percent.
+        title: Headline.
+    """
+    figure, axes = new_chart(8.5, 5.0)
+    colours = _colours(list(figures))
+    for name, (cost, interval) in figures.items():
+        mean, low, high = (factor * value for value in interval)
+        axes.errorbar(cost, mean, [[mean - low], [high - mean]], fmt="o", ms=6, capsize=3, color=colours[name])
+        axes.annotate(name, (cost, mean), (7, 4), textcoords="offset points", fontsize=8, color=INK_HEX)
+    axes.set_xlabel("cost of a run, share of dense", color=INK_HEX)
+    axes.set_ylabel(what, color=INK_HEX)
+    axes.set_title(title, loc="left", fontsize=11, color=INK_HEX)
+    axes.margins(0.12)
+    axes.grid(color=FAINT_HEX, alpha=0.15)
+    return picture_of(figure)
+
+
+def curve_chart(curves: Mapping[str, Sequence[tuple[float, float, float]]], title: str = "") -> Image.Image:
+    """Draw FID against CLIP score over guidance scales, a line a method (supplement Fig. 5).
+
+    Args:
+        curves: (guidance, CLIP score, FID) by method.
+        title: Headline.
+    """
+    figure, axes = new_chart(8.5, 5.0)
+    colours = _colours(list(curves))
+    for name, points in curves.items():
+        axes.plot(
+            [clip for _, clip, _ in points], [fid for *_, fid in points], "o-", ms=4, label=name, color=colours[name]
+        )
+        for guidance, clip, fid in points[:: max(1, len(points) // 3)]:
+            axes.annotate(f"{guidance:g}", (clip, fid), (4, 4), textcoords="offset points", fontsize=7, color=FAINT_HEX)
+    axes.set_xlabel("CLIP score", color=INK_HEX)
+    axes.set_ylabel("FID", color=INK_HEX)
+    axes.set_title(title, loc="left", fontsize=11, color=INK_HEX)
+    axes.legend(frameon=False, fontsize=9)
+    return picture_of(figure)
+
+
+def _colours(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    palette = colormaps["tab10"]
+    return {name: palette(index % 10) for index, name in enumerate(names)}

@@ -1,0 +1,315 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import atedm
+from atedm.config import PRESETS
+from atedm.costs.tome import ToMe
+from atedm.evaluation.evaluate import evaluate, slug
+from atedm.evaluation.experiments import EXPERIMENTS
+from atedm.evaluation.images import Drawing, image_file, missing_groups
+from atedm.evaluation.methods import Caching, Dense, Merging, Pruning, Stacked, counted_run
+from atedm.evaluation.methods_by_name import method_by_name, parse_methods
+from atedm.evaluation.prompts import Prompt, read_prompts, write_references
+from atedm.evaluation.report import markdown, write_html
+from atedm.evaluation.scores import Metrics, Scores, distances
+from atedm.pipelines import TINY, load_pipeline
+from models import draw, sdxl_pipeline, snapshot
+
+QUICK = Metrics(names=("distance", "accuracy"))
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return load_pipeline(TINY, device="cpu")
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Dense(),
+        Pruning(PRESETS["paper"]),
+        Merging(ToMe(0.5)),
+        Merging(ToMe(0.5, prune_less_share=0.3)),
+        Caching(2),
+        Stacked((Pruning(PRESETS["dagger"]), Caching(3))),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_a_method_changes_the_image_and_leaves_no_trace(method: Any) -> None:
+    pipe = sdxl_pipeline()
+    dense, before = draw(pipe), snapshot(pipe.unet)
+    with method.applied(pipe):
+        changed = draw(pipe)
+    assert torch.equal(changed, dense) == isinstance(method, Dense)
+    assert snapshot(pipe.unet) == before
+    assert torch.equal(draw(pipe), dense)
+    with pytest.raises(RuntimeError, match="in the middle"), method.applied(pipe):
+        raise RuntimeError("in the middle")
+    assert snapshot(pipe.unet) == before
+
+
+def test_a_run_counted_on_the_pipeline_costs_what_the_report_says(pipe: Any) -> None:
+    options: dict[str, Any] = {"steps": 4, "guidance": 3.0, "width": None, "height": None}
+    report = atedm.cost(pipe, "paper", steps=4)
+    assert counted_run(pipe, Dense(), "a red circle", **options) == 4 * report.figures().dense
+    assert counted_run(pipe, Pruning(PRESETS["paper"]), "a red circle", **options) == 4 * report.figures().mean
+    for tome in (ToMe(0.5), ToMe(0.3, "self-attention"), ToMe(0.5, prune_less_share=0.3)):
+        assert counted_run(pipe, Merging(tome), "a red circle", **options) == 4 * report.with_tome(tome).mean
+    assert counted_run(pipe, Caching(2), "x", **options) < 0.6 * counted_run(pipe, Dense(), "x", **options)
+
+
+def test_methods_are_read_as_they_are_written() -> None:
+    specs = "dense, paper[recovery=direct-copy,pruning_rate=0.5], tome[ratio=0.4]+deepcache[interval=3]"
+    assert parse_methods(specs) == [
+        "dense", "paper[recovery=direct-copy,pruning_rate=0.5]", "tome[ratio=0.4]+deepcache[interval=3]",
+    ]  # fmt: skip
+    dense, paper, both = map(method_by_name, parse_methods(specs))
+    assert dense == Dense()
+    assert paper == Pruning(PRESETS["paper"].replace(recovery="direct-copy", pruning_rate=0.5))
+    assert both == Stacked((Merging(ToMe(0.4)), Caching(3)))
+
+
+def test_equal_cost_is_solved_for(pipe: Any) -> None:
+    paper = atedm.cost(TINY, "paper", steps=20).figures().mean
+    tome = method_by_name("tome[cost=paper]", TINY, steps=20)
+    assert isinstance(tome, Merging)
+    assert atedm.cost(TINY, tome.tome, steps=20).figures().mean == pytest.approx(paper, rel=0.01)
+    spread = method_by_name("tome[prune_less_share=0.3,cost=paper]", TINY, steps=20)
+    assert isinstance(spread, Merging)
+    assert spread.tome.ratio > tome.tome.ratio
+    assert atedm.cost(TINY, spread.tome, steps=20).figures().mean == pytest.approx(paper, rel=0.01)
+    constant = method_by_name("paper[schedule=constant,cost=paper[pruning_rate=0.5]]", TINY, steps=20)
+    assert isinstance(constant, Pruning)
+    assert constant.config.pruning_rate < 0.5
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("papre", "did you mean 'paper'"),
+        ("paper[rankin=x]", "did you mean 'ranking'"),
+        ("paper[ranking=x]", "unknown ranking"),
+        ("tome[ratio=0.9]", "ratio must be"),
+        ("tome[rate=0.5]", "did you mean 'ratio'"),
+        ("dense[x=1]", "dense has no fields"),
+        ("paper[ranking]", "write field=value"),
+        ("paper[", "brackets do not match"),
+        ("deepcache[interval=0]", "interval must be"),
+        ("tome[cost=deepcache]", "equal cost is solved for"),
+        ("tome[cost=paper[pruning_rate=0.0,schedule=constant]]+papre", "unknown method"),
+    ],
+)
+def test_a_method_that_cannot_be_is_told_so(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        method_by_name(spec)
+
+
+def test_a_method_is_named_once() -> None:
+    with pytest.raises(ValueError, match="'paper' is named twice"):
+        parse_methods("paper,dense,paper")
+    with pytest.raises(ValueError, match="at least one method"):
+        parse_methods(" , ")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_method_of_every_experiment_can_be_read(name: str) -> None:
+    for spec in EXPERIMENTS[name].methods.values():
+        if "cost=" not in spec:  # solving takes a while, and is tested above
+            method_by_name(spec, TINY, steps=20)
+
+
+def test_folders_of_different_methods_differ() -> None:
+    names = ["dense", "paper[a=1]", "paper[a-1]", "paper-a-1", "tome[ratio=0.5]"]
+    assert len({slug(name) for name in names}) == len(names)
+    assert all(slug(name).replace(".", "").replace("-", "").isalnum() for name in names)
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def coco_folder(folder: Path) -> Path:
+    (folder / "annotations").mkdir()
+    (folder / "val2017").mkdir()
+    images = [{"id": n, "file_name": f"{n:012d}.jpg", "height": 60, "width": 90} for n in (7, 3, 5)]
+    captions = [
+        {"id": 10, "image_id": 3, "caption": "A second caption."},
+        {"id": 4, "image_id": 3, "caption": " A red\n bus. "},
+        {"id": 11, "image_id": 7, "caption": "A dog."},
+        {"id": 12, "image_id": 5, "caption": "Its picture is missing."},
+    ]
+    content = {"images": images, "annotations": captions, "info": {}, "licenses": []}
+    (folder / "annotations" / "captions_val2017.json").write_text(json.dumps(content))
+    stripes = np.zeros((60, 90, 3), np.uint8)
+    stripes[:, 15:75] = 255  # the middle square is white
+    for n in (3, 7):
+        Image.fromarray(stripes).save(folder / "val2017" / f"{n:012d}.jpg")
+    return folder
+
+
+def test_coco_gives_one_caption_a_picture_cropped_to_the_middle(tmp_path: Path) -> None:
+    prompts = read_prompts(str(coco_folder(tmp_path)))
+    assert [prompt.text for prompt in prompts] == ["A red bus.", "A dog."]
+    assert list(write_references(prompts, tmp_path / "reference", (32, 32))) == [0, 1]
+    with Image.open(tmp_path / "reference" / "00000.png") as picture:
+        assert picture.size == (32, 32)
+        assert np.asarray(picture).min() > 200
+    (tmp_path / "val2017" / "000000000003.jpg").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"cannot read the picture .*000000000003\.jpg"):
+        list(write_references(prompts, tmp_path / "again", (32, 32)))
+
+
+def test_files_of_prompts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a cat\n\n  a dog \n")
+    assert [prompt.text for prompt in read_prompts(str(tmp_path / "a.txt"))] == ["a cat", "a dog"]
+    (tmp_path / "a.csv").write_text('number,Prompt\n1,"a cat, asleep"\n2,\n3,a dog\n')
+    assert [prompt.text for prompt in read_prompts(str(tmp_path / "a.csv"))] == ["a cat, asleep", "a dog"]
+    assert len(read_prompts(str(tmp_path / "a.csv"), 1)) == 1
+    scenes = read_prompts("scenes", 5)
+    assert scenes == read_prompts("scenes", 9)[:5]
+    assert all(prompt.scene is not None and prompt.scene.caption == prompt.text for prompt in scenes)
+
+
+def test_what_holds_no_prompts_is_told_so(tmp_path: Path) -> None:
+    def refused(source: Path | str, message: str, count: int | None = None) -> None:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            read_prompts(str(source), count)
+
+    refused(tmp_path / "gone.txt", "no prompts at")
+    refused(tmp_path, "is no folder of MS-COCO")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    refused(tmp_path / "empty.txt", "holds no prompts")
+    (tmp_path / "a.csv").write_text("text\nx\n")
+    refused(tmp_path / "a.csv", "no column 'prompt' or 'caption', but text")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00\x01")
+    refused(tmp_path / "bytes.txt", "not text in UTF-8")
+    (tmp_path / "one.txt").write_text("x")
+    refused(tmp_path / "one.txt", "holds 1 prompts, fewer than the 2", 2)
+    refused("scenes", "captions must be at least 1", 0)
+    folder = coco_folder(tmp_path)
+    for picture in (folder / "val2017").iterdir():
+        picture.unlink()
+    refused(folder, "captions of 3 pictures, but none of them")
+    (folder / "annotations" / "captions_val2017.json").write_text("[]")
+    refused(folder, "no caption file of MS-COCO")
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def run(pipe: Any, out: Path, count: int = 5, **changes: Any) -> list[Any]:
+    methods = {"dense": Dense(), "dagger": Pruning(PRESETS["dagger"]), "tome": Merging(ToMe(0.5))}
+    return evaluate(pipe, methods, read_prompts("scenes", count), Drawing(steps=2, batch=2, **changes), QUICK, out)
+
+
+def pixels(folder: Path, count: int = 5) -> list[bytes]:
+    return [image_file(folder, index).read_bytes() for index in range(count)]
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_images_and_figures(pipe: Any, tmp_path: Path) -> None:
+    whole = run(pipe, tmp_path / "whole")
+    expected = json.loads((tmp_path / "whole" / "results.json").read_text())
+    for name in ("dense", "dagger", "tome"):
+        # Of the groups 0-1, 2-3 and 4 one was cut through, one was never begun.
+        for index in (1, 4):
+            image_file(tmp_path / "whole" / "images" / name, index).unlink()
+    kept = image_file(tmp_path / "whole" / "images" / "tome", 2)
+    time = kept.stat().st_mtime_ns
+    again = run(pipe, tmp_path / "whole")
+    assert kept.stat().st_mtime_ns == time  # what is there is not drawn again
+    assert json.loads((tmp_path / "whole" / "results.json").read_text()) == expected
+    fresh = run(pipe, tmp_path / "fresh")
+    for one, two, three in zip(whole, again, fresh, strict=True):
+        assert pixels(one.folder) == pixels(three.folder)
+        assert one.scores == two.scores == three.scores
+
+
+def test_more_prompts_may_follow_and_other_images_are_not_mixed_in(pipe: Any, tmp_path: Path) -> None:
+    first = run(pipe, tmp_path, 2)
+    before = pixels(first[1].folder, 2)
+    longer = run(pipe, tmp_path, 4)
+    assert pixels(longer[1].folder, 2) == before
+    assert missing_groups(longer[1].folder, 4, 2) == []
+    with pytest.raises(ValueError, match="images of another drawing"):
+        run(pipe, tmp_path, 2, guidance=5.0)
+    with pytest.raises(ValueError, match="images of another method"):
+        evaluate(pipe, {"dagger": Dense()}, read_prompts("scenes", 2), Drawing(steps=2, batch=2), QUICK, tmp_path)
+    with pytest.raises(ValueError, match="images of other prompts"):
+        evaluate(
+            pipe, {"dense": Dense()}, read_prompts("scenes", 2, seed=1), Drawing(steps=2, batch=2), QUICK, tmp_path
+        )
+
+
+def test_figures_are_of_the_images(pipe: Any, tmp_path: Path) -> None:
+    dense, dagger, tome = run(pipe, tmp_path)
+    assert dense.cost == 1.0 > dagger.cost > tome.cost
+    assert dense.scores.psnr == []
+    pairs = [(image_file(dagger.folder, i), image_file(dense.folder, i)) for i in range(5)]
+    for value, (ours, theirs) in zip(dagger.scores.psnr, pairs, strict=True):
+        a, b = (np.asarray(Image.open(file), dtype=np.float64) for file in (ours, theirs))
+        assert value == pytest.approx(10 * np.log10(255**2 / np.square(a - b).mean()), abs=1e-3)
+    assert distances([pairs[0][1]], [pairs[0][1]]) == [pytest.approx(99.0, abs=0.1)]
+    image_file(dagger.folder, 3).write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"cannot read the image .*00003\.png"):
+        run(pipe, tmp_path)
+
+
+def test_paired_differences_are_narrower_than_the_figures() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(30, 5, 200)
+    one, two = Scores(psnr=list(base)), Scores(psnr=list(base + 1 + rng.normal(0, 0.1, 200)))
+    difference = two.difference(one)["psnr"]
+    assert difference.low > 0.9
+    assert difference.high < 1.1
+    own = two.intervals()["psnr"]
+    assert own.high - own.low > 1
+
+
+def test_the_report_shows_every_method_and_needs_nothing_else(pipe: Any, tmp_path: Path) -> None:
+    results = run(pipe, tmp_path)
+    lines = markdown(results).splitlines()
+    assert lines[0].startswith("| method | cost | distance to dense, dB | captions right")
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| dense", "| dagger", "| tome"]
+    write_html(results, [Prompt("<script>")] * 5, "A & B", "note", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "A &amp; B" in page
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_two_processes_give_the_images_and_figures_of_one(pipe: Any, tmp_path: Path) -> None:
+    script = tmp_path / "share.py"
+    script.write_text(
+        "import sys, torch\n"
+        "torch.set_num_threads(1)\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from atedm.pipelines import load_pipeline\n"
+        "from test_evaluate import run\n"
+        "run(load_pipeline('tiny', device='cpu'), Path(sys.argv[2]))\n"
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        one = run(pipe, tmp_path / "one")
+    finally:
+        torch.set_num_threads(threads)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(
+        [*command, str(Path(__file__).parent), str(tmp_path / "two")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for result in one:
+        assert pixels(tmp_path / "two" / "images" / slug(result.name)) == pixels(result.folder)
+    single, shared = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert single == shared
