@@ -298,14 +298,15 @@ def test_a_lora_is_seen_by_the_ranking(order: str) -> None:
     plain = sdxl_unet().double()
     atedm.apply(plain)
     assert any(distance(ranked[name], value) > 0.1 * value.max() for name, value in importance(plain).items())
+    # Not to the bit: another place in memory is enough for some CPUs to round a product otherwise.
     unet.disable_adapters()
-    assert torch.equal(run(unet), run(plain))
+    torch.testing.assert_close(run(unet), run(plain), **CLOSE)
     unet.enable_adapters()
     assert torch.equal(run(unet), output)
     unet.delete_adapters("default")
-    assert torch.equal(run(unet), run(plain))
+    torch.testing.assert_close(run(unet), run(plain), **CLOSE)
     atedm.remove(unet)
-    assert torch.equal(run(unet), run(sdxl_unet().double()))
+    torch.testing.assert_close(run(unet), run(sdxl_unet().double()), **CLOSE)
 
 
 def test_a_lora_file_is_loaded_into_a_patched_pipeline_and_unloaded(tmp_path: Path) -> None:
