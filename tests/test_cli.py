@@ -47,7 +47,17 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
     shown = subprocess.run([sys.executable, "-m", "atedm", "--help"], capture_output=True, text=True, check=False)
     assert shown.returncode == 0
-    for command in ("generate", "cost", "scaling", "latency", "variance", "accuracy", "ablate"):
+    for command in (
+        "generate",
+        "cost",
+        "scaling",
+        "latency",
+        "variance",
+        "evaluate",
+        "reproduce",
+        "accuracy",
+        "ablate",
+    ):
         assert command in shown.stdout
     code = "import sys, atedm.cli; print([m for m in ('torch', 'diffusers', 'matplotlib') if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -132,6 +142,30 @@ def test_scaling_counts_every_model_at_every_size(run: Run, tmp_path: Path) -> N
     assert (tmp_path / "scaling.png").exists()
 
 
+def test_evaluate_compares_and_goes_on(run: Run, tmp_path: Path) -> None:
+    command = ("evaluate", "paper,tome[ratio=0.4]", "--captions", "3", "--steps", "2", "--metrics", "distance,accuracy")
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    names = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert names == ["| method", "| dense", "| paper", "| tome[ratio=0.4]"]  # distances are to dense
+    folder = tmp_path / "out" / "evaluate"
+    for file in ("results.json", "report.html", "sheet.png", "images/dense/00002.png"):
+        assert (folder / file).exists()
+    assert run(*command).stdout == done.stdout
+    assert "holds images of another drawing" in run(*command, "--guidance", "5").stderr
+
+
+def test_reproduce_writes_numbers_a_plot_and_pictures(run: Run, tmp_path: Path) -> None:
+    done = run("reproduce", "place", "--captions", "2", "--steps", "2", "--metrics", "distance,accuracy")
+    assert done.returncode == 0, done.stderr
+    assert "supplement C.1" in done.stdout
+    assert "| after-self-attention | 0." in done.stdout
+    for file in ("place.json", "place.md", "place.png", "place-sheet.png"):
+        assert (tmp_path / "out" / "reproduce" / file).stat().st_size > 200
+    kept = tmp_path / "out" / "reproduce" / "2-steps-guidance-3" / "images"
+    assert len(list(kept.glob("*/00001.png"))) == 4
+
+
 def test_generate_keeps_to_a_budget(run: Run, tmp_path: Path) -> None:
     done = run("generate", "a red circle", "--budget", "0.92", "--preset", "paper", "--steps", "2", "--size", "160x128")
     assert done.returncode == 0, done.stderr
@@ -158,6 +192,13 @@ def test_generate_keeps_to_a_budget(run: Run, tmp_path: Path) -> None:
         (("scaling", "--sizes", "512,x"), "sizes must be whole numbers"),
         (("scaling", "--models", ","), "at least one model"),
         (("latency", "--dtype", "int8"), "unknown dtype"),
+        (("evaluate", "papre"), "did you mean 'paper'?"),
+        (("evaluate", "--metrics", "fit"), "did you mean 'fid'?"),
+        (("evaluate", "--prompts", "gone.txt"), "no prompts at 'gone.txt'"),
+        (("evaluate", "--prompts", "."), "is no folder of MS-COCO"),
+        (("evaluate", "--captions", "0"), "captions must be at least 1"),
+        (("evaluate", "--batch", "0"), "batch must be at least 1"),
+        (("reproduce", "table2"), "did you mean 'table1'?"),
         (("variance", "--steps", "0"), "steps must be at least 1"),
         (("generate", "x", "--pruning-rate", "1"), "pruning_rate must be in [0, 1)"),
         (("generate", "x", "--preset", "papre"), "did you mean 'paper'?"),

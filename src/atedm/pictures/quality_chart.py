@@ -26,11 +26,13 @@ def cost_chart(
     colours = _colours(list(figures))
     for name, (cost, interval) in figures.items():
         mean, low, high = (factor * value for value in interval)
-        axes.errorbar(cost, mean, [[mean - low], [high - mean]], fmt="o", ms=6, capsize=3, color=colours[name])
-        axes.annotate(name, (cost, mean), (7, 4), textcoords="offset points", fontsize=8, color=INK_HEX)
+        ends = [[mean - low], [high - mean]]
+        axes.errorbar(cost, mean, ends, fmt="o", ms=6, capsize=3, color=colours[name], label=name)
     axes.set_xlabel("cost of a run, share of dense", color=INK_HEX)
     axes.set_ylabel(what, color=INK_HEX)
     axes.set_title(title, loc="left", fontsize=11, color=INK_HEX)
+    # Beside the plot, because methods of one cost lie on top of each other.
+    figure.legend(frameon=False, fontsize=9, loc="outside right upper")
     axes.margins(0.12)
     axes.grid(color=FAINT_HEX, alpha=0.15)
     return picture_of(figure)
