@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +21,7 @@ from atedm.cli.evaluation_options import (
     SeedOption,
     SizeOption,
     StepsOption,
+    opened,
     read_options,
 )
 from atedm.cli.options import DeviceOption, ModelOption
@@ -63,37 +63,20 @@ def evaluate(
 
     `atedm evaluate --model stabilityai/stable-diffusion-xl-base-1.0 --prompts COCO_FOLDER --captions 5000 --steps 50`
     """
-    import torch
-    from accelerate import PartialState
-    from rich.console import Console
-    from rich.progress import Progress
-
     from atedm.evaluation.evaluate import evaluate as run
     from atedm.evaluation.methods_by_name import method_by_name, parse_methods
     from atedm.evaluation.report import image_sheet, markdown, write_html
     from atedm.generate import save_image
-    from atedm.pipelines import load_pipeline, quiet_libraries
+    from atedm.pipelines import quiet_libraries
 
     quiet_libraries()
     asked = read_options(
         model, dtype, prompts, captions, steps, guidance, size, seed, batch, metrics, clip_model, clip_pretrained,
         fid_features,
     )  # fmt: skip
-    drawing = asked.drawing
-    pixels = None if drawing.width is None or drawing.height is None else (drawing.width, drawing.height)
+    pixels = asked.drawing.size
     chosen = {spec: method_by_name(spec, model, size=pixels, steps=steps) for spec in parse_methods(methods)}
-    state = PartialState(cpu=device == "cpu")
-    console = Console(stderr=True, quiet=not state.is_main_process)
-    with console.status(f"opening {model}"):
-        precision = None if dtype is None else getattr(torch, dtype)
-        pipe = load_pipeline(model, device=device or str(state.device), dtype=precision)
-    drawing = replace(drawing, dtype=str(pipe.unet.dtype).removeprefix("torch."))
-    with Progress(console=console) as bar:
-        task = bar.add_task("images", total=None)
-
-        def tell(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with opened(asked.drawing, device) as (pipe, drawing, state, tell):
         results = run(pipe, chosen, asked.prompts, drawing, asked.metrics, out, state=state, progress=tell)
     if not state.is_main_process:
         return

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from atedm.cli.options import parse_size
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from atedm.evaluation.evaluate import Progress
     from atedm.evaluation.images import Drawing
     from atedm.evaluation.prompts import Prompt
     from atedm.evaluation.scores import Metrics
@@ -119,3 +125,36 @@ def read_options(
         ),
         drawing,
     )
+
+
+class Opened(NamedTuple):
+    """A model ready to draw, this process' part in the work, and what to tell of progress."""
+
+    pipe: Any
+    drawing: Drawing
+    state: PartialState
+    tell: Progress
+
+
+@contextmanager
+def opened(drawing: Drawing, device: str | None) -> Iterator[Opened]:
+    """Open the model that ``drawing`` names, and show a progress bar in the first process."""
+    import torch
+    from accelerate import PartialState
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from atedm.pipelines import load_pipeline
+
+    state = PartialState(cpu=device == "cpu")
+    console = Console(stderr=True, quiet=not state.is_main_process)
+    with console.status(f"opening {drawing.model}"):
+        precision = getattr(torch, drawing.dtype) if drawing.dtype else None
+        pipe = load_pipeline(drawing.model, device=device or str(state.device), dtype=precision)
+    with Progress(console=console) as bar:
+        task = bar.add_task("images", total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield Opened(pipe, replace(drawing, dtype=str(pipe.unet.dtype).removeprefix("torch.")), state, tell)

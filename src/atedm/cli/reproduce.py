@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +21,7 @@ from atedm.cli.evaluation_options import (
     SeedOption,
     SizeOption,
     StepsOption,
+    opened,
     read_options,
 )
 from atedm.cli.options import DeviceOption, ModelOption
@@ -67,18 +67,13 @@ def reproduce(
 
     `atedm reproduce recovery --model stabilityai/stable-diffusion-xl-base-1.0 --prompts COCO_FOLDER --steps 50`
     """
-    import torch
-    from accelerate import PartialState
-    from rich.console import Console
-    from rich.progress import Progress
-
     from atedm.config import check_name
     from atedm.evaluation.experiments import EXPERIMENTS
     from atedm.evaluation.report import image_sheet
     from atedm.evaluation.reproduce import markdown_of
     from atedm.evaluation.reproduce import reproduce as run
     from atedm.generate import save_image, save_json
-    from atedm.pipelines import load_pipeline, quiet_libraries
+    from atedm.pipelines import quiet_libraries
 
     quiet_libraries()
     check_name("experiment", experiment, EXPERIMENTS)
@@ -87,18 +82,7 @@ def reproduce(
         fid_features,
     )  # fmt: skip
     what = EXPERIMENTS[experiment]
-    state = PartialState(cpu=device == "cpu")
-    console = Console(stderr=True, quiet=not state.is_main_process)
-    with console.status(f"opening {model}"):
-        precision = None if dtype is None else getattr(torch, dtype)
-        pipe = load_pipeline(model, device=device or str(state.device), dtype=precision)
-    drawing = replace(asked.drawing, dtype=str(pipe.unet.dtype).removeprefix("torch."))
-    with Progress(console=console) as bar:
-        task = bar.add_task("images", total=None)
-
-        def tell(part: str, done: int, total: int) -> None:
-            bar.update(task, description=part, completed=done, total=total)
-
+    with opened(asked.drawing, device) as (pipe, drawing, state, tell):
         outcomes = run(what, pipe, asked.prompts, drawing, asked.metrics, out, state=state, progress=tell)
     if not state.is_main_process:
         return

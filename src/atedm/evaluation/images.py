@@ -44,6 +44,11 @@ class Drawing:
         if not 0 <= self.guidance < 1000:
             raise ValueError(f"guidance must be 0 or more, not {self.guidance}")
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(width, height), or None where the pipeline chooses."""
+        return None if self.width is None or self.height is None else (self.width, self.height)
+
 
 def image_file(folder: Path, index: int) -> Path:
     """Return where image ``index`` of a method is kept."""

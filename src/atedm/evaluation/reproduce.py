@@ -62,10 +62,10 @@ def reproduce(
     """
     outcomes = []
     for setting in settings(experiment, drawing):
-        size = None if setting.width is None or setting.height is None else (setting.width, setting.height)
         specs = experiment.methods
         methods = {
-            label: method_by_name(spec, setting.model, size=size, steps=setting.steps) for label, spec in specs.items()
+            label: method_by_name(spec, setting.model, size=setting.size, steps=setting.steps)
+            for label, spec in specs.items()
         }
         folder = out / f"{setting.steps}-steps-guidance-{setting.guidance:g}"
         by_spec = {specs[label]: method for label, method in methods.items()}
