@@ -1,0 +1,178 @@
+"""CLIP score: how well an image fits its prompt, by any open_clip model.
+
+Hessel et al., CLIPScore, EMNLP 2021, without its factor 2.5 and without clipping at zero: the bare cosine, which is
+what text-to-image papers plot (the .3 something of AT-EDM, CVPR 2024, section 5).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from atedm.evaluation.captions import Progress
+from atedm.pipelines import best_device, tiny_folder
+
+CLIP_MODEL = "ViT-g-14"
+"""open_clip's name of the model."""
+CLIP_WEIGHTS = "laion2b_s34b_b88k"
+"""open_clip's name of its weights."""
+Picture = str | Path | Image.Image
+"""A picture or where it lies."""
+
+
+def tiny_clip() -> str:
+    """Return open_clip's name of the small CLIP that ships: it knows the scenes, and nothing else."""
+    return f"local-dir:{tiny_folder() / 'clip'}"
+
+
+class OpenedClip(NamedTuple):
+    """An open_clip model in float32, ready to score, with what prepares its images and prompts."""
+
+    model: Any
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenizer: Callable[[Sequence[str]], Tensor]
+    device: torch.device
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width, in pixels, of the images the model looks at."""
+        size = self.model.visual.preprocess_cfg["size"]
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def open_clip_model(model: str = CLIP_MODEL, pretrained: str = CLIP_WEIGHTS, device: str | None = None) -> OpenedClip:
+    """Open a model by open_clip's own names.
+
+    Args:
+        model: A name of ``open_clip.list_pretrained()``, "hf-hub:OWNER/NAME", or "local-dir:FOLDER" such as
+            `tiny_clip` gives.
+        pretrained: The tag, or a file, of the weights; ignored with the last two.
+        device: By default CUDA, else MPS, else the CPU.
+
+    Raises:
+        ImportError: If open_clip is not installed.
+        ValueError: If there is no such model, or its weights are neither here nor to be downloaded.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError("CLIP score needs the open_clip_torch package: pip install 'atedm[evaluate]'") from error
+    where = torch.device(device or best_device())
+    try:
+        with _quiet():
+            network, _, preprocess = open_clip.create_model_and_transforms(
+                # Without weights open_clip would go on with random ones.
+                model,
+                pretrained=None if ":" in model else pretrained,
+                precision="fp32",
+                device=where,
+                require_pretrained=True,
+            )
+            tokenizer = open_clip.get_tokenizer(model)
+    except Exception as error:
+        weights = f"with the weights {pretrained}" if pretrained else "without weights"
+        tried = model if ":" in model else f"{model} {weights}"
+        raise ValueError(
+            f"cannot open the CLIP model {tried}: {_first_line(error)}; what works is a name and a tag of "
+            "open_clip.list_pretrained() and a connection, or 'local-dir:FOLDER' of an open_clip model"
+        ) from error
+    return OpenedClip(network.eval(), preprocess, tokenizer, where)
+
+
+@torch.inference_mode()
+def image_features(clip: OpenedClip, pixels: Tensor) -> Tensor:
+    """Look at images that already have the model's size, as FID does.
+
+    Args:
+        clip: The model.
+        pixels: (B, 3, H, W) float in [0, 255], H and W being ``clip.size``.
+
+    Returns:
+        (B, d) float32 on the model's device: the image tower's output, not normalised to length one.
+    """
+    config = clip.model.visual.preprocess_cfg
+    mean, std = (torch.tensor(config[name], device=clip.device).view(1, 3, 1, 1) for name in ("mean", "std"))
+    features: Tensor = clip.model.encode_image((pixels.to(clip.device, torch.float32) / 255 - mean) / std)
+    return features
+
+
+def clip_scores(
+    images: Sequence[Picture],
+    prompts: Sequence[str],
+    *,
+    model: str = CLIP_MODEL,
+    pretrained: str = CLIP_WEIGHTS,
+    device: str | None = None,
+    batch: int = 32,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Score each image against its own prompt.
+
+    Scores of two models do not compare. Images are prepared by open_clip: the shortest side is resized to the model's
+    size and the middle is cut out; a prompt longer than the model reads is cut off.
+
+    Args:
+        images: n images, or their files.
+        prompts: n prompts.
+        model: See `open_clip_model`.
+        pretrained: See `open_clip_model`.
+        device: See `open_clip_model`.
+        batch: Images looked at together.
+        progress: Called with the number of images scored since the last call.
+
+    Returns:
+        n cosine similarities in [-1, 1], computed in float32.
+
+    Raises:
+        ImportError: If open_clip is not installed.
+        ValueError: If the two are not equally many, a file is no image, or the model cannot be opened.
+    """
+    if len(images) != len(prompts):
+        raise ValueError(f"each image needs its prompt: {len(images)} images and {len(prompts)} prompts")
+    if not images:
+        return []
+    clip = open_clip_model(model, pretrained, device)
+    scores: list[float] = []
+    for start in range(0, len(images), batch):
+        some = slice(start, start + batch)
+        pixels = torch.stack([clip.preprocess(_open(image)) for image in images[some]]).to(clip.device)
+        with torch.inference_mode():
+            looks = clip.model.encode_image(pixels, normalize=True)
+            words = clip.model.encode_text(clip.tokenizer(list(prompts[some])).to(clip.device), normalize=True)
+            # Two rounded vectors of length one can have a product a little above one.
+            scores += (looks * words).sum(dim=1).clamp(-1, 1).tolist()
+        if progress is not None:
+            progress(len(pixels))
+    return scores
+
+
+def _open(image: Picture) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"cannot read the image {image}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip's notes, which go to the root logger, out of the terminal: what matters is raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

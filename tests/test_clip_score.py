@@ -1,0 +1,233 @@
+"""CLIP score: open_clip's own numbers, and a shipped CLIP that feels every attribute of a held-out caption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from atedm.evaluation.clip_score import clip_scores, image_features, open_clip_model, tiny_clip
+from atedm.pipelines import tiny_folder
+from atedm.tiny.classifier import judge
+from atedm.tiny.clip import CONFIG, KINDS, changed, check, train_clip
+from atedm.tiny.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, held_out_scenes, render_batch, sample_scene
+
+SHIPPED = tiny_folder() / "clip"
+
+
+def pictures(scenes: list[Scene], seed: int = 0) -> list[Image.Image]:
+    images = (render_batch(scenes, np.random.default_rng(seed)) * 255).round().to(torch.uint8)
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+
+
+def scores(images: list[Any], prompts: list[str], **options: Any) -> np.ndarray:
+    return np.array(clip_scores(images, prompts, model=tiny_clip(), device="cpu", **options))
+
+
+@torch.inference_mode()
+def test_it_is_the_cosine_of_what_open_clip_gives() -> None:
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{SHIPPED}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{SHIPPED}")
+    model.eval()
+    scene = held_out_scenes(1, seed=3)[0]
+    (picture,) = pictures([scene])
+    for prompt in (scene.caption, "a red circle on a gray background"):
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+        look = model.encode_image((pixels - 0.5) / 0.5)[0].double().numpy()
+        words = model.encode_text(tokenizer([prompt]))[0].double().numpy()
+        cosine = look @ words / np.linalg.norm(look) / np.linalg.norm(words)
+        assert scores([picture], [prompt]) == pytest.approx(cosine, abs=1e-5)
+
+
+def test_files_and_images_score_the_same_in_any_batch(tmp_path: Path) -> None:
+    scenes = held_out_scenes(5, seed=4)
+    images, prompts = pictures(scenes), [scene.caption for scene in scenes]
+    files = [tmp_path / f"{i}.png" for i in range(5)]
+    for image, file in zip(images, files, strict=True):
+        image.save(file)
+    seen: list[int] = []
+    one = scores([*files[:2], str(files[2]), *files[3:]], prompts, batch=2, progress=seen.append)
+    assert seen == [2, 2, 1]
+    np.testing.assert_allclose(one, scores(images, prompts), atol=1e-5)
+    assert len(set(one.round(4))) == 5
+    # Another order gives each image its own score again.
+    np.testing.assert_allclose(scores(images[::-1], prompts[::-1])[::-1], one, atol=1e-5)
+    assert scores([images[0].convert("L")], prompts[:1]) < one[0]
+    palette = images[0].resize((300, 300)).convert("P")  # Pillow would resize its indices
+    assert scores([palette], prompts[:1]) == pytest.approx(scores([palette.convert("RGB")], prompts[:1]), abs=1e-6)
+
+
+def test_no_images_no_scores() -> None:
+    assert clip_scores([], [], model=tiny_clip()) == []
+
+
+@torch.inference_mode()
+def test_image_features_are_those_of_the_score() -> None:
+    scene = held_out_scenes(1, seed=5)[0]
+    (picture,) = pictures([scene])
+    clip = open_clip_model(tiny_clip(), device="cpu")
+    assert clip.size == (128, 128)
+    features = image_features(clip, torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float())
+    torch.testing.assert_close(features, clip.model.encode_image(clip.preprocess(picture)[None]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_change_of_one_kind_is_that_and_is_seen() -> None:
+    rng = np.random.default_rng(6)
+    said_none = 0
+    for _ in range(300):
+        scene = sample_scene(rng)
+        for kind in KINDS:
+            other = changed(scene, kind, rng)
+            if other is None:
+                assert kind == "relation"
+                assert len(scene.objects) == 1
+                said_none += 1
+                continue
+            verdict = judge(other, scene)
+            wrong = {name for name in verdict.asked if verdict.right[name] < verdict.asked[name]}
+            assert not verdict.all_right
+            if kind in ("background", "texture", "count"):
+                assert kind in wrong
+                assert wrong <= {kind, "colour", "shape", "relation"}
+            else:
+                assert wrong & {kind, "relation"}  # of two equal shapes, judge may pair the objects the other way
+                assert not wrong & {"count", "background", "texture"}
+    assert said_none > 30
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_score_of_a_held_out_caption_falls_when_one_thing_in_it_is_wrong(kind: str) -> None:
+    rng = np.random.default_rng(7)
+    pairs = [(scene, changed(scene, kind, rng)) for scene in held_out_scenes(60, seed=6)]
+    right, wrong = zip(*[(scene, other) for scene, other in pairs if other is not None], strict=True)
+    assert len(right) >= 40
+    images = pictures(list(right))
+    own = scores(images, [scene.caption for scene in right])
+    others = scores(images, [scene.caption for scene in wrong])
+    assert (own > others).mean() >= 0.85, (own > others).mean()
+
+
+def test_the_shipped_clip_knows_held_out_scenes_through_the_shipped_autoencoder() -> None:
+    shares = check(SHIPPED, count=100, through_autoencoder=True, seed=7)
+    assert shares["mean"] >= 0.95, shares
+    assert shares["1 in 100"] >= 0.8, shares
+    assert shares["score"] > shares["other score"] + 0.2, shares
+
+
+def test_the_shipped_folder_is_small_plain_and_half_precision() -> None:
+    files = {file.name for file in SHIPPED.iterdir()}
+    assert files == {"open_clip_config.json", "open_clip_model.safetensors"} | {
+        file.name for file in (tiny_folder() / "tokenizer").iterdir()
+    }
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) <= 1.5e6
+    assert json.loads((SHIPPED / "open_clip_config.json").read_text()) == CONFIG
+    with safe_open(SHIPPED / "open_clip_model.safetensors", framework="pt") as weights:
+        kinds = {weights.get_tensor(name).dtype for name in weights.keys()}  # noqa: SIM118
+    assert kinds <= {torch.float16, torch.int64}
+    assert next(open_clip_model(tiny_clip(), device="cpu").model.parameters()).dtype == torch.float32
+
+
+@torch.inference_mode()
+def test_words_are_those_of_the_shipped_tokenizer_and_are_read_up_to_the_end_token() -> None:
+    clip = open_clip_model(tiny_clip(), device="cpu")
+    words = CLIPTokenizer.from_pretrained(tiny_folder() / "tokenizer")
+    longest = Scene((("yellow", "triangle"), ("orange", "square")), "lavender", "checkered", "left of").caption
+    ids = clip.tokenizer([longest, "a red ring on a pink background"])
+    assert ids.tolist() == words([longest, "a red ring on a pink background"], padding="max_length").input_ids
+    assert clip.model.vocab_size == len(words)
+    assert clip.model.text_eos_id == words.eos_token_id
+    assert ids.shape == (2, 20)
+    assert (ids[0] == words.eos_token_id).sum() > 1  # there is room for the longest caption
+    last_words = [{*BACKGROUNDS}, {*COLOURS}, {*SHAPES}]
+    assert all(len(words(word).input_ids) == 3 for group in last_words for word in group)
+    captured: list[Tensor] = []
+    clip.model.ln_final.register_forward_hook(lambda _, __, output: captured.append(output))
+    pooled = clip.model.encode_text(ids)
+    ends = (ids == words.eos_token_id).int().argmax(dim=1)
+    torch.testing.assert_close(pooled, captured[0][torch.arange(2), ends] @ clip.model.text_projection)
+
+
+def test_unequal_lengths_and_unreadable_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 images and 1 prompts"):
+        scores(pictures(held_out_scenes(2)), ["a"])
+    (tmp_path / "broken.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"cannot read the image .*broken\.png"):
+        scores([tmp_path / "broken.png"], ["a"])
+    with pytest.raises(ValueError, match=r"cannot read the image .*absent\.png"):
+        scores([tmp_path / "absent.png"], ["a"])
+
+
+def refused(model: str, pretrained: str = "laion2b_s34b_b88k") -> str:
+    with pytest.raises(ValueError, match="cannot open the CLIP model") as error:
+        open_clip_model(model, pretrained, device="cpu")
+    assert "\n" not in str(error.value)
+    assert "what works is" in str(error.value)
+    return str(error.value)
+
+
+def test_models_that_cannot_be_had_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "ViT-nothing" in refused("ViT-nothing")
+    assert "no_such_tag" in refused("ViT-B-32", "no_such_tag")
+    assert "without weights" in refused("ViT-B-32", "")
+    assert "nowhere" in refused(f"local-dir:{tmp_path / 'nowhere'}")
+
+    def no_network(*_: object, **__: object) -> str:
+        raise OSError("name resolution failed\nand a second line")
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", no_network)
+    said = refused("ViT-g-14")
+    assert "ViT-g-14 with the weights laion2b_s34b_b88k" in said
+    assert "name resolution failed" in said
+
+
+def test_a_folder_without_weights_is_not_scored_with_random_ones(tmp_path: Path) -> None:
+    for file in SHIPPED.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, tmp_path / file.name)
+    refused(f"local-dir:{tmp_path}")
+
+
+def test_without_open_clip_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ImportError, match=r"atedm\[evaluate\]"):
+        open_clip_model(tiny_clip())
+
+
+def test_training_repeats_itself_reads_no_held_out_caption_and_writes_all_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    real = open_clip.get_tokenizer
+
+    def listening(name: str) -> Any:
+        tokenizer = real(name)
+        return lambda texts: read.extend(texts) or tokenizer(texts)
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", listening)
+    small = {"steps": 2, "batch": 8, "pool": 60, "rebuilt": 2, "report": lambda line: None}
+    for name in ("one", "two"):
+        train_clip(tmp_path / name, **small)
+    train_clip(tmp_path / "three", **small, seed=1)
+    weights = [(tmp_path / name / "open_clip_model.safetensors").read_bytes() for name in ("one", "two", "three")]
+    assert weights[0] == weights[1] != weights[2]
+    assert len(read) == 3 * 2 * 8 * (1 + len(KINDS))
+    assert not [text for text in read if zlib.crc32(text.encode()) % 20 == 0]  # what Scene.held_out is
+
+    def stops(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_clip(tmp_path / "four", **{**small, "report": stops})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "three", "two"]
