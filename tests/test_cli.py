@@ -155,6 +155,16 @@ def test_evaluate_compares_and_goes_on(run: Run, tmp_path: Path) -> None:
     assert "holds images of another drawing" in run(*command, "--guidance", "5").stderr
 
 
+def test_a_metric_whose_package_is_missing_is_told_before_anything_is_drawn(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("atedm.cli.evaluation_options.find_spec", lambda name: None)
+    done = run("evaluate", "--captions", "2", "--steps", "2")
+    assert done.returncode == 2
+    assert "clip needs open_clip: pip install 'atedm[evaluate]'" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_reproduce_writes_numbers_a_plot_and_pictures(run: Run, tmp_path: Path) -> None:
     done = run("reproduce", "place", "--captions", "2", "--steps", "2", "--metrics", "distance,accuracy")
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -103,12 +104,15 @@ def read_options(
     from atedm.evaluation.clip_score import tiny_clip
     from atedm.evaluation.images import Drawing
     from atedm.evaluation.prompts import SCENES, read_prompts
-    from atedm.evaluation.scores import METRICS, Metrics
+    from atedm.evaluation.scores import CLIP, FID, METRICS, Metrics
     from atedm.pipelines import habits
 
     names = tuple(name.strip() for name in metrics.split(",") if name.strip())
     for name in names:
         check_name("metric", name, METRICS)
+        package = {CLIP: "open_clip", FID: "cleanfid"}.get(name)
+        if package is not None and find_spec(package) is None:  # told now, not when all images are drawn
+            raise ImportError(f"{name} needs {package}: pip install 'atedm[evaluate]', or leave it out of --metrics")
     if dtype is not None:
         check_name("dtype", dtype, ("float32", "bfloat16", "float16"))
     width, height = parse_size(size)
