@@ -12,6 +12,7 @@ from PIL import Image
 import atedm
 from atedm.config import PRESETS
 from atedm.costs.tome import ToMe
+from atedm.evaluation.clip_score import tiny_clip
 from atedm.evaluation.evaluate import evaluate, slug
 from atedm.evaluation.experiments import EXPERIMENTS
 from atedm.evaluation.images import Drawing, image_file, missing_groups
@@ -262,6 +263,29 @@ def test_figures_are_of_the_images(pipe: Any, tmp_path: Path) -> None:
     image_file(dagger.folder, 3).write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"cannot read the image .*00003\.png"):
         run(pipe, tmp_path)
+
+
+def test_clip_score_and_fid_are_taken_by_the_shipped_clip_and_kept_until_an_image_changes(
+    pipe: Any, tmp_path: Path
+) -> None:
+    metrics = Metrics(names=("clip", "fid"), clip_model=tiny_clip(), fid_features=tiny_clip())
+    prompts, drawing = read_prompts("scenes", 6), Drawing(steps=3, batch=3)
+
+    def figures() -> dict[str, Any]:
+        (dense,) = evaluate(pipe, {"dense": Dense()}, prompts, drawing, metrics, tmp_path)
+        return dense.scores.intervals()
+
+    first = figures()
+    assert first.keys() == {"clip", "fid"}
+    assert -1 <= first["clip"].mean <= 1
+    assert figures() == first
+    folder = tmp_path / "images"
+    for index in range(6):  # real pictures are nearer to themselves than any drawing
+        image_file(folder / "dense", index).write_bytes(image_file(folder / "reference", index).read_bytes())
+    real = figures()
+    assert real["fid"].mean == pytest.approx(0, abs=1e-3)
+    assert real["fid"].mean < first["fid"].mean
+    assert real["clip"].mean > first["clip"].mean
 
 
 def test_paired_differences_are_narrower_than_the_figures() -> None:
