@@ -80,6 +80,8 @@ def test_in_a_block_only_layers_count_after_which_something_runs_on_fewer_tokens
         ({"ranking": "attention-received", "recovery": "zero-padding"}, True),
         ({"ranking": "cross-attention-power", "recovery": "direct-copy"}, False),
         ({"recovery": "direct-copy"}, True),
+        ({"ranking": "uniform-random", "copy_map": "first"}, False),
+        ({"copy_map": "first"}, True),
     ],
 )
 def test_the_attention_map_is_asked_for_only_where_it_serves(changes: dict[str, Any], needed: bool) -> None:

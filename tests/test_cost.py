@@ -117,6 +117,9 @@ def test_the_token_counts_of_odd_and_non_square_latents_are_right(size: tuple[in
         {"ranking": "cross-attention-power", "recovery": "bicubic", "head_fusion": "mean-map"},
         {"recovery": "zero-padding", "place": "before-feed-forward", "iterations": 1},
         {"gradual": ((0, 0.3), (1, 0.5)), "similarity": "cosine"},
+        {"gradual": ((0, 0.3), (1, 0.5)), "copy_map": "first"},
+        {"gradual": ((1, 0.5),), "copy_map": "first", "ranking": "uniform-random"},
+        {"ranking": "self-attention-reversed", "similarity": "attention-transposed"},
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import atedm
 import references
-from atedm.config import PLACES, RANKINGS, RECOVERIES, SIMILARITIES, PruningConfig
+from atedm.config import GUIDANCE_MASKS, PLACES, RANKINGS, RECOVERIES, SIMILARITIES, PruningConfig
 from atedm.patching.transformer import PrunedTransformer2DModel
 from atedm.pruning import keep_count
 from atedm.ranking import HEAD_FUSIONS
@@ -30,6 +30,8 @@ def reference_block(block: Any, x: Tensor, text: Tensor, config: PruningConfig) 
     tokens = block.proj_in(block.norm(x).permute(0, 2, 3, 1).reshape(batch, height * width, channels))
     refills = []
     rates = dict(config.rates)
+    alive = [list(range(height * width)) for _ in range(batch)]
+    first: list[Any] = []
     for index, layer in enumerate(block.transformer_blocks):
         normed = layer.norm1(tokens)
         q, k = (
@@ -38,16 +40,28 @@ def reference_block(block: Any, x: Tensor, text: Tensor, config: PruningConfig) 
         )
         scale = q.shape[-1] ** -0.5
         tokens = layer(tokens, encoder_hidden_states=text)
+        maps = [
+            references.mean_attention_map(q_image, k_image, scale)
+            for q_image, k_image in zip(q.tolist(), k.tolist(), strict=True)
+        ]
+        first = first or maps
         if index not in rates:
             continue
+        if config.copy_map == "first":
+            maps = [[[whole[i][j] for j in left] for i in left] for whole, left in zip(first, alive, strict=True)]
+        if config.similarity == "attention-transposed":
+            maps = [[list(column) for column in zip(*one, strict=True)] for one in maps]
         count = keep_count(tokens.shape[1], rates[index])
-        kept, sources = [], []
-        for q_image, k_image in zip(q.tolist(), k.tolist(), strict=True):
-            how = ("self-attention", config.head_fusion, config.iterations)
-            ranked = references.importance(q_image, k_image, scale, *how)
-            keep = references.keep_most_important(ranked, count)
-            kept.append(keep)
-            sources.append(references.attention_source(references.mean_attention_map(q_image, k_image, scale), keep))
+        how = ("self-attention", config.head_fusion, config.iterations)
+        ranks = [references.importance(*qk, scale, *how) for qk in zip(q.tolist(), k.tolist(), strict=True)]
+        if config.guidance_masks == "shared":
+            halves = zip(ranks[: batch // 2], ranks[batch // 2 :], strict=True)
+            ranks = 2 * [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in halves]
+        if config.ranking.endswith("reversed"):
+            ranks = [[-value for value in ranked] for ranked in ranks]
+        kept = [references.keep_most_important(ranked, count) for ranked in ranks]
+        sources = [references.attention_source(one, keep) for one, keep in zip(maps, kept, strict=True)]
+        alive = [[left[i] for i in keep] for left, keep in zip(alive, kept, strict=True)]
         tokens = torch.stack([tokens[b, keep] for b, keep in enumerate(kept)])
         refills.append(sources)
     for sources in reversed(refills):
@@ -61,8 +75,20 @@ def reference_block(block: Any, x: Tensor, text: Tensor, config: PruningConfig) 
         PruningConfig(),
         PruningConfig(gradual=((0, 0.3), (1, 0.5)), head_fusion="mean-map"),
         PruningConfig(gradual=((1, 0.7),), iterations=7),
+        PruningConfig(gradual=((1, 0.7),), copy_map="first"),
+        PruningConfig(gradual=((0, 0.3), (1, 0.5)), copy_map="first"),
+        PruningConfig(ranking="self-attention-reversed", similarity="attention-transposed"),
+        PruningConfig(guidance_masks="shared"),
     ],
-    ids=["paper", "gradual", "second-layer"],
+    ids=[
+        "paper",
+        "gradual",
+        "second-layer",
+        "second-layer-first-map",
+        "gradual-first-map",
+        "reversed-and-transposed",
+        "shared",
+    ],
 )
 def test_a_block_agrees_with_the_slow_reference(config: PruningConfig) -> None:
     unet = sdxl_unet().double()
@@ -136,7 +162,8 @@ def test_an_earlier_place_costs_less() -> None:
         ("recovery", RECOVERIES),
         ("similarity", SIMILARITIES),
         ("gradual", ((), ((1, 0.63),), ((0, 0.4), (1, 0.4)))),
-        ("where", ("everywhere", "not-second-level")),
+        ("where", ("everywhere", "not-second-level", "only-second-level")),
+        ("guidance_masks", GUIDANCE_MASKS),
     ],
 )
 def test_each_value_of_an_option_runs_and_makes_another_image(field: str, values: Any) -> None:
@@ -146,6 +173,25 @@ def test_each_value_of_an_option_runs_and_makes_another_image(field: str, values
         assert torch.isfinite(one).all()
         for other in outputs[:index]:
             assert distance(one, other) > 0.1
+
+
+def test_both_halves_of_a_guided_batch_keep_the_same_tokens_where_masks_are_shared() -> None:
+    kept: dict[str, list[Tensor]] = {}
+    for masks in GUIDANCE_MASKS:
+        seen: list[atedm.BlockObservation] = []
+        unet = sdxl_unet()
+        atedm.apply(unet, PruningConfig(guidance_masks=masks))
+        with atedm.observed(unet, seen.append):
+            run(unet, batch=4)
+        kept[masks] = [one.keep for one in seen]
+    assert all(torch.equal(keep[:2], keep[2:]) for keep in kept["shared"])
+    assert not any(torch.equal(keep[:2], keep[2:]) for keep in kept["separate"])
+    assert not any(torch.equal(keep[0], keep[1]) for keep in kept["shared"])
+
+
+def test_an_odd_batch_has_no_halves_to_share() -> None:
+    with pytest.raises(ValueError, match=r"two halves, without and with the prompt, but it has 1; turn guidance on"):
+        output(sdxl_unet(), PruningConfig(guidance_masks="shared"), batch=1)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from atedm.schedule import PAIRINGS, SCHEDULES, BlockPlace
 Where: TypeAlias = Callable[[BlockPlace], bool]
 
 #: How tokens are ranked: G-WPR on the self-attention map (the paper's default) or on the cross-attention map with one
-#: of four mapping functions (supplement C.2), and two controls.
+#: of four mapping functions (supplement C.2), and three controls, of which one keeps the least important tokens.
 RANKINGS = (
     "self-attention",
+    "self-attention-reversed",
     "cross-attention-entropy",
     "cross-attention-hard-clip",
     "cross-attention-soft-clip",
@@ -27,10 +28,16 @@ RANKINGS = (
     "attention-received",
     "uniform-random",
 )
+_BY_SELF_ATTENTION = ("self-attention", "self-attention-reversed", "attention-received")
 #: How dropped positions are refilled after the block (main paper; supplement A.6).
 RECOVERIES = ("similarity-copy", "zero-padding", "bicubic", "direct-copy")
-#: What says which kept token a dropped one copies from.
-SIMILARITIES = ("attention", "cosine")
+#: What says which kept token a dropped one copies from: the attention map down the dropped token's column (the
+#: paper's), along its row, or the cosine of features.
+SIMILARITIES = ("attention", "attention-transposed", "cosine")
+#: Whose map a copy by attention goes by: that of the layer that drops the token, or of the first layer of the block.
+COPY_MAPS = ("own", "first")
+#: Whether both halves of a guided batch keep the same tokens.
+GUIDANCE_MASKS = ("separate", "shared")
 #: Where in a layer the tokens are dropped (supplement A.2, C.1).
 PLACES = ("after-feed-forward", "before-feed-forward", "after-self-attention")
 
@@ -45,8 +52,17 @@ def not_second_level(block: BlockPlace) -> bool:
     return block.level != 2
 
 
+def only_second_level(block: BlockPlace) -> bool:
+    """Prune the second feature level alone: what AT-EDM does and AT-EDM† does not."""
+    return block.level == 2
+
+
 #: The predicates that have a name.
-WHERES: dict[str, Where] = {"everywhere": everywhere, "not-second-level": not_second_level}
+WHERES: dict[str, Where] = {
+    "everywhere": everywhere,
+    "not-second-level": not_second_level,
+    "only-second-level": only_second_level,
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +104,11 @@ class PruningConfig:
     recovery: str = "similarity-copy"
     #: What similarity-based copy goes by, one of `SIMILARITIES`.
     similarity: str = "attention"
+    #: One of `COPY_MAPS`; they differ where the first pruning layer is not the only one or not the block's first.
+    copy_map: str = "own"
+    #: One of `GUIDANCE_MASKS`. "shared" averages importance over the two halves of the batch, which is where diffusers
+    #: puts the image without and with its prompt, so it is for guided runs only.
+    guidance_masks: str = "separate"
     #: When some blocks are spared, one of `SCHEDULES`.
     schedule: str = "prune-less-early"
     #: Share of the run at which the schedule changes over: 15 of 50 steps.
@@ -112,6 +133,8 @@ class PruningConfig:
         if self.recovery == "bicubic" and len(self.gradual) > 1:
             raise ValueError("bicubic recovery needs a whole grid of tokens, so it allows one pruning layer a block")
         check_name("similarity", self.similarity, SIMILARITIES)
+        check_name("copy_map", self.copy_map, COPY_MAPS)
+        check_name("guidance_masks", self.guidance_masks, GUIDANCE_MASKS)
         check_name("schedule", self.schedule, SCHEDULES)
         check_name("unpruned_blocks", self.unpruned_blocks, PAIRINGS)
         if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
@@ -196,9 +219,19 @@ class PruningConfig:
 
     @property
     def needs_attention_map(self) -> bool:
-        """Whether the self-attention map has to be had, for the ranking or for the copy."""
-        by_attention = self.recovery == "similarity-copy" and self.similarity == "attention"
-        return by_attention or self.ranking in ("self-attention", "attention-received")
+        """Whether a pruning layer needs its own self-attention map, for the ranking or for the copy."""
+        copies_by_own = self.copies_by_attention and self.copy_map == "own"
+        return copies_by_own or self.ranking in _BY_SELF_ATTENTION
+
+    @property
+    def needs_first_map(self) -> bool:
+        """Whether copies go by the map of the block's first layer, made apart from what pruning layers need."""
+        return self.copies_by_attention and self.copy_map == "first"
+
+    @property
+    def copies_by_attention(self) -> bool:
+        """Whether dropped tokens copy from where the self-attention map says."""
+        return self.recovery == "similarity-copy" and self.similarity.startswith("attention")
 
     def prunes(self, block: BlockPlace) -> bool:
         """Whether ``where`` names this block."""

@@ -64,3 +64,16 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     # Indexing copies whole rows; gather goes entry by entry, several times slower on a CPU.
     batch_index = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(-1)
     return tokens[batch_index, index]
+
+
+def gather_submap(attention_map: Tensor, index: Tensor) -> Tensor:
+    """``out[b, i, j] = attention_map[b, index[b, i], index[b, j]]``: what is left of a map when tokens are dropped.
+
+    Args:
+        attention_map: (B, N, N).
+        index: (B, K) int64 into N.
+
+    Returns:
+        (B, K, K). Rows no longer sum to 1.
+    """
+    return gather_tokens(gather_tokens(attention_map, index).mT, index).mT

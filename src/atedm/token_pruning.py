@@ -57,7 +57,7 @@ class Ranking(NamedTuple):
 def rank_tokens(
     config: PruningConfig, tokens: Tensor, self_attention: Attention, cross_attention: Attention, step: int | Tensor = 0
 ) -> Ranking:
-    """Rank the tokens of one block as ``config.ranking`` says.
+    """Rank the tokens of one block as ``config.ranking`` says, and its batch as ``config.guidance_masks`` says.
 
     Args:
         config: The pruning config.
@@ -68,13 +68,41 @@ def rank_tokens(
 
     Returns:
         The `Ranking`; the map is None unless ``config.needs_attention_map``.
+
+    Raises:
+        ValueError: If the halves of an odd batch are to share what they keep.
     """
+    ranking = _rank_each(config, tokens, self_attention, cross_attention, step)
+    if config.guidance_masks == "shared":
+        return ranking._replace(importance=shared_importance(ranking.importance))
+    return ranking
+
+
+def shared_importance(importance: Tensor) -> Tensor:
+    """Mean importance (B, N) of the two halves of a batch, for both, so that an image keeps the same tokens in both.
+
+    Raises:
+        ValueError: If B is odd.
+    """
+    if importance.shape[0] % 2:
+        raise ValueError(
+            f"guidance_masks='shared' needs a batch of two halves, without and with the prompt, but it has "
+            f"{importance.shape[0]}; turn guidance on (guidance_scale above 1), or use guidance_masks='separate'"
+        )
+    without_prompt, with_prompt = importance.chunk(2)
+    return ((without_prompt + with_prompt) / 2).repeat(2, 1)
+
+
+def _rank_each(
+    config: PruningConfig, tokens: Tensor, self_attention: Attention, cross_attention: Attention, step: int | Tensor
+) -> Ranking:
     rank = partial(
         rank_by_attention, head_fusion=config.head_fusion, iterations=config.iterations, tolerance=config.tolerance
     )
-    if config.ranking == "self-attention":
+    if config.ranking.startswith("self-attention"):
         ranked = rank(*self_attention())
-        return Ranking(ranked.importance, ranked.attention_map)
+        is_reversed = config.ranking.endswith("-reversed")
+        return Ranking(-ranked.importance if is_reversed else ranked.importance, ranked.attention_map)
     attention_map = mean_attention_map(*self_attention()) if config.needs_attention_map else None
     if config.ranking == "attention-received":
         assert attention_map is not None
@@ -135,7 +163,8 @@ def _refill(
             source = cosine_source(tokens, keep)
         else:
             assert ranking.attention_map is not None
-            source = attention_source(ranking.attention_map, keep)
+            is_transposed = config.similarity == "attention-transposed"
+            source = attention_source(ranking.attention_map.mT if is_transposed else ranking.attention_map, keep)
         return partial(similarity_copy, source=source)  # the map itself is free again here
     if config.recovery == "direct-copy":
         return partial(direct_copy, keep=keep, before=tokens)

@@ -105,6 +105,8 @@ def block_macs(shape: BlockShape, config: PruningConfig | None = None) -> Macs:
     n, c = shape.tokens, shape.channels
     rates = dict(config.rates_in(shape.place.layers)) if config is not None else {}
     total = Macs(linear=2 * n * c * c)
+    if config is not None and config.needs_first_map and any(keep_count(n, rate) < n for rate in rates.values()):
+        total = total.plus(Macs(map=map_macs(shape, n)))
     for layer in range(shape.place.layers):
         left = keep_count(n, rates[layer]) if layer in rates else n
         if config is None or left == n:
@@ -117,14 +119,19 @@ def block_macs(shape: BlockShape, config: PruningConfig | None = None) -> Macs:
     return total
 
 
+def map_macs(shape: BlockShape, tokens: int) -> int:
+    """MACs of queries, keys and the self-attention map of so many tokens."""
+    return 2 * tokens * shape.channels * shape.channels + tokens * tokens * shape.channels
+
+
 def overhead_macs(shape: BlockShape, config: PruningConfig, tokens: int, kept: int) -> Macs:
     """MACs that one pruning layer adds: N = ``tokens`` reach it, K = ``kept`` go on."""
     c, t, d = shape.channels, shape.words, shape.word_width
     ranked = shape.heads * config.iterations if config.head_fusion == "rms" else config.iterations
     of_map, of_ranking, of_matching = 0, 0, 0
     if config.needs_attention_map:
-        of_map += 2 * tokens * c * c + tokens * tokens * c
-    if config.ranking == "self-attention":
+        of_map += map_macs(shape, tokens)
+    if config.ranking.startswith("self-attention"):
         of_ranking = ranked * tokens * tokens
     if config.ranking.startswith("cross-attention"):
         of_map += tokens * c * c + t * d * c + tokens * t * c

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from atedm.config import PruningConfig
 from atedm.schedule import PAIRINGS
 
 #: Guidance scales of the paper's FID-CLIP curves (supplement Fig. 5).
@@ -36,7 +37,8 @@ def _paper(changes: str) -> str:
 def _budgets() -> dict[str, str]:
     methods = {"dense": "dense"}
     for name, rate in BUDGETS.items():
-        ours = _paper(f"pruning_rate={rate}")
+        # Written alike wherever it comes, so that experiments share its images.
+        ours = "paper" if rate == PruningConfig().pruning_rate else _paper(f"pruning_rate={rate}")
         methods[f"AT-EDM-{name}"] = ours
         methods[f"ToMe-{name}"] = f"tome[cost={ours}]"
         methods[f"ToMe-{name}, DSAP"] = f"tome[prune_less_share=0.3,cost={ours}]"
@@ -80,7 +82,11 @@ EXPERIMENTS: dict[str, Experiment] = {
     "blocks": Experiment(
         "Which blocks prune-less steps spare",
         "supplement C.3, Fig. 10",
-        {"dense": "dense", **{name: _paper(f"unpruned_blocks={name}") for name in PAIRINGS}},
+        {
+            "dense": "dense",
+            "F-L": "paper",
+            **{name: _paper(f"unpruned_blocks={name}") for name in PAIRINGS if name != "F-L"},
+        },
     ),
     "early": Experiment(
         "Prune less early, more early, or always alike, at equal mean cost",

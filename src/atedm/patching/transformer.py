@@ -18,8 +18,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
+from atedm.attention_map import mean_attention_map
 from atedm.config import PruningConfig
-from atedm.pruning import keep_count
+from atedm.pruning import gather_submap, keep_count
 from atedm.schedule import BlockPlace
 from atedm.token_pruning import Dropped, QueriesAndKeys, Ranking, drop_tokens, rank_tokens
 
@@ -138,15 +139,27 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
     def _layers(self, tokens: Tensor, counts: dict[int, int], size: tuple[int, int], call: _Call) -> Tensor:
         """Run all layers over (B, N, C) tokens and give (B, N, C) back."""
         dropped: list[Dropped] = []
+        first_map = self._first_map(tokens)
         for index, layer in enumerate(self.transformer_blocks):
             if index in counts:
-                tokens, record = self._pruning_layer(index, layer, tokens, counts[index], size, call)
+                tokens, record = self._pruning_layer(index, layer, tokens, counts[index], size, call, first_map)
                 dropped.append(record)
+                if first_map is not None:
+                    first_map = gather_submap(first_map, record.keep)
             else:
                 tokens = self._layer(layer, tokens, call)
         for record in reversed(dropped):
             tokens = record.refill(tokens)
         return tokens
+
+    @torch.no_grad()
+    def _first_map(self, tokens: Tensor) -> Tensor | None:
+        """Return the head-mean self-attention map of the block's first layer where copies go by it."""
+        config = self._atedm.state.config
+        if not config.needs_first_map:
+            return None
+        layer = self.transformer_blocks[0]
+        return mean_attention_map(*queries_and_keys(layer.attn1, layer.norm1, tokens))
 
     def _layer(self, layer: BasicTransformerBlock, tokens: Tensor, call: _Call) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -177,8 +190,9 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         count: int,
         size: tuple[int, int],
         call: _Call,
+        first_map: Tensor | None = None,
     ) -> tuple[Tensor, Dropped]:
-        """Run the layer in which tokens are dropped."""
+        """Run the layer in which tokens are dropped; they copy by ``first_map`` (B, N, N) where it is given."""
         state = self._atedm.state
         config = state.config
         start = tokens
@@ -196,7 +210,8 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
             )
 
         def drop(at: Tensor) -> tuple[Tensor, Dropped]:
-            kept, record = drop_tokens(at, ranking, count, size, config)
+            copied_by = ranking if first_map is None else ranking._replace(attention_map=first_map)
+            kept, record = drop_tokens(at, copied_by, count, size, config)
             for observer in state.observers:
                 name, step = self._atedm.place.name, int(state.step)
                 observer(BlockObservation(name, index, step, ranking.importance, record.keep, size))
