@@ -15,7 +15,7 @@ from atedm.costs.tome import ToMe
 from atedm.evaluation.clip_score import tiny_clip
 from atedm.evaluation.evaluate import evaluate, slug
 from atedm.evaluation.experiments import EXPERIMENTS
-from atedm.evaluation.images import Drawing, image_file, missing_groups
+from atedm.evaluation.images import Drawing, groups, image_file, missing_groups
 from atedm.evaluation.methods import Caching, Dense, Merging, Pruning, Stacked, counted_run
 from atedm.evaluation.methods_by_name import method_by_name, parse_methods
 from atedm.evaluation.prompts import Prompt, read_prompts, write_references
@@ -318,9 +318,18 @@ def test_two_processes_give_the_images_and_figures_of_one(pipe: Any, tmp_path: P
         "torch.set_num_threads(1)\n"
         "sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
+        "from atedm.evaluation import evaluate\n"
+        "from atedm.evaluation.sharing import shared_work\n"
         "from atedm.pipelines import load_pipeline\n"
         "from test_evaluate import run\n"
+        "drawn = []\n"
+        "draw = evaluate.draw_groups\n"
+        "def noted(*args):\n"
+        "    drawn.extend(str(args[4].name) + str(list(group)) for group in args[5])\n"
+        "    draw(*args)\n"
+        "evaluate.draw_groups = noted\n"
         "run(load_pipeline('tiny', device='cpu'), Path(sys.argv[2]))\n"
+        "Path(sys.argv[2], f'drawn-{shared_work().process_index}').write_text('\\n'.join(drawn))\n"
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -328,12 +337,23 @@ def test_two_processes_give_the_images_and_figures_of_one(pipe: Any, tmp_path: P
         one = run(pipe, tmp_path / "one")
     finally:
         torch.set_num_threads(threads)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    # Only with --multi_gpu does accelerate start several processes on one machine, be there a GPU or not.
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     done = subprocess.run(
-        [*command, str(Path(__file__).parent), str(tmp_path / "two")], capture_output=True, text=True, check=False
+        [sys.executable, "-m", *launch, str(script), str(Path(__file__).parent), str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for result in one:
         assert pixels(tmp_path / "two" / "images" / slug(result.name)) == pixels(result.folder)
     single, shared = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert single == shared
+    first, second = ((tmp_path / "two" / f"drawn-{rank}").read_text().splitlines() for rank in (0, 1))
+    assert first
+    assert second
+    assert not set(first) & set(second)
+    assert sorted(first + second) == sorted(
+        f"{slug(result.name)}{list(group)}" for result in one for group in groups(5, 2)
+    )

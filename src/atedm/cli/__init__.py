@@ -12,6 +12,7 @@ from atedm.cli.cost import cost
 from atedm.cli.evaluate import evaluate
 from atedm.cli.generate import generate
 from atedm.cli.latency import latency
+from atedm.cli.objects import objects
 from atedm.cli.reproduce import reproduce
 from atedm.cli.scaling import scaling
 from atedm.cli.variance import variance
@@ -47,6 +48,7 @@ app.command()(latency)
 app.command()(variance)
 app.command()(evaluate)
 app.command()(reproduce)
+app.command()(objects)
 app.command()(accuracy)
 app.command()(ablate)
 

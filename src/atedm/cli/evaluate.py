@@ -54,7 +54,8 @@ def evaluate(
     """Draw the same prompts from the same noise with several methods, and score them.
 
     A run that was stopped goes on where it was. Work is shared among processes, GPUs and machines by
-    `accelerate launch -m atedm evaluate ...`; on CPUs by `torchrun --nproc_per_node 2 -m atedm evaluate ...`.
+    `accelerate launch -m atedm evaluate ...`; on a CPU accelerate starts several processes only if it is told
+    `accelerate launch --multi_gpu --num_processes 2 -m atedm evaluate ...`.
 
     Examples:
     `atedm evaluate --captions 50`

@@ -144,13 +144,13 @@ class Opened(NamedTuple):
 def opened(drawing: Drawing, device: str | None) -> Iterator[Opened]:
     """Open the model that ``drawing`` names, and show a progress bar in the first process."""
     import torch
-    from accelerate import PartialState
     from rich.console import Console
     from rich.progress import Progress
 
+    from atedm.evaluation.sharing import shared_work
     from atedm.pipelines import load_pipeline
 
-    state = PartialState(cpu=device == "cpu")
+    state = shared_work(device)
     console = Console(stderr=True, quiet=not state.is_main_process)
     with console.status(f"opening {drawing.model}"):
         precision = getattr(torch, drawing.dtype) if drawing.dtype else None

@@ -38,7 +38,7 @@ def reproduce(
         str,
         typer.Argument(
             help="**table1**, **curve**, **place**, **rankings**, **blocks**, **early**, **recovery**, "
-            "**prune-less-steps**, **few-steps**, **stacking** or **questions**."
+            "**prune-less-steps**, **few-steps**, **stacking**, **questions** or **why**."
         ),
     ],
     model: ModelOption = "tiny",

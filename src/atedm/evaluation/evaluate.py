@@ -23,6 +23,7 @@ from atedm.evaluation.images import Drawing, claim_folder, draw_groups, image_fi
 from atedm.evaluation.methods import Dense, Method, counted_run
 from atedm.evaluation.prompts import Prompt, write_references
 from atedm.evaluation.scores import DISTANCE, FID, Metrics, Scores, score
+from atedm.evaluation.sharing import shared_work
 from atedm.generate import save_json
 
 REFERENCE = "reference"
@@ -93,7 +94,8 @@ def evaluate(
         drawing: What is the same for every method.
         metrics: Which figures, by which models.
         out: Where everything is kept.
-        state: Of `accelerate`, where several processes share the work; each calls this function.
+        state: Of `accelerate`, where several processes share the work; each calls this function. None is
+            `shared_work`.
         progress: Told of every group of images and every metric.
 
     Returns:
@@ -101,8 +103,9 @@ def evaluate(
 
     Raises:
         ValueError: If ``out`` holds images of something else, or the weights of a metric cannot be had.
+        RuntimeError: As `shared_work`.
     """
-    state = state or PartialState()
+    state = state or shared_work()
     if DISTANCE in metrics.names and not any(isinstance(method, Dense) for method in methods.values()):
         methods = {"dense": Dense(), **methods}
     folders = {name: out / "images" / slug(name) for name in methods}

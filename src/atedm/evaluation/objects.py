@@ -1,0 +1,269 @@
+"""Does a ranking find the objects, and do the kept tokens stand for the others? Measured in dense runs.
+
+What a ranking should do is nowhere said in one number, so there are three. Whether it puts tokens of objects before
+tokens of background (AUC: 1 always, 0.5 as often as not, 0 never); how alike a dropped token is to the kept token most
+like it, which bounds what any copy can do; and how alike it is to the kept token that the attention map says.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from atedm.config import PruningConfig
+from atedm.generate import Progress
+from atedm.patching.apply import is_applied
+from atedm.patching.survey import find_blocks, find_unet
+from atedm.patching.transformer import queries_and_keys
+from atedm.pruning import gather_tokens, keep_count, keep_most_important
+from atedm.recovery import attention_source, cosine_source
+from atedm.tiny.scenes import BACKGROUNDS, COLOURS, Scene
+from atedm.token_pruning import QueriesAndKeys, rank_tokens
+
+RANKINGS = (
+    "self-attention",
+    "attention-received",
+    "cross-attention-entropy",
+    "cross-attention-power",
+    "cross-attention-soft-clip",
+    "cross-attention-hard-clip",
+    "uniform-random",
+)
+# How far light, texture and shadow take a colour: see `atedm.tiny.scenes.render`.
+_LIT = (0.8, 1.0, 1.2)
+_SHADED = (1.0, 0.86, 0.72, 0.6, 0.5)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One ranking in one block and one step, averaged over images."""
+
+    ranking: str
+    step: int
+    block: str
+    level: int
+    #: Chance that a token of an object ranks above one of the background, ties counting half.
+    auc: float
+    #: Mean cosine of a dropped token's features to those of the kept token most like it.
+    best_match: float
+    #: The same to the kept token from which the paper's rule copies.
+    attention_match: float
+
+
+@dataclass(frozen=True)
+class ObjectsReport:
+    """All findings of some images."""
+
+    findings: tuple[Finding, ...]
+    images: int
+    steps: int
+    pruning_rate: float
+
+    def mean(self, what: str, *, ranking: str, level: int | None = None, step: int | None = None) -> float:
+        """Mean of a field of `Finding` over the blocks and steps that are not given."""
+        values = [
+            float(getattr(found, what))
+            for found in self.findings
+            if found.ranking == ranking and level in (None, found.level) and step in (None, found.step)
+        ]
+        return sum(values) / len(values)
+
+    @property
+    def levels(self) -> list[int]:
+        """Feature levels that have attention blocks."""
+        return sorted({found.level for found in self.findings})
+
+    @property
+    def rankings(self) -> list[str]:
+        """In the order they were asked for."""
+        return list(dict.fromkeys(found.ranking for found in self.findings))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return asdict(self)
+
+
+def object_mask(image: Tensor, scene: Scene) -> Tensor:
+    """Which pixels of a picture of ``scene`` are object: those nearer to an object's colour than to the background's.
+
+    Args:
+        image: (3, H, W) in [0, 1].
+        scene: What is drawn.
+
+    Returns:
+        (H, W) bool.
+    """
+    objects = _shades([COLOURS[colour] for colour, _ in scene.objects], _LIT)
+    background = _shades([BACKGROUNDS[scene.background]], _SHADED)
+    pixels = image.float().flatten(1).mT
+    nearest = torch.cdist(pixels, torch.cat([objects, background])).argmin(-1)
+    return (nearest < len(objects)).reshape(image.shape[1:])
+
+
+def _shades(colours: Sequence[tuple[int, int, int]], factors: Sequence[float]) -> Tensor:
+    return torch.tensor([[min(c * factor / 255, 1.0) for c in colour] for colour in colours for factor in factors])
+
+
+def area_under_curve(importance: Tensor, is_object: Tensor) -> float:
+    """Chance that a token of an object is more important than one of the background; ties count half.
+
+    Args:
+        importance: (N,).
+        is_object: (N,) bool, of which some are true and some are not.
+
+    Raises:
+        ValueError: If all tokens are of one kind.
+    """
+    if is_object.all() or not is_object.any():
+        raise ValueError("all tokens are of one kind, so none ranks above the other")
+    ours, theirs = importance[is_object].unsqueeze(1), importance[~is_object].unsqueeze(0)
+    return float(((ours > theirs).double() + 0.5 * (ours == theirs).double()).mean())
+
+
+class _Seen(NamedTuple):
+    """One ranking of one block in one call of the U-Net."""
+
+    importance: Tensor
+    best_match: float
+    attention_match: float
+
+
+def find_objects(
+    pipe: Any,
+    scenes: Sequence[Scene],
+    *,
+    steps: int = 20,
+    guidance: float = 3.0,
+    rankings: Sequence[str] = RANKINGS,
+    pruning_rate: float = PruningConfig().pruning_rate,
+    seed: int = 0,
+    batch: int = 10,
+    progress: Progress | None = None,
+) -> ObjectsReport:
+    """Draw scenes dense, rank the tokens of every block in every step on the way, and hold the ranks against the image.
+
+    Image i has the noise of seed ``seed + i``. With guidance the half of the batch that knows the prompt is looked at.
+
+    Args:
+        pipe: A pipeline that draws scenes, not patched and not compiled.
+        scenes: What to draw.
+        steps: Denoising steps, each one call of the U-Net.
+        guidance: Guidance scale.
+        rankings: Of `atedm.config.RANKINGS`.
+        pruning_rate: Share of the tokens taken for dropped, for the two measures of likeness.
+        seed: Of the first image.
+        batch: Images drawn at once.
+        progress: Told of every call of the U-Net.
+
+    Raises:
+        TypeError: If the pipeline has no U-Net.
+        ValueError: If it is patched or compiled, there is nothing to draw, or a ranking is unknown.
+    """
+    if not scenes:
+        raise ValueError("there are no scenes to draw")
+    unet = find_unet(pipe)
+    if is_applied(unet) or unet is not pipe.unet:
+        raise ValueError("this U-Net is patched or compiled, and rankings are looked at dense; use it as it was before")
+    configs = {name: PruningConfig(pruning_rate, ranking=name) for name in rankings}
+    blocks = {name: (place, module) for name, (place, module) in find_blocks(unet).items()}
+    values: defaultdict[tuple[str, int, str], list[tuple[float, float, float]]] = defaultdict(list)
+    for start in range(0, len(scenes), batch):
+        group = scenes[start : start + batch]
+        calls: list[dict[tuple[str, str], _Seen]] = []
+        with _watched({name: module for name, (_, module) in blocks.items()}, configs, len(group), calls) as sizes:
+
+            def end_call(_: Any, call: int, __: Any, kwargs: dict[str, Any], start: int = start) -> dict[str, Any]:
+                if progress is not None:
+                    progress(f"images from {start}", call + 1, steps)
+                return kwargs
+
+            images = pipe(
+                [scene.caption for scene in group],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=[torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(group))],
+                output_type="pt",
+                callback_on_step_end=end_call,
+            ).images
+        masks = torch.stack([object_mask(image.cpu(), scene) for image, scene in zip(images, group, strict=True)])
+        for step, seen in enumerate(calls):
+            for (ranking, block), one in seen.items():
+                is_object = functional.adaptive_avg_pool2d(masks.float(), sizes[block]).flatten(1) > 0.5
+                for importance, mask in zip(one.importance, is_object, strict=True):
+                    if mask.any() and not mask.all():
+                        found = (area_under_curve(importance, mask), one.best_match, one.attention_match)
+                        values[ranking, step, block].append(found)
+    findings = tuple(
+        Finding(ranking, step, block, blocks[block][0].level, *(float(mean) for mean in torch.tensor(found).mean(0)))
+        for (ranking, step, block), found in values.items()
+    )
+    return ObjectsReport(findings, len(scenes), steps, pruning_rate)
+
+
+@contextmanager
+def _watched(
+    blocks: Mapping[str, Any],
+    configs: Mapping[str, PruningConfig],
+    images: int,
+    calls: list[dict[tuple[str, str], _Seen]],
+) -> Iterator[dict[str, tuple[int, int]]]:
+    """Rank in every call of the U-Net, and add what was seen to ``calls``; yields the grids by block."""
+    sizes: dict[str, tuple[int, int]] = {}
+    self_attention: dict[str, QueriesAndKeys] = {}
+    cross_attention: dict[str, QueriesAndKeys] = {}
+
+    def size(block: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
+        sizes[block] = (int(height), int(width))
+        if block == next(iter(blocks)):
+            calls.append({})
+
+    @torch.no_grad()
+    def compared(into: dict[str, QueriesAndKeys], block: str, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        tokens = args[0] if args else kwargs["hidden_states"]
+        words = kwargs.get("encoder_hidden_states")
+        # What attention is handed has been through its norm already.
+        q, k, scale = queries_and_keys(module, nn.Identity(), tokens, words)
+        into[block] = QueriesAndKeys(q[-images:].float(), k[-images:].float(), scale)
+
+    @torch.no_grad()
+    def rank(block: str, _: nn.Module, __: Any, output: Tensor) -> None:
+        tokens = output[-images:].float()
+        for name, config in configs.items():
+            ranking = rank_tokens(
+                config, tokens, lambda: self_attention[block], lambda: cross_attention[block], len(calls) - 1
+            )
+            assert ranking.attention_map is not None  # every config here copies by attention
+            keep = keep_most_important(ranking.importance, keep_count(tokens.shape[1], config.pruning_rate))
+            is_dropped = torch.ones_like(ranking.importance).scatter(1, keep, 0.0)
+
+            def likeness(source: Tensor, keep: Tensor = keep, is_dropped: Tensor = is_dropped) -> float:
+                copied = gather_tokens(gather_tokens(tokens, keep), source)
+                cosine = functional.cosine_similarity(tokens, copied, dim=-1)
+                return float((cosine * is_dropped).sum() / is_dropped.sum())
+
+            calls[-1][name, block] = _Seen(
+                ranking.importance.cpu(),
+                likeness(cosine_source(tokens, keep)),
+                likeness(attention_source(ranking.attention_map, keep)),
+            )
+
+    with ExitStack() as hooks:
+        for name, block in blocks.items():
+            layer = block.transformer_blocks[0]
+            for module, hook in (
+                (block, partial(size, name)),
+                (layer.attn1, partial(compared, self_attention, name)),
+                (layer.attn2, partial(compared, cross_attention, name)),
+            ):
+                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            hooks.callback(layer.register_forward_hook(partial(rank, name)).remove)
+        yield sizes

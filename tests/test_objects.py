@@ -1,0 +1,122 @@
+"""Whether rankings find objects: the mask, the measure, and the run that collects both."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import atedm
+from atedm.cli import app
+from atedm.config import PruningConfig
+from atedm.evaluation.objects import area_under_curve, find_objects, object_mask
+from atedm.pictures.objects_chart import objects_chart
+from atedm.pipelines import load_pipeline
+from atedm.tiny.scenes import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, Scene, held_out_scenes, render
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return load_pipeline("tiny", device="cpu")
+
+
+@pytest.mark.parametrize("texture", TEXTURES)
+@pytest.mark.parametrize("background", BACKGROUNDS)
+@pytest.mark.parametrize("colour", COLOURS)
+def test_the_mask_is_where_the_object_was_painted(colour: str, background: str, texture: str) -> None:
+    # The same scene in two colours: what differs is the object.
+    other = "blue" if colour != "blue" else "red"
+    first, second = (
+        render(Scene(((name, "square"),), background, texture), np.random.default_rng(3)) for name in (colour, other)
+    )
+    painted = (first - second).abs().amax(0) > 0.2
+    mask = object_mask(first, Scene(((colour, "square"),), background, texture))
+    overlap = (mask & painted).sum() / (mask | painted).sum()
+    assert overlap > 0.9
+
+
+@given(
+    importance=st.lists(st.integers(0, 5), min_size=2, max_size=30),
+    data=st.data(),
+)
+def test_the_area_is_the_share_of_pairs_in_the_right_order(importance: list[int], data: st.DataObject) -> None:
+    kinds = data.draw(st.lists(st.booleans(), min_size=len(importance), max_size=len(importance)))
+    if all(kinds) or not any(kinds):
+        with pytest.raises(ValueError, match="one kind"):
+            area_under_curve(torch.tensor(importance), torch.tensor(kinds))
+        return
+    pairs = [
+        (a, b)
+        for a, k in zip(importance, kinds, strict=True)
+        if k
+        for b, j in zip(importance, kinds, strict=True)
+        if not j
+    ]
+    right = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs)
+    assert area_under_curve(torch.tensor(importance), torch.tensor(kinds)) == pytest.approx(right)
+
+
+def test_what_is_found_is_what_pruning_goes_by_and_the_image_stays_the_same(pipe: Any) -> None:
+    scenes = held_out_scenes(2, 1)
+
+    def draw() -> Any:
+        generators = [torch.Generator("cpu").manual_seed(i) for i in range(2)]
+        return pipe(
+            [s.caption for s in scenes],
+            num_inference_steps=2,
+            guidance_scale=3.0,
+            generator=generators,
+            output_type="pt",
+        ).images
+
+    before = draw()
+    report = find_objects(pipe, scenes, steps=2, rankings=["self-attention", "cross-attention-power"])
+    assert torch.equal(draw(), before)
+    masks = [object_mask(image, scene) for image, scene in zip(before, scenes, strict=True)]
+    first = report.findings[0].block
+    for ranking in report.rankings:
+        seen: list[atedm.BlockObservation] = []
+        with atedm.pruned(pipe, PruningConfig(ranking=ranking, schedule="constant")), atedm.observed(pipe, seen.append):
+            draw()
+        assert seen[0].block == first  # so nothing was dropped before it
+        grids = [
+            torch.nn.functional.adaptive_avg_pool2d(mask[None].float(), seen[0].size).flatten() > 0.5 for mask in masks
+        ]
+        expected = [area_under_curve(i, grid) for i, grid in zip(seen[0].importance[2:], grids, strict=True)]
+        found = next(f for f in report.findings if (f.ranking, f.step, f.block) == (ranking, 0, first))
+        assert found.auc == pytest.approx(sum(expected) / 2, abs=1e-4)
+        assert found.attention_match < found.best_match <= 1
+
+
+def test_a_random_ranking_finds_nothing_and_every_block_and_step_is_there(pipe: Any) -> None:
+    report = find_objects(pipe, held_out_scenes(4, 2), steps=3, rankings=["uniform-random"], batch=3)
+    assert report.mean("auc", ranking="uniform-random") == pytest.approx(0.5, abs=0.05)
+    assert len(report.findings) == 11 * 3
+    assert report.levels == [2, 3]
+    assert objects_chart(report).width > objects_chart(report).height
+
+
+def test_it_is_measured_dense_and_of_something(pipe: Any) -> None:
+    with pytest.raises(ValueError, match="no scenes"):
+        find_objects(pipe, [])
+    with atedm.pruned(pipe), pytest.raises(ValueError, match="patched"):
+        find_objects(pipe, held_out_scenes(1))
+
+
+def test_the_command_prints_a_table_and_draws_a_chart(tmp_path: Any) -> None:
+    done = CliRunner().invoke(
+        app, ["objects", "--captions", "2", "--steps", "1", "--plot", str(tmp_path / "a" / "b.png")]
+    )
+    assert done.exit_code == 0, done.output
+    assert "| self-attention | 0." in done.output
+    assert (tmp_path / "a" / "b.png").exists()
+
+
+def test_shapes_of_every_kind_have_a_mask() -> None:
+    for shape in SHAPES:
+        scene = Scene((("red", shape),), "gray", "plain")
+        share = object_mask(render(scene, np.random.default_rng(0)), scene).float().mean()
+        assert 0.03 < share < 0.2
