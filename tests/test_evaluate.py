@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from atedm.evaluation.experiments import EXPERIMENTS
 from atedm.evaluation.images import Drawing, groups, image_file, missing_groups
 from atedm.evaluation.methods import Caching, Dense, Merging, Pruning, Stacked, counted_run
 from atedm.evaluation.methods_by_name import method_by_name, parse_methods
+from atedm.evaluation.perceptual import lpips_distances
 from atedm.evaluation.prompts import Prompt, read_prompts, write_references
 from atedm.evaluation.report import markdown, write_html
 from atedm.evaluation.scores import Metrics, Scores, distances
@@ -357,3 +359,52 @@ def test_two_processes_give_the_images_and_figures_of_one(pipe: Any, tmp_path: P
     assert sorted(first + second) == sorted(
         f"{slug(result.name)}{list(group)}" for result in one for group in groups(5, 2)
     )
+
+
+def test_lpips_is_the_packages_own_and_is_nought_for_equal_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lpips
+    import torchvision
+
+    # Torchvision's weights cannot be had everywhere: random ones under their name are opened by the same code.
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    (tmp_path / "torch" / "hub" / "checkpoints").mkdir(parents=True)
+    torch.manual_seed(0)
+    network = torchvision.models.alexnet()
+    torch.save(network.state_dict(), tmp_path / "torch" / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth")
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
+    files = [tmp_path / f"{index}.png" for index in range(3)]
+    for file, picture in zip(files, pictures, strict=True):
+        Image.fromarray(picture).save(file)
+    found = lpips_distances(files[:2], [files[0], files[2]], device="cpu")
+    assert found[0] == 0
+    model = lpips.LPIPS(net="alex", verbose=False).eval()
+    ours, theirs = (torch.from_numpy(pictures[i]).permute(2, 0, 1)[None] / 127.5 - 1 for i in (1, 2))
+    assert found[1] == pytest.approx(float(model(ours, theirs)), rel=1e-5)
+    assert found[1] > 0
+
+
+def test_weights_that_cannot_be_had_are_told_before_anything_is_drawn(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    prompts = read_prompts("scenes", 2)
+    drawing = Drawing(steps=1, batch=2)
+    for metrics, said in (
+        (
+            Metrics(("lpips",)),
+            r"LPIPS needs torchvision's weights of alex, which are not in .*empty.* no route to host",
+        ),
+        (Metrics(("clip",), clip_model="local-dir:/nowhere"), "cannot open the CLIP model local-dir:/nowhere"),
+        (Metrics(("fid",), fid_features="local-dir:/nowhere"), "local-dir:/nowhere"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            evaluate(pipe, {"dense": Dense()}, prompts, drawing, metrics, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -52,7 +52,8 @@ BatchOption = Annotated[int, typer.Option(help="Images drawn at once.", rich_hel
 MetricsOption = Annotated[
     str,
     typer.Option(
-        help="Of **distance** (to dense), **accuracy** (of captions, scenes only), **clip** and **fid**.",
+        help="Of **distance** (to dense), **lpips** (to dense), **accuracy** (of captions, scenes only), **clip** and "
+        "**fid**.",
         rich_help_panel=METRICS_PANEL,
     ),
 ]
@@ -104,13 +105,13 @@ def read_options(
     from atedm.evaluation.clip_score import tiny_clip
     from atedm.evaluation.images import Drawing
     from atedm.evaluation.prompts import SCENES, read_prompts
-    from atedm.evaluation.scores import CLIP, FID, METRICS, Metrics
+    from atedm.evaluation.scores import CLIP, FID, LPIPS, METRICS, Metrics
     from atedm.pipelines import habits
 
     names = tuple(name.strip() for name in metrics.split(",") if name.strip())
     for name in names:
         check_name("metric", name, METRICS)
-        package = {CLIP: "open_clip", FID: "cleanfid"}.get(name)
+        package = {CLIP: "open_clip", FID: "cleanfid", LPIPS: "lpips"}.get(name)
         if package is not None and find_spec(package) is None:  # told now, not when all images are drawn
             raise ImportError(f"{name} needs {package}: pip install 'atedm[evaluate]', or leave it out of --metrics")
     if dtype is not None:

@@ -22,7 +22,7 @@ import atedm
 from atedm.evaluation.images import Drawing, claim_folder, draw_groups, image_file, missing_groups
 from atedm.evaluation.methods import Dense, Method, counted_run
 from atedm.evaluation.prompts import Prompt, write_references
-from atedm.evaluation.scores import DISTANCE, FID, Metrics, Scores, score
+from atedm.evaluation.scores import DISTANCE, FID, LPIPS, Metrics, Scores, check_metrics, score
 from atedm.evaluation.sharing import shared_work
 from atedm.generate import save_json
 
@@ -106,11 +106,13 @@ def evaluate(
         RuntimeError: As `shared_work`.
     """
     state = state or shared_work()
-    if DISTANCE in metrics.names and not any(isinstance(method, Dense) for method in methods.values()):
+    to_dense = DISTANCE in metrics.names or LPIPS in metrics.names
+    if to_dense and not any(isinstance(method, Dense) for method in methods.values()):
         methods = {"dense": Dense(), **methods}
     folders = {name: out / "images" / slug(name) for name in methods}
     weights = checksum(pipe.unet)
     if state.is_main_process:
+        check_metrics(metrics, str(state.device))
         for name, method in methods.items():
             claim_folder(folders[name], method, drawing, prompts, weights)
     state.wait_for_everyone()

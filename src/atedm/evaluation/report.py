@@ -17,6 +17,7 @@ from atedm.pictures.canvas import Cell, draw_sheet
 
 COLUMNS = {
     "psnr": ("distance to dense, dB", 1.0, 1),
+    "lpips": ("LPIPS to dense", 1.0, 4),
     "accuracy": ("captions right in everything, %", 100.0, 1),
     "clip": ("CLIP score", 1.0, 4),
     "fid": ("FID", 1.0, 2),

@@ -1,4 +1,4 @@
-"""From folders of images to figures with intervals: distance to dense, caption accuracy, CLIP score, FID."""
+"""From folders of images to figures with intervals: distance to dense, LPIPS, caption accuracy, CLIP score, FID."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from atedm.evaluation.captions import columns, judge_images, psnr_each
 from atedm.evaluation.images import image_file
+from atedm.evaluation.pixels import read_pixels
 from atedm.evaluation.prompts import Prompt
 from atedm.evaluation.statistics import Interval, mean_interval, ratio_interval
 from atedm.generate import save_json
 from atedm.pipelines import tiny_folder
 from atedm.tiny.classifier import load_classifier
 
-CLIP, FID, ACCURACY, DISTANCE = METRICS = ("clip", "fid", "accuracy", "distance")
+CLIP, FID, ACCURACY, DISTANCE, LPIPS = METRICS = ("clip", "fid", "accuracy", "distance", "lpips")
 
 Progress = Callable[[str], None]
 
@@ -30,12 +30,14 @@ Progress = Callable[[str], None]
 class Metrics:
     """Which figures are taken, and by which models."""
 
-    names: tuple[str, ...] = METRICS
+    names: tuple[str, ...] = METRICS[:4]
     #: An open_clip model, "local-dir:..." or a name.
     clip_model: str = "ViT-g-14"
     clip_pretrained: str = "laion2b_s34b_b88k"
     #: Features that FID compares: "inception", or an open_clip model.
     fid_features: str = "inception"
+    #: Network of LPIPS.
+    lpips_net: str = "alex"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Scores:
 
     #: Per image; a list is empty where the metric was not taken.
     psnr: list[float] = field(default_factory=list)
+    lpips: list[float] = field(default_factory=list)
     clip: list[float] = field(default_factory=list)
     #: (right, asked) per image, for each attribute and "all".
     accuracy: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
@@ -54,6 +57,8 @@ class Scores:
         found: dict[str, Interval] = {}
         if self.psnr:
             found["psnr"] = mean_interval(self.psnr)
+        if self.lpips:
+            found["lpips"] = mean_interval(self.lpips)
         if "all" in self.accuracy:
             found["accuracy"] = ratio_interval(*self.accuracy["all"])
         if self.clip:
@@ -64,7 +69,7 @@ class Scores:
 
     def difference(self, other: Scores) -> dict[str, Interval]:
         """Paired differences to another method on the same prompts and noise: this minus the other."""
-        pairs = {"psnr": (self.psnr, other.psnr), "clip": (self.clip, other.clip)}
+        pairs = {"psnr": (self.psnr, other.psnr), "lpips": (self.lpips, other.lpips), "clip": (self.clip, other.clip)}
         if "all" in self.accuracy and "all" in other.accuracy:
             pairs["accuracy"] = ([*map(float, self.accuracy["all"][0])], [*map(float, other.accuracy["all"][0])])
         return {
@@ -111,12 +116,19 @@ def score(
     if DISTANCE in metrics.names and dense is not None:
         tell("distance to dense")
         psnr = distances(files, [image_file(dense, index) for index in range(len(prompts))])
+    lpips: list[float] = []
+    if LPIPS in metrics.names and dense is not None:
+        from atedm.evaluation.perceptual import lpips_distances
+
+        tell("LPIPS")
+        theirs = [image_file(dense, index) for index in range(len(prompts))]
+        lpips = lpips_distances(files, theirs, net=metrics.lpips_net, device=device)
     accuracy: dict[str, tuple[list[int], list[int]]] = {}
     if ACCURACY in metrics.names and all(prompt.scene is not None for prompt in prompts):
         tell("caption accuracy")
         judge = load_classifier(tiny_folder() / "classifier.safetensors")
         scenes = [prompt.scene for prompt in prompts if prompt.scene is not None]
-        accuracy = columns(judge_images(judge, scenes, torch.stack([_pixels(file) for file in files])))
+        accuracy = columns(judge_images(judge, scenes, torch.stack([read_pixels(file) for file in files])))
     clip: list[float] = []
     if CLIP in metrics.names:
         tell("CLIP score")
@@ -125,24 +137,36 @@ def score(
     if FID in metrics.names and references is not None:
         tell("FID")
         fid = _fid(folder, references, len(prompts), metrics, device)
-    return Scores(psnr, clip, accuracy, fid)
+    return Scores(psnr, lpips, clip, accuracy, fid)
+
+
+def check_metrics(metrics: Metrics, device: str) -> None:
+    """Open every model that the metrics need and let go of it: what is missing is told before anything is drawn.
+
+    Raises:
+        ImportError: If a package is missing.
+        ValueError: If weights cannot be had.
+    """
+    if CLIP in metrics.names:
+        from atedm.evaluation.clip_score import open_clip_model
+
+        open_clip_model(metrics.clip_model, metrics.clip_pretrained, device)
+    if FID in metrics.names:
+        from atedm.evaluation.fid import check_features
+
+        check_features(metrics.fid_features, device=device)
+    if LPIPS in metrics.names:
+        from atedm.evaluation.perceptual import lpips_model
+
+        lpips_model(metrics.lpips_net, device)
 
 
 def distances(files: Sequence[Path], references: Sequence[Path]) -> list[float]:
     """PSNR in dB of each picture to its reference, capped at 99 where they are equal."""
     return [
-        psnr_each(_pixels(file).unsqueeze(0), _pixels(reference).unsqueeze(0))[0]
+        psnr_each(read_pixels(file).unsqueeze(0), read_pixels(reference).unsqueeze(0))[0]
         for file, reference in zip(files, references, strict=True)
     ]
-
-
-def _pixels(file: Path) -> torch.Tensor:
-    """(3, H, W) uint8."""
-    try:
-        with Image.open(file) as opened:
-            return torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"cannot read the image {file}: {error}") from error
 
 
 def _clip(files: Sequence[Path], prompts: Sequence[Prompt], metrics: Metrics, folder: Path, device: str) -> list[float]:
