@@ -1,5 +1,6 @@
 """The method inside the U-Net: every option runs, does what it should, and the whole agrees with a slow reference."""
 
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -130,7 +131,9 @@ def test_where_in_the_layer_tokens_are_dropped_does_not_matter_because_the_kept_
     """
     unet = build().double()
     dense = run(unet)
-    after = [output(unet, config.replace(place=place)) for place in PLACES if build is sdxl_unet or place != PLACES[0]]
+    after = [
+        output(unet, config.replace(place=place)) for place in PLACES[:3] if build is sdxl_unet or place != PLACES[0]
+    ]
     assert distance(after[0], dense) > 0.1
     for other in after[1:]:
         torch.testing.assert_close(other, after[0], rtol=1e-6, atol=1e-6)
@@ -140,12 +143,12 @@ def test_where_in_the_layer_tokens_are_dropped_does_not_matter_because_the_kept_
 def test_a_refill_by_the_values_of_the_dropped_tells_the_places_apart(config: PruningConfig) -> None:
     unet = sdxl_unet()
     outputs = [output(unet, config.replace(place=place)) for place in PLACES]
-    assert min(distance(outputs[i], outputs[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 0.1
+    assert min(distance(one, other) for one, other in combinations(outputs, 2)) > 0.1
 
 
 def test_an_earlier_place_costs_less() -> None:
     savings = [atedm.apply(sdxl_unet(), PruningConfig(place=place)).saving for place in PLACES]
-    assert savings[0] < savings[1] < savings[2]
+    assert savings[0] < savings[1] < savings[2] < savings[3]
 
 
 # --- every option -----------------------------------------------------------------------------------------------------
@@ -231,7 +234,8 @@ def test_cross_attention_rankings_go_by_the_words_and_self_attention_does_so_onl
     for ranking in RANKINGS:
         with atedm.pruned(unet, PruningConfig(ranking=ranking)):
             same = torch.equal(importance(unet)[first], importance(unet, encoder_hidden_states=words)[first])
-        assert same != ranking.startswith("cross-attention")
+        # Facility location looks at features after the first layer, where the words have come in.
+        assert same != (ranking.startswith("cross-attention") or ranking == "facility-location")
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)

@@ -7,13 +7,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import references
-from atedm import recovery
+from atedm import matching
+from atedm.matching import attention_source, cosine_source
 from atedm.pruning import gather_tokens, keep_count, keep_most_important
 from atedm.ranking import rank_by_attention
 from atedm.recovery import (
-    attention_source,
     bicubic_interpolation,
-    cosine_source,
     direct_copy,
     similarity_copy,
     zero_padding,
@@ -39,7 +38,7 @@ def random_map(batch: int, tokens: int, seed: int = 0) -> Tensor:
 
 
 def test_the_example_in_the_docstring() -> None:
-    result = doctest.testmod(recovery)
+    result = doctest.testmod(matching)
     assert result.attempted >= 7
     assert result.failed == 0
 

@@ -17,7 +17,8 @@ from atedm.schedule import PAIRINGS, SCHEDULES, BlockPlace
 Where: TypeAlias = Callable[[BlockPlace], bool]
 
 #: How tokens are ranked: G-WPR on the self-attention map (the paper's default) or on the cross-attention map with one
-#: of four mapping functions (supplement C.2), and three controls, of which one keeps the least important tokens.
+#: of four mapping functions (supplement C.2); three controls, of which one keeps the least important tokens; and four
+#: that cover the image (`atedm.coverage`), two of which know nothing of it.
 RANKINGS = (
     "self-attention",
     "self-attention-reversed",
@@ -27,19 +28,27 @@ RANKINGS = (
     "cross-attention-power",
     "attention-received",
     "uniform-random",
+    "lattice",
+    "cells",
+    "important-of-cells",
+    "facility-location",
 )
-_BY_SELF_ATTENTION = ("self-attention", "self-attention-reversed", "attention-received")
-#: How dropped positions are refilled after the block (main paper; supplement A.6).
-RECOVERIES = ("similarity-copy", "zero-padding", "bicubic", "direct-copy")
-#: What says which kept token a dropped one copies from: the attention map down the dropped token's column (the
-#: paper's), along its row, or the cosine of features.
-SIMILARITIES = ("attention", "attention-transposed", "cosine")
+#: Those whose order is over the whole grid.
+COVERS = ("lattice", "cells", "important-of-cells", "facility-location")
+#: How dropped positions are refilled after the block: the paper's copy and its baselines (main paper; supplement A.6),
+#: own value plus the update of a match, and own value plus a weighted mean of all updates.
+RECOVERIES = ("similarity-copy", "zero-padding", "bicubic", "direct-copy", "matched-update", "weighted-update")
+#: What says which kept token a dropped one is refilled from: the attention map down the dropped token's column (the
+#: paper's), along its row, the cosine of features, or the distance in the grid.
+SIMILARITIES = ("attention", "attention-transposed", "cosine", "distance")
+_BY_SIMILARITY = ("similarity-copy", "matched-update", "weighted-update")
 #: Whose map a copy by attention goes by: that of the layer that drops the token, or of the first layer of the block.
 COPY_MAPS = ("own", "first")
 #: Whether both halves of a guided batch keep the same tokens.
 GUIDANCE_MASKS = ("separate", "shared")
 #: Where in a layer the tokens are dropped (supplement A.2, C.1).
-PLACES = ("after-feed-forward", "before-feed-forward", "after-self-attention")
+#: "before-self-attention" leaves nothing of the layer dense, so from the first layer on the whole block is pruned.
+PLACES = ("after-feed-forward", "before-feed-forward", "after-self-attention", "before-self-attention")
 
 
 def everywhere(block: BlockPlace) -> bool:
@@ -102,8 +111,12 @@ class PruningConfig:
     beta: float | None = None
     #: One of `RECOVERIES`.
     recovery: str = "similarity-copy"
-    #: What similarity-based copy goes by, one of `SIMILARITIES`.
+    #: What refills from other tokens go by, one of `SIMILARITIES`.
     similarity: str = "attention"
+    #: How far along either side of the grid a match by cosine is looked for first; None is everywhere.
+    match_window: int | None = None
+    #: Share of the kept tokens that are the most important by self-attention, where ``ranking`` chooses the others.
+    importance_share: float = 0.0
     #: One of `COPY_MAPS`; they differ where the first pruning layer is not the only one or not the block's first.
     copy_map: str = "own"
     #: One of `GUIDANCE_MASKS`. "shared" averages importance over the two halves of the batch, which is where diffusers
@@ -130,9 +143,8 @@ class PruningConfig:
         check_name("ranking", self.ranking, RANKINGS)
         check_name("head_fusion", self.head_fusion, HEAD_FUSIONS)
         check_name("recovery", self.recovery, RECOVERIES)
-        if self.recovery == "bicubic" and len(self.gradual) > 1:
-            raise ValueError("bicubic recovery needs a whole grid of tokens, so it allows one pruning layer a block")
         check_name("similarity", self.similarity, SIMILARITIES)
+        self._check_combinations()
         check_name("copy_map", self.copy_map, COPY_MAPS)
         check_name("guidance_masks", self.guidance_masks, GUIDANCE_MASKS)
         check_name("schedule", self.schedule, SCHEDULES)
@@ -150,6 +162,24 @@ class PruningConfig:
             raise ValueError(f"prune_less_share must be in [0, 1], not {self.prune_less_share!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be a whole number, not {self.seed!r}")
+
+    def _check_combinations(self) -> None:
+        """Check what goes together."""
+        by_grid = {"bicubic recovery": self.recovery == "bicubic", f"ranking {self.ranking!r}": self.ranking in COVERS}
+        by_grid["similarity 'distance'"] = self.similarity == "distance" and self.recovery in _BY_SIMILARITY
+        by_grid["match_window"] = self.match_window is not None
+        for what, is_asked in by_grid.items():
+            if is_asked and len(self.gradual) > 1:
+                raise ValueError(f"{what} needs a whole grid of tokens, so it allows one pruning layer a block")
+        if self.recovery == "weighted-update" and self.similarity == "cosine":
+            raise ValueError("weighted-update weighs by attention or by distance, not by cosine")
+        if self.match_window is not None:
+            if isinstance(self.match_window, bool) or not isinstance(self.match_window, int) or self.match_window < 1:
+                raise ValueError(f"match_window must be a whole number of at least 1, not {self.match_window!r}")
+            if self.similarity != "cosine":
+                raise ValueError(f"match_window is for matches by cosine, not by {self.similarity}")
+        if not (_is_number(self.importance_share) and 0 <= self.importance_share <= 1):
+            raise ValueError(f"importance_share must be in [0, 1], not {self.importance_share!r}")
 
     @classmethod
     def for_budget(
@@ -215,13 +245,21 @@ class PruningConfig:
     @property
     def opens_layer(self) -> bool:
         """Whether the pruning layer is run part by part, because something is done or needed between its parts."""
+        if self.place == "before-self-attention":
+            return False
         return self.place != "after-feed-forward" or self.ranking.startswith("cross-attention")
+
+    @property
+    def ranks_by_self_attention(self) -> bool:
+        """Whether G-WPR runs on the self-attention map, for the whole ranking or for a part of it."""
+        by_rank = self.ranking in ("self-attention", "self-attention-reversed", "important-of-cells")
+        return by_rank or self.importance_share > 0
 
     @property
     def needs_attention_map(self) -> bool:
         """Whether a pruning layer needs its own self-attention map, for the ranking or for the copy."""
         copies_by_own = self.copies_by_attention and self.copy_map == "own"
-        return copies_by_own or self.ranking in _BY_SELF_ATTENTION
+        return copies_by_own or self.ranks_by_self_attention or self.ranking == "attention-received"
 
     @property
     def needs_first_map(self) -> bool:
@@ -230,8 +268,13 @@ class PruningConfig:
 
     @property
     def copies_by_attention(self) -> bool:
-        """Whether dropped tokens copy from where the self-attention map says."""
-        return self.recovery == "similarity-copy" and self.similarity.startswith("attention")
+        """Whether dropped tokens are refilled from where the self-attention map says."""
+        return self.recovery in _BY_SIMILARITY and self.similarity.startswith("attention")
+
+    @property
+    def matches_by_cosine(self) -> bool:
+        """Whether dropped tokens are refilled from the kept token of the most similar features."""
+        return self.recovery in _BY_SIMILARITY and self.similarity == "cosine"
 
     def prunes(self, block: BlockPlace) -> bool:
         """Whether ``where`` names this block."""

@@ -260,7 +260,7 @@ def attention_received(attention_map: Tensor) -> Tensor:
 
 
 def uniform_random(
-    batch: int, tokens: int, *, seed: int, step: int, device: torch.device | str | None = None
+    batch: int, tokens: int, *, seed: int, step: int | Tensor, device: torch.device | str | None = None
 ) -> Tensor:
     """Importance by chance: a hash of (seed, step, place in the batch, token) as a number in [0, 1).
 

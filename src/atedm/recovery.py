@@ -1,8 +1,8 @@
 """Filling the dropped positions again, because a convolution needs the whole feature map.
 
 Similarity-based copy is the paper's way; zero padding, bicubic interpolation and direct copy are its baselines
-(supplement A.6). ``keep`` (B, K) always holds the indices of the kept tokens, ``kept_tokens`` (B, K, C) their values
-after the last layer of the block.
+(supplement A.6); the matched update is our own. ``keep`` (B, K) always holds the indices of the kept tokens,
+``kept_tokens`` (B, K, C) their values after the last layer of the block.
 """
 
 from __future__ import annotations
@@ -11,64 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from atedm.attention_map import without_autocast
 from atedm.pruning import gather_tokens
 
-# --- Similarity-based copy --------------------------------------------------------------------------------------------
-
-
-def attention_source(attention_map: Tensor, keep: Tensor) -> Tensor:
-    """Whom each token copies from: ``source(b) = argmax over kept i of A[i, b]``.
-
-    Keep the rows of kept tokens and look down the column of a pruned token b: it copies from the kept query that
-    attends most to it. The paper's example has seven tokens of which 3, 5 and 7 are kept, and the arrows 7 -> 1,
-    3 -> 2, 3 -> 4 and 7 -> 6:
-
-        >>> import torch
-        >>> A = torch.full((1, 7, 7), 1 / 7)
-        >>> A[0, 3 - 1] = torch.tensor([0.10, 0.30, 0.15, 0.25, 0.10, 0.05, 0.05])
-        >>> A[0, 5 - 1] = torch.tensor([0.15, 0.10, 0.15, 0.10, 0.25, 0.10, 0.15])
-        >>> A[0, 7 - 1] = torch.tensor([0.30, 0.05, 0.10, 0.05, 0.10, 0.25, 0.15])
-        >>> keep = torch.tensor([[3, 5, 7]]) - 1
-        >>> source = attention_source(A, keep)  # positions within keep
-        >>> source
-        tensor([[2, 0, 0, 0, 1, 2, 2]])
-        >>> keep.gather(1, source) + 1  # the tokens themselves, counted from 1
-        tensor([[7, 3, 3, 3, 5, 7, 7]])
-
-    Args:
-        attention_map: A, (B, N, N), queries first, any floating dtype.
-        keep: (B, K) int64.
-
-    Returns:
-        (B, N) int64: for each token, the position within ``keep`` of the token to copy. Kept tokens point to
-        themselves; of equal entries the first is taken.
-    """
-    return _most_similar_kept(gather_tokens(attention_map, keep), keep)
-
-
-def cosine_source(tokens: Tensor, keep: Tensor) -> Tensor:
-    """Whom each token copies from, by features instead of attention: the kept token of the largest cosine.
-
-    A control for `attention_source`; needs no attention map.
-
-    Args:
-        tokens: Features of all tokens, (B, N, C), any floating dtype.
-        keep: (B, K) int64.
-
-    Returns:
-        (B, N) int64: for each token, the position within ``keep`` of the token to copy. Kept tokens point to
-        themselves; of equal cosines the first is taken.
-    """
-    with without_autocast(tokens.device):
-        unit = functional.normalize(tokens.float(), dim=-1)
-        return _most_similar_kept(gather_tokens(unit, keep) @ unit.mT, keep)
-
-
-def _most_similar_kept(similarity: Tensor, keep: Tensor) -> Tensor:
-    """Argmax over K of ``similarity`` (B, K, N), with kept tokens pointing to themselves."""
-    position = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-    return similarity.argmax(dim=1).scatter(1, keep, position)
+# --- By what is alike -------------------------------------------------------------------------------------------------
 
 
 def similarity_copy(kept_tokens: Tensor, source: Tensor) -> Tensor:
@@ -76,12 +21,47 @@ def similarity_copy(kept_tokens: Tensor, source: Tensor) -> Tensor:
 
     Args:
         kept_tokens: (B, K, C).
-        source: (B, N) int64 positions within K, by `attention_source` or `cosine_source`.
+        source: (B, N) int64 positions within K, by one of `atedm.matching`.
 
     Returns:
         (B, N, C). Differentiable in ``kept_tokens``: a token that is copied often gets that many gradients.
     """
     return gather_tokens(kept_tokens, source)
+
+
+def matched_update(kept_tokens: Tensor, keep: Tensor, before: Tensor, source: Tensor) -> Tensor:
+    """Own value plus the update of the match: ``out[b] = before[b] + kept_tokens[s] - before[keep[s]]``, s = source(b).
+
+    A block is residual: what it adds to a token depends on the token less than the token itself differs from its match,
+    so the dropped token keeps what is its own and takes over only what the block did to the one most like it.
+
+    Args:
+        kept_tokens: (B, K, C).
+        keep: (B, K) int64.
+        before: All tokens as they were when some were dropped, (B, N, C), dtype of ``kept_tokens``.
+        source: (B, N) int64 positions within K, by one of `atedm.matching`.
+
+    Returns:
+        (B, N, C); kept tokens are ``kept_tokens`` exactly. Differentiable in ``kept_tokens`` and ``before``.
+    """
+    update = kept_tokens - gather_tokens(before, keep)
+    return direct_copy(kept_tokens, keep, before + gather_tokens(update, source))
+
+
+def weighted_update(kept_tokens: Tensor, keep: Tensor, before: Tensor, weights: Tensor) -> Tensor:
+    """Own value plus a weighted mean of all updates: a control for `matched_update`.
+
+    Args:
+        kept_tokens: (B, K, C).
+        keep: (B, K) int64.
+        before: All tokens as they were when some were dropped, (B, N, C), dtype of ``kept_tokens``.
+        weights: (B, N, K), rows sum to 1, by one of `atedm.matching`.
+
+    Returns:
+        (B, N, C); kept tokens are ``kept_tokens`` exactly. Differentiable in ``kept_tokens`` and ``before``.
+    """
+    update = kept_tokens - gather_tokens(before, keep)
+    return direct_copy(kept_tokens, keep, before + weights.to(update.dtype) @ update)
 
 
 # --- Baselines (supplement A.6) ---------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from atedm.attention_map import mean_attention_map
 from atedm.config import PruningConfig
+from atedm.coverage import cells, facility_location, important_of_cells, lattice
+from atedm.matching import attention_source, attention_weights, cosine_source, distance_weights, nearest_source
 from atedm.pruning import gather_tokens, keep_most_important
 from atedm.ranking import (
     Mapping,
@@ -26,11 +28,11 @@ from atedm.ranking import (
     uniform_random,
 )
 from atedm.recovery import (
-    attention_source,
     bicubic_interpolation,
-    cosine_source,
     direct_copy,
+    matched_update,
     similarity_copy,
+    weighted_update,
     zero_padding,
 )
 
@@ -55,16 +57,25 @@ class Ranking(NamedTuple):
 
 
 def rank_tokens(
-    config: PruningConfig, tokens: Tensor, self_attention: Attention, cross_attention: Attention, step: int | Tensor = 0
+    config: PruningConfig,
+    tokens: Tensor,
+    self_attention: Attention,
+    cross_attention: Attention,
+    *,
+    step: int | Tensor = 0,
+    size: tuple[int, int] | None = None,
+    count: int = 1,
 ) -> Ranking:
     """Rank the tokens of one block as ``config.ranking`` says, and its batch as ``config.guidance_masks`` says.
 
     Args:
         config: The pruning config.
-        tokens: (B, N, C); only their number and device matter.
+        tokens: (B, N, C); features matter to facility location, else only their number and device.
         self_attention: Makes q and k of the layer's self-attention.
         cross_attention: Makes q and k of its cross-attention.
-        step: Index of the denoising step, for the random ranking alone; a tensor without dimensions is as good.
+        step: Index of the denoising step, for rankings that move with it; a tensor without dimensions is as good.
+        size: (h, w) of the grid, for rankings that cover it.
+        count: K, for facility location and for ``config.importance_share``.
 
     Returns:
         The `Ranking`; the map is None unless ``config.needs_attention_map``.
@@ -72,7 +83,7 @@ def rank_tokens(
     Raises:
         ValueError: If the halves of an odd batch are to share what they keep.
     """
-    ranking = _rank_each(config, tokens, self_attention, cross_attention, step)
+    ranking = _rank_each(config, tokens, self_attention, cross_attention, step, size, count)
     if config.guidance_masks == "shared":
         return ranking._replace(importance=shared_importance(ranking.importance))
     return ranking
@@ -94,25 +105,74 @@ def shared_importance(importance: Tensor) -> Tensor:
 
 
 def _rank_each(
-    config: PruningConfig, tokens: Tensor, self_attention: Attention, cross_attention: Attention, step: int | Tensor
+    config: PruningConfig,
+    tokens: Tensor,
+    self_attention: Attention,
+    cross_attention: Attention,
+    step: int | Tensor,
+    size: tuple[int, int] | None,
+    count: int,
 ) -> Ranking:
     rank = partial(
         rank_by_attention, head_fusion=config.head_fusion, iterations=config.iterations, tolerance=config.tolerance
     )
-    if config.ranking.startswith("self-attention"):
-        ranked = rank(*self_attention())
-        is_reversed = config.ranking.endswith("-reversed")
-        return Ranking(-ranked.importance if is_reversed else ranked.importance, ranked.attention_map)
-    attention_map = mean_attention_map(*self_attention()) if config.needs_attention_map else None
-    if config.ranking == "attention-received":
+    by_attention, attention_map = None, None
+    if config.ranks_by_self_attention:
+        by_attention, attention_map = rank(*self_attention())
+    elif config.needs_attention_map:
+        attention_map = mean_attention_map(*self_attention())
+    if config.ranking.startswith("cross-attention"):
+        importance = rank(*cross_attention(), f=_mapping(config)).importance
+    elif config.ranking == "attention-received":
         assert attention_map is not None
-        return Ranking(attention_received(attention_map), attention_map)
+        importance = attention_received(attention_map)
+    elif config.ranking in ("self-attention", "self-attention-reversed"):
+        assert by_attention is not None
+        importance = -by_attention if config.ranking.endswith("-reversed") else by_attention
+    else:
+        importance = _covering(config, tokens, by_attention, step, size, count)
+    if config.importance_share > 0:
+        assert by_attention is not None
+        importance = preferred(importance, by_attention, round(config.importance_share * count))
+    return Ranking(importance, attention_map)
+
+
+def _covering(
+    config: PruningConfig,
+    tokens: Tensor,
+    by_attention: Tensor | None,
+    step: int | Tensor,
+    size: tuple[int, int] | None,
+    count: int,
+) -> Tensor:
+    """Importance (B, N) by a ranking that spreads the kept tokens, at random or on purpose."""
+    batch, number, _ = tokens.shape
     if config.ranking == "uniform-random":
-        batch, count, _ = tokens.shape
-        random = uniform_random(batch, count, seed=config.seed, step=step, device=tokens.device)  # type: ignore[arg-type]
-        return Ranking(random, attention_map)
-    ranked = rank(*cross_attention(), f=_mapping(config))
-    return Ranking(ranked.importance, attention_map)
+        return uniform_random(batch, number, seed=config.seed, step=step, device=tokens.device)
+    if config.ranking == "facility-location":
+        return facility_location(tokens, count)
+    if size is None:
+        raise ValueError(f"ranking {config.ranking!r} covers a grid, so it needs its size")
+    if config.ranking == "important-of-cells":
+        assert by_attention is not None
+        return important_of_cells(by_attention, size)
+    cover = lattice if config.ranking == "lattice" else cells
+    return cover(size, step=step, device=tokens.device).expand(batch, -1)
+
+
+def preferred(importance: Tensor, by_attention: Tensor, count: int) -> Tensor:
+    """Put the ``count`` most important tokens by attention before all others, and leave the rest in their order.
+
+    Args:
+        importance: (B, N), the order of the others.
+        by_attention: (B, N).
+        count: From 0 to N.
+    """
+    if count < 1:
+        return importance
+    first = keep_most_important(by_attention, count)
+    above = importance.amax(-1, keepdim=True) - importance.amin(-1, keepdim=True) + 1
+    return importance.scatter_add(1, first, above.expand_as(first))
 
 
 def _mapping(config: PruningConfig) -> Mapping:
@@ -145,7 +205,7 @@ def drop_tokens(
         tokens: (B, N, C) at the pruning point.
         ranking: From `rank_tokens`.
         count: K.
-        size: (h, w) of the grid if N = h w; only bicubic interpolation needs it.
+        size: (h, w) of the grid if N = h w; only what goes by places needs it.
         config: The pruning config.
 
     Returns:
@@ -159,15 +219,31 @@ def _refill(
     tokens: Tensor, ranking: Ranking, keep: Tensor, size: tuple[int, int], config: PruningConfig
 ) -> Callable[[Tensor], Tensor]:
     if config.recovery == "similarity-copy":
-        if config.similarity == "cosine":
-            source = cosine_source(tokens, keep)
-        else:
-            assert ranking.attention_map is not None
-            is_transposed = config.similarity == "attention-transposed"
-            source = attention_source(ranking.attention_map.mT if is_transposed else ranking.attention_map, keep)
-        return partial(similarity_copy, source=source)  # the map itself is free again here
+        return partial(similarity_copy, source=_source(tokens, ranking, keep, size, config))
+    if config.recovery == "matched-update":
+        source = _source(tokens, ranking, keep, size, config)
+        return partial(matched_update, keep=keep, before=tokens, source=source)
+    if config.recovery == "weighted-update":
+        weights = distance_weights(keep, size)
+        if config.similarity != "distance":
+            weights = attention_weights(_map_to_copy_by(ranking, config), keep)
+        return partial(weighted_update, keep=keep, before=tokens, weights=weights)
     if config.recovery == "direct-copy":
         return partial(direct_copy, keep=keep, before=tokens)
     if config.recovery == "bicubic":
         return partial(bicubic_interpolation, keep=keep, size=size)
     return partial(zero_padding, keep=keep, tokens=tokens.shape[1])
+
+
+def _source(tokens: Tensor, ranking: Ranking, keep: Tensor, size: tuple[int, int], config: PruningConfig) -> Tensor:
+    """Whom each token is refilled from, (B, N) places within ``keep``; a map it went by is free again after."""
+    if config.similarity == "cosine":
+        return cosine_source(tokens, keep, window=config.match_window, size=size)
+    if config.similarity == "distance":
+        return nearest_source(keep, size)
+    return attention_source(_map_to_copy_by(ranking, config), keep)
+
+
+def _map_to_copy_by(ranking: Ranking, config: PruningConfig) -> Tensor:
+    assert ranking.attention_map is not None
+    return ranking.attention_map.mT if config.similarity == "attention-transposed" else ranking.attention_map

@@ -112,9 +112,10 @@ def block_macs(shape: BlockShape, config: PruningConfig | None = None) -> Macs:
         if config is None or left == n:
             total = total.plus(layer_macs(shape, n, n, n))
             continue
-        in_cross = left if config.place == "after-self-attention" else n
+        in_self = left if config.place == "before-self-attention" else n
+        in_cross = left if config.place in ("after-self-attention", "before-self-attention") else n
         in_ff = n if config.place == "after-feed-forward" else left
-        total = total.plus(layer_macs(shape, n, in_cross, in_ff), overhead_macs(shape, config, n, left))
+        total = total.plus(layer_macs(shape, in_self, in_cross, in_ff), overhead_macs(shape, config, n, left))
         n = left
     return total
 
@@ -131,13 +132,17 @@ def overhead_macs(shape: BlockShape, config: PruningConfig, tokens: int, kept: i
     of_map, of_ranking, of_matching = 0, 0, 0
     if config.needs_attention_map:
         of_map += map_macs(shape, tokens)
-    if config.ranking.startswith("self-attention"):
+    if config.ranks_by_self_attention:
         of_ranking = ranked * tokens * tokens
     if config.ranking.startswith("cross-attention"):
         of_map += tokens * c * c + t * d * c + tokens * t * c
         of_ranking = ranked * tokens * t * _PRODUCTS[config.ranking]
-    if config.recovery == "similarity-copy" and config.similarity == "cosine":
+    if config.matches_by_cosine:
+        of_matching = kept * (tokens - kept) * c
+    if config.recovery == "weighted-update":
         of_matching = kept * tokens * c
+    if config.ranking == "facility-location":
+        of_matching += tokens * tokens * c
     return Macs(map=of_map, ranking=of_ranking, matching=of_matching)
 
 

@@ -20,11 +20,11 @@ from torch.nn import functional
 
 from atedm.config import PruningConfig
 from atedm.generate import Progress
+from atedm.matching import attention_source, cosine_source
 from atedm.patching.apply import is_applied
 from atedm.patching.survey import find_blocks, find_unet
 from atedm.patching.transformer import queries_and_keys
 from atedm.pruning import gather_tokens, keep_count, keep_most_important
-from atedm.recovery import attention_source, cosine_source
 from atedm.tiny.scenes import BACKGROUNDS, COLOURS, Scene
 from atedm.token_pruning import QueriesAndKeys, rank_tokens
 
@@ -239,7 +239,7 @@ def _watched(
         tokens = output[-images:].float()
         for name, config in configs.items():
             ranking = rank_tokens(
-                config, tokens, lambda: self_attention[block], lambda: cross_attention[block], len(calls) - 1
+                config, tokens, lambda: self_attention[block], lambda: cross_attention[block], step=len(calls) - 1
             )
             assert ranking.attention_map is not None  # every config here copies by attention
             keep = keep_most_important(ranking.importance, keep_count(tokens.shape[1], config.pruning_rate))

@@ -206,7 +206,9 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
                 at,
                 partial(queries_and_keys, layer.attn1, layer.norm1, start),
                 partial(queries_and_keys, layer.attn2, layer.norm2, at, _text(call.encoder_hidden_states)),
-                state.step,
+                step=state.step,
+                size=size,
+                count=count,
             )
 
         def drop(at: Tensor) -> tuple[Tensor, Dropped]:
@@ -217,9 +219,14 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
                 observer(BlockObservation(name, index, step, ranking.importance, record.keep, size))
             return kept, record
 
-        if not config.opens_layer:
+        if config.place == "before-self-attention":
             ranking = rank(tokens)
-            return drop(self._layer(layer, tokens, call))
+            tokens, dropped = drop(tokens)
+            return self._layer(layer, tokens, call), dropped
+        if not config.opens_layer:
+            tokens = self._layer(layer, tokens, call)
+            ranking = rank(tokens)
+            return drop(tokens)
         tokens = tokens + _self_attention(layer, tokens, call)
         ranking = rank(tokens)
         if config.place == "after-self-attention":

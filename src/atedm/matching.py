@@ -1,0 +1,154 @@
+"""Whom a dropped token is refilled from: the kept token that is most like it, by one of several rules.
+
+A source is a position within ``keep``. Kept tokens point to themselves; of equal candidates the first is taken.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from atedm.attention_map import without_autocast
+from atedm.pruning import gather_tokens
+
+_CHUNK = 2**22
+"""Entries of a product of tokens that are held at once: 16 MiB in float32."""
+
+
+def attention_source(attention_map: Tensor, keep: Tensor) -> Tensor:
+    """Whom each token copies from: ``source(b) = argmax over kept i of A[i, b]``.
+
+    Keep the rows of kept tokens and look down the column of a pruned token b: it copies from the kept query that
+    attends most to it. The paper's example has seven tokens of which 3, 5 and 7 are kept, and the arrows 7 -> 1,
+    3 -> 2, 3 -> 4 and 7 -> 6:
+
+        >>> import torch
+        >>> A = torch.full((1, 7, 7), 1 / 7)
+        >>> A[0, 3 - 1] = torch.tensor([0.10, 0.30, 0.15, 0.25, 0.10, 0.05, 0.05])
+        >>> A[0, 5 - 1] = torch.tensor([0.15, 0.10, 0.15, 0.10, 0.25, 0.10, 0.15])
+        >>> A[0, 7 - 1] = torch.tensor([0.30, 0.05, 0.10, 0.05, 0.10, 0.25, 0.15])
+        >>> keep = torch.tensor([[3, 5, 7]]) - 1
+        >>> source = attention_source(A, keep)  # positions within keep
+        >>> source
+        tensor([[2, 0, 0, 0, 1, 2, 2]])
+        >>> keep.gather(1, source) + 1  # the tokens themselves, counted from 1
+        tensor([[7, 3, 3, 3, 5, 7, 7]])
+
+    Args:
+        attention_map: A, (B, N, N), queries first, any floating dtype.
+        keep: (B, K) int64.
+
+    Returns:
+        (B, N) int64: for each token, the position within ``keep`` of the token to copy. Kept tokens point to
+        themselves; of equal entries the first is taken.
+    """
+    return _point_to_themselves(gather_tokens(attention_map, keep).argmax(dim=1), keep)
+
+
+def cosine_source(
+    tokens: Tensor, keep: Tensor, *, window: int | None = None, size: tuple[int, int] | None = None
+) -> Tensor:
+    """Whom each token copies from, by features instead of attention: the kept token of the largest cosine.
+
+    Needs no attention map. The cosines of dropped and kept tokens are made in pieces of 16 MiB and not kept.
+
+    Args:
+        tokens: Features of all tokens, (B, N, C), any floating dtype; cosines are taken in float32.
+        keep: (B, K) int64.
+        window: Matches further away than this along either side of the grid are taken only where there is none within;
+            None is no limit.
+        size: (h, w) of the grid, needed with a window.
+
+    Returns:
+        (B, N) int64: for each token, the position within ``keep`` of the token to copy. Kept tokens point to
+        themselves; of equal cosines the first is taken.
+    """
+    dropped = dropped_tokens(keep, tokens.shape[1])
+    with without_autocast(tokens.device):
+        unit = functional.normalize(tokens.float(), dim=-1)
+        kept = gather_tokens(unit, keep)
+        rows = max(1, _CHUNK // (keep.shape[0] * keep.shape[1]))
+        best = []
+        for part in torch.split(dropped, rows, dim=1):
+            cosine = gather_tokens(unit, part) @ kept.mT
+            if window is not None and size is not None:
+                cosine -= 4.0 * _is_outside(part, keep, size, window)  # below every cosine within
+            best.append(cosine.argmax(dim=-1))
+    nobody = keep.new_zeros(tokens.shape[:2])
+    return _point_to_themselves(nobody.scatter(1, dropped, torch.cat(best, dim=1)) if best else nobody, keep)
+
+
+def nearest_source(keep: Tensor, size: tuple[int, int]) -> Tensor:
+    """Whom each token copies from, by place alone: the kept token nearest to it in the grid.
+
+    Args:
+        keep: (B, K) int64.
+        size: (h, w) of the grid, N = h w, tokens in raster order.
+
+    Returns:
+        (B, N) int64, as `cosine_source`.
+    """
+    return _point_to_themselves(_squared_distance(keep, size).argmin(dim=-1), keep)
+
+
+def distance_weights(keep: Tensor, size: tuple[int, int]) -> Tensor:
+    """Weights of kept tokens for each token that fall with the square of the distance in the grid.
+
+    Args:
+        keep: (B, K) int64.
+        size: (h, w) of the grid, N = h w.
+
+    Returns:
+        (B, N, K) float32, rows sum to 1. Weights of kept tokens themselves are not meant to be used.
+    """
+    weights = 1 / _squared_distance(keep, size).clamp_min(1)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def attention_weights(attention_map: Tensor, keep: Tensor) -> Tensor:
+    """Weights of kept tokens for each token: how much each kept query attends to it, as shares.
+
+    Args:
+        attention_map: A, (B, N, N), queries first, any floating dtype.
+        keep: (B, K) int64.
+
+    Returns:
+        (B, N, K) float32, rows sum to 1.
+    """
+    weights = gather_tokens(attention_map, keep).mT.float() + 1e-20
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def dropped_tokens(keep: Tensor, tokens: int) -> Tensor:
+    """Indices of the tokens that are not kept.
+
+    Args:
+        keep: (B, K) int64, each row without repetition.
+        tokens: N.
+
+    Returns:
+        (B, N - K) int64, each row ascending.
+    """
+    is_kept = torch.zeros(keep.shape[0], tokens, dtype=torch.int8, device=keep.device).scatter(1, keep, 1)
+    return is_kept.argsort(dim=-1, stable=True)[:, : tokens - keep.shape[1]]
+
+
+def _point_to_themselves(source: Tensor, keep: Tensor) -> Tensor:
+    """Let kept tokens of a ``source`` (B, N) point to their own position within ``keep`` (B, K)."""
+    return source.scatter(1, keep, torch.arange(keep.shape[1], device=keep.device).expand_as(keep))
+
+
+def _is_outside(tokens: Tensor, keep: Tensor, size: tuple[int, int], window: int) -> Tensor:
+    """(B, M, K) bool: whether kept tokens (B, K) are further than ``window`` from ``tokens`` (B, M) along a side."""
+    down = (tokens // size[1]).unsqueeze(-1) - (keep // size[1]).unsqueeze(1)
+    across = (tokens % size[1]).unsqueeze(-1) - (keep % size[1]).unsqueeze(1)
+    return torch.maximum(down.abs(), across.abs()) > window
+
+
+def _squared_distance(keep: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, N, K) float32: of each token to each kept one."""
+    token = torch.arange(size[0] * size[1], device=keep.device)
+    down = (token // size[1]).unsqueeze(-1) - (keep // size[1]).unsqueeze(1)
+    across = (token % size[1]).unsqueeze(-1) - (keep % size[1]).unsqueeze(1)
+    return (down * down + across * across).float()
