@@ -8,7 +8,7 @@ from torch import Tensor
 
 import references
 from atedm import matching
-from atedm.matching import attention_source, cosine_source
+from atedm.matching import attention_source, match_by_features
 from atedm.pruning import gather_tokens, keep_count, keep_most_important
 from atedm.ranking import rank_by_attention
 from atedm.recovery import (
@@ -76,7 +76,7 @@ def test_sources_match_the_formula(data: st.DataObject, batch: int, tokens: int,
     before, keep, _ = make(batch, tokens, seed=seed, kept=kept)
     a = random_map(batch, tokens, seed)
     by_attention = attention_source(a, keep)
-    by_cosine = cosine_source(before, keep)
+    by_cosine = match_by_features(before, keep, "cosine").source
     for source in (by_attention, by_cosine):
         assert source.dtype == torch.int64
         # Kept tokens point to themselves.
@@ -91,22 +91,24 @@ def test_sources_of_bfloat16_are_those_of_the_rounded_values() -> None:
     before, a = (1 + 0.05 * noise).bfloat16(), random_map(2, 40).bfloat16()  # cosines so near 1 that 8 bits mix them up
     assert torch.equal(attention_source(a, keep), references.over_batch(references.attention_source, a, keep))
     expected = references.over_batch(references.cosine_source, before, keep)
-    assert torch.equal(cosine_source(before, keep), expected)
+    assert torch.equal(match_by_features(before, keep, "cosine").source, expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(cosine_source(before, keep), expected)
+        assert torch.equal(match_by_features(before, keep, "cosine").source, expected)
 
 
 def test_of_equal_entries_the_first_kept_token_is_copied() -> None:
     a = torch.full((1, 5, 5), 0.2)
     keep = torch.tensor([[1, 3]])
     assert attention_source(a, keep).tolist() == [[0, 0, 0, 1, 0]]
-    assert cosine_source(torch.ones(1, 5, 2), keep).tolist() == [[0, 0, 0, 1, 0]]
+    assert match_by_features(torch.ones(1, 5, 2), keep, "cosine").source.tolist() == [[0, 0, 0, 1, 0]]
 
 
 def test_cosine_ignores_length_and_survives_a_zero_token() -> None:
     tokens = torch.tensor([[[1.0, 0.0], [0.0, 100.0], [5.0, 1.0], [0.0, 0.0]]])
     keep = torch.tensor([[0, 1]])
-    assert cosine_source(tokens, keep).tolist() == [[0, 1, 0, 0]]  # the dot product would say 1 for token 2
+    assert match_by_features(tokens, keep, "cosine").source.tolist() == [
+        [0, 1, 0, 0]
+    ]  # the dot product would say 1 for token 2
 
 
 # --- what to fill in --------------------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def fill(name: str, kept_tokens: Tensor, keep: Tensor, before: Tensor, a: Tensor
     if name == "similarity":
         return similarity_copy(kept_tokens, attention_source(a, keep))
     if name == "cosine":
-        return similarity_copy(kept_tokens, cosine_source(before, keep))
+        return similarity_copy(kept_tokens, match_by_features(before, keep, "cosine").source)
     if name == "direct":
         return direct_copy(kept_tokens, keep, before)
     if name == "zero":

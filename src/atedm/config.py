@@ -17,8 +17,8 @@ from atedm.schedule import PAIRINGS, SCHEDULES, BlockPlace
 Where: TypeAlias = Callable[[BlockPlace], bool]
 
 #: How tokens are ranked: G-WPR on the self-attention map (the paper's default) or on the cross-attention map with one
-#: of four mapping functions (supplement C.2); three controls, of which one keeps the least important tokens; and four
-#: that cover the image (`atedm.coverage`), two of which know nothing of it.
+#: of four mapping functions (supplement C.2); three controls, of which one keeps the least important tokens; and those
+#: that cover the image (`atedm.coverage`), of which "representative" is our own method's.
 RANKINGS = (
     "self-attention",
     "self-attention-reversed",
@@ -31,16 +31,17 @@ RANKINGS = (
     "lattice",
     "cells",
     "important-of-cells",
+    "representative",
     "facility-location",
 )
 #: Those whose order is over the whole grid.
-COVERS = ("lattice", "cells", "important-of-cells", "facility-location")
+COVERS = ("lattice", "cells", "important-of-cells", "representative", "facility-location")
 #: How dropped positions are refilled after the block: the paper's copy and its baselines (main paper; supplement A.6),
 #: own value plus the update of a match, and own value plus a weighted mean of all updates.
 RECOVERIES = ("similarity-copy", "zero-padding", "bicubic", "direct-copy", "matched-update", "weighted-update")
 #: What says which kept token a dropped one is refilled from: the attention map down the dropped token's column (the
-#: paper's), along its row, the cosine of features, or the distance in the grid.
-SIMILARITIES = ("attention", "attention-transposed", "cosine", "distance")
+#: paper's), along its row, the cosine or the Euclidean distance of features, or the distance in the grid.
+SIMILARITIES = ("attention", "attention-transposed", "cosine", "euclidean", "distance")
 _BY_SIMILARITY = ("similarity-copy", "matched-update", "weighted-update")
 #: Whose map a copy by attention goes by: that of the layer that drops the token, or of the first layer of the block.
 COPY_MAPS = ("own", "first")
@@ -113,8 +114,15 @@ class PruningConfig:
     recovery: str = "similarity-copy"
     #: What refills from other tokens go by, one of `SIMILARITIES`.
     similarity: str = "attention"
-    #: How far along either side of the grid a match by cosine is looked for first; None is everywhere.
+    #: How far along either side of the grid a match by features is looked for; None is everywhere.
     match_window: int | None = None
+    #: Share of the kept tokens that cover in the "representative" ranking; the others are those least like the cover.
+    cover_share: float = 0.4
+    #: Whether kept tokens go on as the mean of themselves and those that match them, in a matched update.
+    merge: bool = False
+    #: Whether later self-attention counts a kept token as often as there are tokens that match it (Bolya et al., Token
+    #: Merging, ICLR 2023): the logarithm of their number is added to its logits.
+    proportional_attention: bool = False
     #: Share of the kept tokens that are the most important by self-attention, where ``ranking`` chooses the others.
     importance_share: float = 0.0
     #: One of `COPY_MAPS`; they differ where the first pruning layer is not the only one or not the block's first.
@@ -171,15 +179,20 @@ class PruningConfig:
         for what, is_asked in by_grid.items():
             if is_asked and len(self.gradual) > 1:
                 raise ValueError(f"{what} needs a whole grid of tokens, so it allows one pruning layer a block")
-        if self.recovery == "weighted-update" and self.similarity == "cosine":
-            raise ValueError("weighted-update weighs by attention or by distance, not by cosine")
+        if self.recovery == "weighted-update" and self.matches_by_features:
+            raise ValueError(f"weighted-update weighs by attention or by distance, not by {self.similarity!r}")
         if self.match_window is not None:
             if isinstance(self.match_window, bool) or not isinstance(self.match_window, int) or self.match_window < 1:
                 raise ValueError(f"match_window must be a whole number of at least 1, not {self.match_window!r}")
-            if self.similarity != "cosine":
-                raise ValueError(f"match_window is for matches by cosine, not by {self.similarity}")
-        if not (_is_number(self.importance_share) and 0 <= self.importance_share <= 1):
-            raise ValueError(f"importance_share must be in [0, 1], not {self.importance_share!r}")
+            if self.similarity not in ("cosine", "euclidean"):
+                raise ValueError(f"match_window is for matches by features, not by {self.similarity}")
+        for name in ("importance_share", "cover_share"):
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
+                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)!r}")
+        if self.merge and self.recovery != "matched-update":
+            raise ValueError(f"merge is undone by recovery 'matched-update' alone, not by {self.recovery!r}")
+        if self.proportional_attention and self.recovery not in ("similarity-copy", "matched-update"):
+            raise ValueError(f"proportional_attention needs matches, which recovery {self.recovery!r} does without")
 
     @classmethod
     def for_budget(
@@ -272,9 +285,9 @@ class PruningConfig:
         return self.recovery in _BY_SIMILARITY and self.similarity.startswith("attention")
 
     @property
-    def matches_by_cosine(self) -> bool:
+    def matches_by_features(self) -> bool:
         """Whether dropped tokens are refilled from the kept token of the most similar features."""
-        return self.recovery in _BY_SIMILARITY and self.similarity == "cosine"
+        return self.recovery in _BY_SIMILARITY and self.similarity in ("cosine", "euclidean")
 
     def prunes(self, block: BlockPlace) -> bool:
         """Whether ``where`` names this block."""

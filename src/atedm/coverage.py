@@ -1,7 +1,7 @@
 """Kept sets that cover: so spread over the grid, or over the features, that every dropped token has a kept one like it.
 
 Each gives an importance (N,) or (B, N) of which the largest K cover for any K, so that these rankings stand beside
-those by attention. The first two know nothing of the image, move with the denoising step and use no random numbers:
+those by attention. Lattice and cells know nothing of the image, move with the denoising step and use no random numbers:
 equal runs stay equal, and over a few steps every token is kept in some.
 """
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from atedm.attention_map import without_autocast
+from atedm.matching import match_by_features
+from atedm.pruning import keep_most_important
 
 _UINT32 = 0xFFFFFFFF
 # 1/p and 1/p^2 of the plastic number p = 1.3247 (Roberts, The Unreasonable Effectiveness of Quasirandom Sequences,
@@ -80,6 +82,27 @@ def important_of_cells(importance: Tensor, size: tuple[int, int]) -> Tensor:
     # An importance of 1 would reach up to the next place.
     within: Tensor = 3 - place.reshape(batch, -1)
     return within + importance.float().clamp(0, 1) * (1 - 2**-10)
+
+
+def representative(tokens: Tensor, cover: Tensor, count: int, cover_share: float, by: str = "euclidean") -> Tensor:
+    """Cover first, then add what the cover is least like: what has no likeness among the kept cannot be refilled.
+
+    Args:
+        tokens: (B, N, C), any floating dtype.
+        cover: (N,) or (B, N), an order of the tokens that covers, largest first.
+        count: K, how many will be kept.
+        cover_share: Share of the K that are the first of the cover; the others are the tokens of the worst match
+            among these.
+        by: As `atedm.matching.match_by_features`.
+
+    Returns:
+        (B, N) float32 in [0, 2]: 2 for the cover, and for the others how badly they match, as a share of the worst.
+    """
+    batch, number, _ = tokens.shape
+    base = keep_most_important(cover.expand(batch, number), max(1, round(cover_share * count)))
+    unlike = -match_by_features(tokens, base, by).similarity
+    unlike = unlike - unlike.amin(-1, keepdim=True)
+    return (unlike / unlike.amax(-1, keepdim=True).clamp_min(1e-20)).scatter(1, base, 2.0)
 
 
 def facility_location(tokens: Tensor, count: int) -> Tensor:

@@ -5,6 +5,8 @@ A source is a position within ``keep``. Kept tokens point to themselves; of equa
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -46,37 +48,62 @@ def attention_source(attention_map: Tensor, keep: Tensor) -> Tensor:
     return _point_to_themselves(gather_tokens(attention_map, keep).argmax(dim=1), keep)
 
 
-def cosine_source(
-    tokens: Tensor, keep: Tensor, *, window: int | None = None, size: tuple[int, int] | None = None
-) -> Tensor:
-    """Whom each token copies from, by features instead of attention: the kept token of the largest cosine.
+class Match(NamedTuple):
+    """The kept token most like each token, and how like it is."""
 
-    Needs no attention map. The cosines of dropped and kept tokens are made in pieces of 16 MiB and not kept.
+    #: (B, N) int64 positions within ``keep``; kept tokens point to themselves.
+    source: Tensor
+    #: (B, N) float32: the cosine, or minus the squared distance of features; what it is for kept tokens is not said.
+    similarity: Tensor
+
+
+def match_by_features(
+    tokens: Tensor,
+    keep: Tensor,
+    by: str = "euclidean",
+    *,
+    window: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> Match:
+    """Find the kept token whose features are most like each token's own.
+
+    Needs no attention map. The product of dropped and kept tokens is made in pieces of 16 MiB and not kept.
 
     Args:
-        tokens: Features of all tokens, (B, N, C), any floating dtype; cosines are taken in float32.
+        tokens: Features of all tokens, (B, N, C), any floating dtype; compared in float32.
         keep: (B, K) int64.
-        window: Matches further away than this along either side of the grid are taken only where there is none within;
-            None is no limit.
+        by: "cosine", or "euclidean" distance, which also tells long features from short ones.
+        window: How far along either side of the grid to look; where nobody is kept within, the nearest in the grid is
+            taken. None is everywhere.
         size: (h, w) of the grid, needed with a window.
 
     Returns:
-        (B, N) int64: for each token, the position within ``keep`` of the token to copy. Kept tokens point to
-        themselves; of equal cosines the first is taken.
+        The `Match`; of equally similar tokens the first is taken.
     """
     dropped = dropped_tokens(keep, tokens.shape[1])
-    with without_autocast(tokens.device):
-        unit = functional.normalize(tokens.float(), dim=-1)
-        kept = gather_tokens(unit, keep)
-        rows = max(1, _CHUNK // (keep.shape[0] * keep.shape[1]))
-        best = []
-        for part in torch.split(dropped, rows, dim=1):
-            cosine = gather_tokens(unit, part) @ kept.mT
-            if window is not None and size is not None:
-                cosine -= 4.0 * _is_outside(part, keep, size, window)  # below every cosine within
-            best.append(cosine.argmax(dim=-1))
-    nobody = keep.new_zeros(tokens.shape[:2])
-    return _point_to_themselves(nobody.scatter(1, dropped, torch.cat(best, dim=1)) if best else nobody, keep)
+    features = tokens.float()
+    if by == "cosine":
+        features = functional.normalize(features, dim=-1)
+    kept = gather_tokens(features, keep)
+    squares = 0.5 * kept.square().sum(-1).unsqueeze(1) if by == "euclidean" else None
+    rows = max(1, _CHUNK // (keep.shape[0] * keep.shape[1]))
+    best, similarity = [dropped[:, :0]], [features[:, :0, 0]]
+    for part in torch.split(dropped, rows, dim=1):
+        of_part = gather_tokens(features, part)
+        with without_autocast(tokens.device):
+            alike = of_part @ kept.mT
+        if squares is not None:
+            alike = alike - squares  # what a . b - |b|^2 / 2 is largest for is nearest to a
+        if window is not None and size is not None:
+            alike = alike.masked_fill(_is_outside(part, keep, size, window), float("-inf"))
+            alike = torch.where(alike.amax(-1, keepdim=True).isinf(), _nearest_first(part, keep, size), alike)
+        value, index = alike.max(dim=-1)
+        best.append(index)
+        similarity.append(2 * value - of_part.square().sum(-1) if by == "euclidean" else value)
+    nothing = keep.new_zeros(tokens.shape[:2])
+    source = nothing.scatter(1, dropped, torch.cat(best, dim=1))
+    likeness = features.new_zeros(tokens.shape[:2]).scatter(1, dropped, torch.cat(similarity, dim=1))
+    return Match(_point_to_themselves(source, keep), likeness)
 
 
 def nearest_source(keep: Tensor, size: tuple[int, int]) -> Tensor:
@@ -87,7 +114,7 @@ def nearest_source(keep: Tensor, size: tuple[int, int]) -> Tensor:
         size: (h, w) of the grid, N = h w, tokens in raster order.
 
     Returns:
-        (B, N) int64, as `cosine_source`.
+        (B, N) int64 positions within ``keep``; kept tokens point to themselves.
     """
     return _point_to_themselves(_squared_distance(keep, size).argmin(dim=-1), keep)
 
@@ -144,6 +171,11 @@ def _is_outside(tokens: Tensor, keep: Tensor, size: tuple[int, int], window: int
     down = (tokens // size[1]).unsqueeze(-1) - (keep // size[1]).unsqueeze(1)
     across = (tokens % size[1]).unsqueeze(-1) - (keep % size[1]).unsqueeze(1)
     return torch.maximum(down.abs(), across.abs()) > window
+
+
+def _nearest_first(tokens: Tensor, keep: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, M, K) float32, largest for the kept token nearest in the grid."""
+    return -_squared_distance(keep, size).gather(1, tokens.unsqueeze(-1).expand(-1, -1, keep.shape[1]))
 
 
 def _squared_distance(keep: Tensor, size: tuple[int, int]) -> Tensor:

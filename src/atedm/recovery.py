@@ -29,23 +29,25 @@ def similarity_copy(kept_tokens: Tensor, source: Tensor) -> Tensor:
     return gather_tokens(kept_tokens, source)
 
 
-def matched_update(kept_tokens: Tensor, keep: Tensor, before: Tensor, source: Tensor) -> Tensor:
-    """Own value plus the update of the match: ``out[b] = before[b] + kept_tokens[s] - before[keep[s]]``, s = source(b).
+def matched_update(kept_tokens: Tensor, start: Tensor, before: Tensor, source: Tensor) -> Tensor:
+    """Own value plus the update of the match: ``out[b] = before[b] + kept_tokens[s] - start[s]`` with s = source(b).
 
-    A block is residual: what it adds to a token depends on the token less than the token itself differs from its match,
-    so the dropped token keeps what is its own and takes over only what the block did to the one most like it.
+    A block is residual. What it adds to two tokens that are alike is alike, so a dropped token keeps what is its own
+    and takes over what the block did to its match.
 
     Args:
         kept_tokens: (B, K, C).
-        keep: (B, K) int64.
-        before: All tokens as they were when some were dropped, (B, N, C), dtype of ``kept_tokens``.
+        start: Kept tokens as they were when the others were dropped, (B, K, C).
+        before: All tokens as they were then, (B, N, C), dtype of ``kept_tokens``.
         source: (B, N) int64 positions within K, by one of `atedm.matching`.
 
     Returns:
-        (B, N, C); kept tokens are ``kept_tokens`` exactly. Differentiable in ``kept_tokens`` and ``before``.
+        (B, N, C) in the dtype of ``kept_tokens``, summed in float32. Differentiable in all but ``source``.
     """
-    update = kept_tokens - gather_tokens(before, keep)
-    return direct_copy(kept_tokens, keep, before + gather_tokens(update, source))
+    # In 16 bits the difference and the sum would each be rounded, and a kept token come back as another.
+    dtype = torch.promote_types(kept_tokens.dtype, torch.float32)
+    update = kept_tokens.to(dtype) - start.to(dtype)
+    return (before.to(dtype) + gather_tokens(update, source)).to(kept_tokens.dtype)
 
 
 def weighted_update(kept_tokens: Tensor, keep: Tensor, before: Tensor, weights: Tensor) -> Tensor:

@@ -10,12 +10,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from atedm.attention_map import mean_attention_map
 from atedm.config import PruningConfig
-from atedm.coverage import cells, facility_location, important_of_cells, lattice
-from atedm.matching import attention_source, attention_weights, cosine_source, distance_weights, nearest_source
+from atedm.coverage import cells, facility_location, important_of_cells, lattice, representative
+from atedm.matching import (
+    attention_source,
+    attention_weights,
+    distance_weights,
+    match_by_features,
+    nearest_source,
+)
 from atedm.pruning import gather_tokens, keep_most_important
 from atedm.ranking import (
     Mapping,
@@ -70,12 +77,12 @@ def rank_tokens(
 
     Args:
         config: The pruning config.
-        tokens: (B, N, C); features matter to facility location, else only their number and device.
+        tokens: (B, N, C); features matter to rankings that look for what is alike, else only number and device.
         self_attention: Makes q and k of the layer's self-attention.
         cross_attention: Makes q and k of its cross-attention.
         step: Index of the denoising step, for rankings that move with it; a tensor without dimensions is as good.
         size: (h, w) of the grid, for rankings that cover it.
-        count: K, for facility location and for ``config.importance_share``.
+        count: K, for rankings that choose with the number in mind.
 
     Returns:
         The `Ranking`; the map is None unless ``config.needs_attention_map``.
@@ -156,8 +163,13 @@ def _covering(
     if config.ranking == "important-of-cells":
         assert by_attention is not None
         return important_of_cells(by_attention, size)
-    cover = lattice if config.ranking == "lattice" else cells
-    return cover(size, step=step, device=tokens.device).expand(batch, -1)
+    if config.ranking == "cells":
+        return cells(size, step=step, device=tokens.device).expand(batch, -1)
+    cover = lattice(size, step=step, device=tokens.device).expand(batch, -1)
+    if config.ranking == "lattice":
+        return cover
+    by = config.similarity if config.matches_by_features else "euclidean"
+    return representative(tokens, cover, count, config.cover_share, by)
 
 
 def preferred(importance: Tensor, by_attention: Tensor, count: int) -> Tensor:
@@ -194,10 +206,17 @@ class Dropped:
     keep: Tensor
     #: Gives (B, N, C) from the kept tokens (B, K, C) after the last layer.
     refill: Callable[[Tensor], Tensor]
+    #: (B, K) float32: how many tokens of the grid each of them stands for, where attention is to know.
+    weights: Tensor | None = None
 
 
 def drop_tokens(
-    tokens: Tensor, ranking: Ranking, count: int, size: tuple[int, int], config: PruningConfig
+    tokens: Tensor,
+    ranking: Ranking,
+    count: int,
+    size: tuple[int, int],
+    config: PruningConfig,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Dropped]:
     """Keep the ``count`` most important tokens, and prepare to refill the others.
 
@@ -207,22 +226,51 @@ def drop_tokens(
         count: K.
         size: (h, w) of the grid if N = h w; only what goes by places needs it.
         config: The pruning config.
+        weights: (B, N), how many tokens of the grid each stands for; None is one each.
 
     Returns:
         The kept tokens (B, K, C) in raster order, and what refills the rest.
     """
     keep = keep_most_important(ranking.importance, count)
-    return gather_tokens(tokens, keep), Dropped(keep, _refill(tokens, ranking, keep, size, config))
+    kept = gather_tokens(tokens, keep)
+    if config.recovery not in ("similarity-copy", "matched-update"):
+        return kept, Dropped(keep, _refill(tokens, ranking, keep, size, config))
+    source = _source(tokens, ranking, keep, size, config)
+    gathered = None
+    if config.proportional_attention or config.merge:
+        each = torch.ones(source.shape, device=tokens.device) if weights is None else weights
+        gathered = torch.zeros(keep.shape, device=tokens.device).scatter_add(1, source, each)
+        if config.merge:
+            kept = merged_tokens(tokens, source, each, gathered)
+    if config.recovery == "similarity-copy":
+        refill = partial(similarity_copy, source=source)
+    else:
+        refill = partial(matched_update, start=kept, before=tokens, source=source)
+    return kept, Dropped(keep, refill, gathered if config.proportional_attention else None)
+
+
+def merged_tokens(tokens: Tensor, source: Tensor, weights: Tensor, gathered: Tensor) -> Tensor:
+    """Weighted mean of each kept token and those that match it.
+
+    Args:
+        tokens: (B, N, C).
+        source: (B, N) int64 positions within K.
+        weights: (B, N) float32 of the tokens.
+        gathered: (B, K) float32, the sum of the weights by source.
+
+    Returns:
+        (B, K, C) in the dtype of ``tokens``, summed in float32.
+    """
+    weighted = tokens.float() * weights.unsqueeze(-1)
+    sums = weighted.new_zeros(*gathered.shape, tokens.shape[2])
+    sums = sums.scatter_add(1, source.unsqueeze(-1).expand_as(weighted), weighted)
+    return (sums / gathered.unsqueeze(-1)).to(tokens.dtype)
 
 
 def _refill(
     tokens: Tensor, ranking: Ranking, keep: Tensor, size: tuple[int, int], config: PruningConfig
 ) -> Callable[[Tensor], Tensor]:
-    if config.recovery == "similarity-copy":
-        return partial(similarity_copy, source=_source(tokens, ranking, keep, size, config))
-    if config.recovery == "matched-update":
-        source = _source(tokens, ranking, keep, size, config)
-        return partial(matched_update, keep=keep, before=tokens, source=source)
+    """Ways to refill that need no source."""
     if config.recovery == "weighted-update":
         weights = distance_weights(keep, size)
         if config.similarity != "distance":
@@ -237,8 +285,8 @@ def _refill(
 
 def _source(tokens: Tensor, ranking: Ranking, keep: Tensor, size: tuple[int, int], config: PruningConfig) -> Tensor:
     """Whom each token is refilled from, (B, N) places within ``keep``; a map it went by is free again after."""
-    if config.similarity == "cosine":
-        return cosine_source(tokens, keep, window=config.match_window, size=size)
+    if config.matches_by_features:
+        return match_by_features(tokens, keep, config.similarity, window=config.match_window, size=size).source
     if config.similarity == "distance":
         return nearest_source(keep, size)
     return attention_source(_map_to_copy_by(ranking, config), keep)

@@ -137,10 +137,13 @@ def overhead_macs(shape: BlockShape, config: PruningConfig, tokens: int, kept: i
     if config.ranking.startswith("cross-attention"):
         of_map += tokens * c * c + t * d * c + tokens * t * c
         of_ranking = ranked * tokens * t * _PRODUCTS[config.ranking]
-    if config.matches_by_cosine:
+    if config.matches_by_features:
         of_matching = kept * (tokens - kept) * c
     if config.recovery == "weighted-update":
         of_matching = kept * tokens * c
+    if config.ranking == "representative":
+        cover = max(1, round(config.cover_share * kept))
+        of_matching += cover * (tokens - cover) * c
     if config.ranking == "facility-location":
         of_matching += tokens * tokens * c
     return Macs(map=of_map, ranking=of_ranking, matching=of_matching)

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from atedm.config import PruningConfig
 from atedm.generate import Progress
-from atedm.matching import attention_source, cosine_source
+from atedm.matching import attention_source, match_by_features
 from atedm.patching.apply import is_applied
 from atedm.patching.survey import find_blocks, find_unet
 from atedm.patching.transformer import queries_and_keys
@@ -252,7 +252,7 @@ def _watched(
 
             calls[-1][name, block] = _Seen(
                 ranking.importance.cpu(),
-                likeness(cosine_source(tokens, keep)),
+                likeness(match_by_features(tokens, keep, "cosine").source),
                 likeness(attention_source(ranking.attention_map, keep)),
             )
 

@@ -139,15 +139,19 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
     def _layers(self, tokens: Tensor, counts: dict[int, int], size: tuple[int, int], call: _Call) -> Tensor:
         """Run all layers over (B, N, C) tokens and give (B, N, C) back."""
         dropped: list[Dropped] = []
+        weights: Tensor | None = None
         first_map = self._first_map(tokens)
         for index, layer in enumerate(self.transformer_blocks):
             if index in counts:
-                tokens, record = self._pruning_layer(index, layer, tokens, counts[index], size, call, first_map)
+                tokens, record = self._pruning_layer(
+                    index, layer, tokens, counts[index], size, call, first_map, weights
+                )
                 dropped.append(record)
+                weights = record.weights
                 if first_map is not None:
                     first_map = gather_submap(first_map, record.keep)
             else:
-                tokens = self._layer(layer, tokens, call)
+                tokens = self._layer(layer, tokens, call, weights)
         for record in reversed(dropped):
             tokens = record.refill(tokens)
         return tokens
@@ -161,12 +165,15 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         layer = self.transformer_blocks[0]
         return mean_attention_map(*queries_and_keys(layer.attn1, layer.norm1, tokens))
 
-    def _layer(self, layer: BasicTransformerBlock, tokens: Tensor, call: _Call) -> Tensor:
+    def _layer(
+        self, layer: BasicTransformerBlock, tokens: Tensor, call: _Call, weights: Tensor | None = None
+    ) -> Tensor:
+        bias = _attention_bias(weights, tokens)
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(  # type: ignore[no-any-return]
                 layer,
                 tokens,
-                None,
+                bias,
                 call.encoder_hidden_states,
                 call.encoder_attention_mask,
                 call.timestep,
@@ -175,6 +182,7 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
             )
         return layer(  # type: ignore[no-any-return]
             tokens,
+            attention_mask=bias,
             encoder_hidden_states=call.encoder_hidden_states,
             encoder_attention_mask=call.encoder_attention_mask,
             timestep=call.timestep,
@@ -190,9 +198,13 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         count: int,
         size: tuple[int, int],
         call: _Call,
-        first_map: Tensor | None = None,
+        first_map: Tensor | None,
+        weights: Tensor | None,
     ) -> tuple[Tensor, Dropped]:
-        """Run the layer in which tokens are dropped; they copy by ``first_map`` (B, N, N) where it is given."""
+        """Run the layer in which tokens are dropped.
+
+        They copy by ``first_map`` (B, N, N) where it is given. ``weights`` (B, N) says how many tokens each stands for.
+        """
         state = self._atedm.state
         config = state.config
         start = tokens
@@ -213,7 +225,7 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
 
         def drop(at: Tensor) -> tuple[Tensor, Dropped]:
             copied_by = ranking if first_map is None else ranking._replace(attention_map=first_map)
-            kept, record = drop_tokens(at, copied_by, count, size, config)
+            kept, record = drop_tokens(at, copied_by, count, size, config, weights)
             for observer in state.observers:
                 name, step = self._atedm.place.name, int(state.step)
                 observer(BlockObservation(name, index, step, ranking.importance, record.keep, size))
@@ -222,12 +234,12 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         if config.place == "before-self-attention":
             ranking = rank(tokens)
             tokens, dropped = drop(tokens)
-            return self._layer(layer, tokens, call), dropped
+            return self._layer(layer, tokens, call, dropped.weights), dropped
         if not config.opens_layer:
-            tokens = self._layer(layer, tokens, call)
+            tokens = self._layer(layer, tokens, call, weights)
             ranking = rank(tokens)
             return drop(tokens)
-        tokens = tokens + _self_attention(layer, tokens, call)
+        tokens = tokens + _self_attention(layer, tokens, call, weights)
         ranking = rank(tokens)
         if config.place == "after-self-attention":
             tokens, dropped = drop(tokens)
@@ -263,11 +275,18 @@ def _text(encoder_hidden_states: Any) -> Any:
     return encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
 
 
-def _self_attention(layer: BasicTransformerBlock, tokens: Tensor, call: _Call) -> Tensor:
+def _attention_bias(weights: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Turn the ``weights`` (B, N) of tokens into what self-attention adds to its logits, (B, 1, N)."""
+    return None if weights is None else weights.log().to(tokens.dtype).unsqueeze(1)
+
+
+def _self_attention(layer: BasicTransformerBlock, tokens: Tensor, call: _Call, weights: Tensor | None = None) -> Tensor:
     """Return what self-attention, and GLIGEN's gated attention where there is any, add to the tokens."""
     kwargs = dict(call.cross_attention_kwargs or {})
     gligen = kwargs.pop("gligen", None)
-    update = layer.attn1(layer.norm1(tokens), encoder_hidden_states=None, attention_mask=None, **kwargs)
+    update = layer.attn1(
+        layer.norm1(tokens), encoder_hidden_states=None, attention_mask=_attention_bias(weights, tokens), **kwargs
+    )
     if gligen is not None:
         update = layer.fuser(tokens + update, gligen["objs"]) - tokens
     return update  # type: ignore[no-any-return]
