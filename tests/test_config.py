@@ -82,6 +82,9 @@ def test_in_a_block_only_layers_count_after_which_something_runs_on_fewer_tokens
         ({"recovery": "direct-copy"}, True),
         ({"ranking": "uniform-random", "copy_map": "first"}, False),
         ({"copy_map": "first"}, True),
+        ({"ranking": "representative", "recovery": "matched-update", "similarity": "euclidean"}, False),
+        ({"ranking": "lattice", "similarity": "distance", "importance_share": 0.1}, True),
+        ({"ranking": "lattice", "recovery": "weighted-update"}, True),
     ],
 )
 def test_the_attention_map_is_asked_for_only_where_it_serves(changes: dict[str, Any], needed: bool) -> None:

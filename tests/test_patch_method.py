@@ -10,8 +10,10 @@ from torch import Tensor
 import atedm
 import references
 from atedm.config import GUIDANCE_MASKS, PLACES, RANKINGS, RECOVERIES, SIMILARITIES, PruningConfig
+from atedm.coverage import lattice, representative
+from atedm.matching import match_by_features
 from atedm.patching.transformer import PrunedTransformer2DModel
-from atedm.pruning import keep_count
+from atedm.pruning import gather_tokens, keep_count, keep_most_important
 from atedm.ranking import HEAD_FUSIONS
 from atedm.schedule import PAIRINGS, SCHEDULES
 from models import EARLY, LATE, TEXT_WIDTH, distance, importance, inputs, run, sd1_unet, sdxl_unet, small_unet, watched
@@ -107,6 +109,57 @@ def test_a_block_agrees_with_the_slow_reference(config: PruningConfig) -> None:
         assert not torch.allclose(actual, reference_block(block, x, text, PruningConfig(pruning_rate=0.0)), atol=0.1)
 
 
+# --- matched pruning --------------------------------------------------------------------------------------------------
+
+
+def block_and_text(batch: int = 2) -> tuple[Any, Tensor]:
+    unet = sdxl_unet().double()
+    block = unet.get_submodule("mid_block.attentions.0")
+    return (unet, block), torch.randn(
+        batch, 7, TEXT_WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+
+
+@pytest.mark.parametrize("place", ["before-self-attention", "after-feed-forward"])
+@pytest.mark.parametrize("merge", [False, True])
+def test_nothing_is_lost_where_dropped_tokens_are_copies_of_kept_ones(place: str, merge: bool) -> None:
+    # Attention that counts a kept token as often as it has copies is what attention to the copies themselves would be.
+    (unet, block), text = block_and_text()
+    values = torch.randn(2, 48, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = values[:, :, torch.tensor([0, 0, 0, 0, 1, 1, 1, 2] * 3 + [0, 1, 1, 2, 2, 2, 0, 0])].reshape(2, 48, 4, 8)
+    config = atedm.PRESETS["matched"].replace(pruning_rate=0.6, place=place, merge=merge)
+    with torch.no_grad():
+        dense = block(x, encoder_hidden_states=text).sample
+        for changes, lost in (({}, False), ({"proportional_attention": False}, True)):
+            with atedm.pruned(unet, config.replace(**changes)):
+                pruned = block(x, encoder_hidden_states=text).sample
+            assert (distance(pruned, dense) > 1e-3) == lost
+            assert lost or torch.allclose(pruned, dense, atol=1e-5)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_parts_of_matched_pruning_are_put_together_so(merge: bool) -> None:
+    (unet, block), text = block_and_text()
+    x = torch.randn(2, 48, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    config = atedm.PRESETS["matched"].replace(pruning_rate=0.5, merge=merge)
+    with torch.no_grad():
+        tokens = block.proj_in(block.norm(x).flatten(2).mT)
+        order = representative(tokens, lattice((4, 5)), 10, config.cover_share)
+        keep = keep_most_important(order, 10)
+        source = match_by_features(tokens, keep).source
+        count = torch.nn.functional.one_hot(source, 10).sum(1).double()
+        start = gather_tokens(tokens, keep)
+        if merge:
+            start = torch.nn.functional.one_hot(source, 10).double().mT @ tokens / count.unsqueeze(-1)
+        kept = start
+        for layer in block.transformer_blocks:
+            kept = layer(kept, attention_mask=count.log().unsqueeze(1), encoder_hidden_states=text)
+        filled = tokens + gather_tokens(kept - start, source)
+        expected = x + block.proj_out(filled).mT.reshape(x.shape)
+        with atedm.pruned(unet, config):
+            torch.testing.assert_close(block(x, encoder_hidden_states=text).sample, expected, rtol=1e-5, atol=1e-5)
+
+
 # --- the places -------------------------------------------------------------------------------------------------------
 
 
@@ -167,15 +220,42 @@ def test_an_earlier_place_costs_less() -> None:
         ("gradual", ((), ((1, 0.63),), ((0, 0.4), (1, 0.4)))),
         ("where", ("everywhere", "not-second-level", "only-second-level")),
         ("guidance_masks", GUIDANCE_MASKS),
+        ("importance_share", (0.0, 0.3, 1.0)),
     ],
 )
 def test_each_value_of_an_option_runs_and_makes_another_image(field: str, values: Any) -> None:
+    base = PruningConfig()
+    if field in ("similarity", "importance_share"):
+        base = base.replace(ranking="uniform-random")
+    if field == "recovery":
+        base = base.replace(similarity="distance")
     unet = sdxl_unet()
-    outputs = [run(unet), *(output(unet, PruningConfig(**{field: value})) for value in values)]
+    outputs = [run(unet), *(output(unet, base.replace(**{field: value})) for value in values)]
     for index, one in enumerate(outputs):
         assert torch.isfinite(one).all()
         for other in outputs[:index]:
             assert distance(one, other) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("cover_share", (0.0, 0.4, 1.0)),
+        ("match_window", (None, 1, 2)),
+        ("merge", (False, True)),
+        ("proportional_attention", (False, True)),
+        ("similarity", ("cosine", "euclidean")),
+        ("place", PLACES),
+    ],
+)
+def test_each_value_of_an_option_of_matched_pruning_makes_another_image(field: str, values: Any) -> None:
+    base = atedm.PRESETS["matched"]
+    unet = sdxl_unet()
+    outputs = [run(unet), *(output(unet, base.replace(**{field: value})) for value in values)]
+    for index, one in enumerate(outputs):
+        assert torch.isfinite(one).all()
+        for other in outputs[:index]:
+            assert distance(one, other) > 1e-3
 
 
 def test_both_halves_of_a_guided_batch_keep_the_same_tokens_where_masks_are_shared() -> None:

@@ -8,15 +8,24 @@ from torch import Tensor
 
 import references
 from atedm import matching
-from atedm.matching import attention_source, match_by_features
+from atedm.matching import (
+    attention_source,
+    attention_weights,
+    distance_weights,
+    match_by_features,
+    nearest_source,
+)
 from atedm.pruning import gather_tokens, keep_count, keep_most_important
 from atedm.ranking import rank_by_attention
 from atedm.recovery import (
     bicubic_interpolation,
     direct_copy,
+    matched_update,
     similarity_copy,
+    weighted_update,
     zero_padding,
 )
+from atedm.token_pruning import merged_tokens
 
 SIZES = [(1, 1), (4, 4), (3, 5), (5, 2), (1, 6), (7, 7)]  # h, w
 
@@ -85,6 +94,73 @@ def test_sources_match_the_formula(data: st.DataObject, batch: int, tokens: int,
     assert torch.equal(by_cosine, references.over_batch(references.cosine_source, before, keep))
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    data=st.data(),
+    size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    by=st.sampled_from(["cosine", "euclidean"]),
+    window=st.sampled_from([None, 1, 2]),
+    seed=st.integers(0, 99),
+)
+def test_matches_are_the_most_similar_kept_tokens(
+    data: st.DataObject, size: tuple[int, int], by: str, window: int | None, seed: int
+) -> None:
+    tokens = size[0] * size[1]
+    kept = data.draw(st.integers(1, tokens))
+    before, keep, _ = make(2, tokens, seed=seed, kept=kept)
+    match = match_by_features(before, keep, by, window=window, size=size)
+    assert torch.equal(match.source.gather(1, keep), torch.arange(kept).expand(2, kept))
+    for image, kept_here, source, similarity in zip(before.double(), keep.tolist(), *match, strict=True):
+        features = torch.nn.functional.normalize(image, dim=-1) if by == "cosine" else image
+        alike = features @ features.T if by == "cosine" else -(torch.cdist(features, features) ** 2)
+        for token in range(tokens):
+            if token in kept_here:
+                continue
+
+            def apart(other: int, token: int = token) -> tuple[int, int]:
+                return (abs(token // size[1] - other // size[1]), abs(token % size[1] - other % size[1]))
+
+            near = [i for i in kept_here if window is None or max(apart(i)) <= window]
+            if near:
+                best = max(near, key=lambda i, token=token: float(alike[token, i]))  # type: ignore[misc]
+                assert float(similarity[token]) == pytest.approx(float(alike[token, best]), abs=1e-4)
+            else:
+                best = min(kept_here, key=lambda i: apart(i)[0] ** 2 + apart(i)[1] ** 2)
+            assert kept_here[int(source[token])] == best
+
+
+def test_pieces_of_a_large_product_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, keep, _ = make(2, 37)
+    whole = match_by_features(before, keep)
+    monkeypatch.setattr(matching, "_CHUNK", 2 * keep.shape[1] * 3)
+    pieces = match_by_features(before, keep)
+    assert torch.equal(pieces.source, whole.source)
+    torch.testing.assert_close(pieces.similarity, whole.similarity)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_places_alone_match_or_weigh_by_distance(size: tuple[int, int]) -> None:
+    _, keep, _ = make(2, size[0] * size[1])
+    source, weights = nearest_source(keep, size), distance_weights(keep, size)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, size[0] * size[1]))
+    for b in range(2):
+        for token in range(size[0] * size[1]):
+            squares = [
+                (token // size[1] - i // size[1]) ** 2 + (token % size[1] - i % size[1]) ** 2 for i in keep[b].tolist()
+            ]
+            assert squares[int(source[b, token])] == min(squares)
+            inverse = [1 / max(1, square) for square in squares]
+            expected = torch.tensor(inverse) / sum(inverse)
+            torch.testing.assert_close(weights[b, token], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_weights_are_shares_of_a_column() -> None:
+    a, keep = random_map(2, 9), make(2, 9)[1]
+    rows = gather_tokens(a, keep)
+    expected = (rows / rows.sum(1, keepdim=True)).mT
+    torch.testing.assert_close(attention_weights(a, keep), expected)
+
+
 def test_sources_of_bfloat16_are_those_of_the_rounded_values() -> None:
     # Nothing is rounded again: argmax compares what it is given, and cosines are taken in float32.
     noise, keep, _ = make(2, 40, channels=8)
@@ -109,6 +185,13 @@ def test_cosine_ignores_length_and_survives_a_zero_token() -> None:
     assert match_by_features(tokens, keep, "cosine").source.tolist() == [
         [0, 1, 0, 0]
     ]  # the dot product would say 1 for token 2
+
+
+def test_euclidean_tells_long_from_short() -> None:
+    tokens = torch.tensor([[[1.0, 0.0], [9.0, 0.1], [8.0, 0.0], [1.0, 0.5]]])
+    keep = torch.tensor([[0, 1]])
+    assert match_by_features(tokens, keep, "cosine").source.tolist() == [[0, 1, 0, 1]]
+    assert match_by_features(tokens, keep, "euclidean").source.tolist() == [[0, 1, 1, 0]]
 
 
 # --- what to fill in --------------------------------------------------------------------------------------------------
@@ -171,10 +254,47 @@ def fill(name: str, kept_tokens: Tensor, keep: Tensor, before: Tensor, a: Tensor
         return direct_copy(kept_tokens, keep, before)
     if name == "zero":
         return zero_padding(kept_tokens, keep, before.shape[1])
+    if name == "matched":
+        return matched_update(kept_tokens, gather_tokens(before, keep), before, match_by_features(before, keep).source)
+    if name == "weighted":
+        return weighted_update(kept_tokens, keep, before, distance_weights(keep, size))
     return bicubic_interpolation(kept_tokens, keep, size)
 
 
-FILLS = ["similarity", "cosine", "direct", "zero", "bicubic"]
+FILLS = ["similarity", "cosine", "direct", "zero", "bicubic", "matched", "weighted"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_updates_are_added_to_what_a_token_was(dtype: torch.dtype) -> None:
+    before, keep, kept_tokens = (x.to(dtype) if x.is_floating_point() else x for x in make(2, 15))
+    source = match_by_features(before, keep).source
+    start = gather_tokens(before, keep)
+    out = matched_update(kept_tokens, start, before, source)
+    update = kept_tokens.double() - start.double()
+    exact = before.double() + gather_tokens(update, source)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, exact.to(dtype), rtol=1e-6 if dtype == torch.float32 else 0, atol=1e-6)
+    torch.testing.assert_close(gather_tokens(out, keep), kept_tokens, rtol=1e-6, atol=1e-6)  # not rounded twice
+    weights = distance_weights(keep, (3, 5))
+    out = weighted_update(kept_tokens, keep, before, weights)
+    exact = before.double() + weights.double() @ update
+    exact = exact.scatter(1, keep.unsqueeze(-1).expand_as(kept_tokens), kept_tokens.double())
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_a_merged_start_is_the_mean_of_those_who_match_and_weights_add_up() -> None:
+    tokens, keep, _ = make(2, 11)
+    source = match_by_features(tokens, keep).source
+    each = torch.rand(2, 11, generator=torch.Generator().manual_seed(5)) + 0.5
+    gathered = torch.zeros(keep.shape).scatter_add(1, source, each)
+    merged = merged_tokens(tokens, source, each, gathered)
+    for b in range(2):
+        for k in range(keep.shape[1]):
+            who = [i for i in range(11) if int(source[b, i]) == k]
+            weights = each[b, who].double()
+            assert float(gathered[b, k]) == pytest.approx(float(weights.sum()), rel=1e-5)
+            expected = (tokens[b, who].double() * weights.unsqueeze(1)).sum(0) / weights.sum()
+            torch.testing.assert_close(merged[b, k].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", FILLS)

@@ -350,6 +350,15 @@ PRESETS: dict[str, PruningConfig] = {
     "paper": PruningConfig(),
     "dagger": PruningConfig(where="not-second-level"),
     "turbo": PruningConfig(where="not-second-level", schedule="constant"),
+    "matched": PruningConfig(
+        ranking="representative",
+        recovery="matched-update",
+        similarity="euclidean",
+        merge=True,
+        proportional_attention=True,
+        place="before-self-attention",
+        schedule="constant",
+    ),
 }
 
 
