@@ -12,16 +12,18 @@ from PIL import Image
 
 import atedm
 from atedm.config import PRESETS
+from atedm.costs.fit import mean_share
 from atedm.costs.tome import ToMe
 from atedm.evaluation.clip_score import tiny_clip
 from atedm.evaluation.evaluate import evaluate, slug
-from atedm.evaluation.experiments import EXPERIMENTS
+from atedm.evaluation.experiments import EXPERIMENTS, Experiment
 from atedm.evaluation.images import Drawing, groups, image_file, missing_groups
 from atedm.evaluation.methods import Caching, Dense, Merging, Pruning, Stacked, counted_run
 from atedm.evaluation.methods_by_name import method_by_name, parse_methods
 from atedm.evaluation.perceptual import lpips_distances
 from atedm.evaluation.prompts import Prompt, read_prompts, write_references
 from atedm.evaluation.report import markdown, write_html
+from atedm.evaluation.reproduce import markdown_of, reproduce
 from atedm.evaluation.scores import Metrics, Scores, distances
 from atedm.pipelines import TINY, load_pipeline
 from models import draw, sdxl_pipeline, snapshot
@@ -83,6 +85,38 @@ def test_methods_are_read_as_they_are_written() -> None:
     assert both == Stacked((Merging(ToMe(0.4)), Caching(3)))
 
 
+def test_a_cost_may_be_given_as_a_share_of_dense() -> None:
+    assert method_by_name("dense[cost=0.7]") == Dense(0.7)
+    assert Dense(0.7).steps_of(20) == 14
+    for name in ("tome", "paper", "matched"):
+        method = method_by_name(f"{name}[cost=0.85]", TINY, steps=20)
+        assert isinstance(method, Pruning | Merging)
+        what = method.config if isinstance(method, Pruning) else method.tome
+        assert mean_share(TINY, what, steps=20) == pytest.approx(0.85, abs=0.01)
+
+
+def test_fewer_steps_are_another_image_and_the_full_ones_are_what_is_compared_with(pipe: Any, tmp_path: Path) -> None:
+    methods = {"half": Dense(0.5), "dense": Dense()}
+    half, dense = evaluate(pipe, methods, read_prompts("scenes", 2), Drawing(steps=4, batch=2), QUICK, tmp_path)
+    assert half.cost == pytest.approx(0.5)
+    assert dense.cost == 1
+    assert half.scores.intervals()["psnr"].mean < 40
+    assert "psnr" not in dense.scores.intervals()
+    two = run(pipe, tmp_path / "two", 2)[0]
+    assert pixels(half.folder, 2) == pixels(two.folder, 2)
+
+
+def test_what_cannot_be_had_is_left_out_and_said(pipe: Any, tmp_path: Path) -> None:
+    experiment = Experiment("t", "s", {"dense": "dense", "too cheap": "paper[cost=0.2]"})
+    (outcome,) = reproduce(experiment, pipe, read_prompts("scenes", 2), Drawing(steps=1, batch=2), QUICK, tmp_path)
+    assert [result.name for result in outcome.results] == ["dense"]
+    assert "too cheap: " in markdown_of(experiment, [outcome])
+    assert outcome.as_dict()["left_out"].keys() == {"too cheap"}
+    hopeless = Experiment("t", "s", {"too cheap": "paper[cost=0.2]"})
+    with pytest.raises(ValueError, match="cannot cost"):
+        reproduce(hopeless, pipe, read_prompts("scenes", 2), Drawing(steps=1, batch=2), QUICK, tmp_path)
+
+
 def test_equal_cost_is_solved_for(pipe: Any) -> None:
     paper = atedm.cost(TINY, "paper", steps=20).figures().mean
     tome = method_by_name("tome[cost=paper]", TINY, steps=20)
@@ -105,7 +139,10 @@ def test_equal_cost_is_solved_for(pipe: Any) -> None:
         ("paper[ranking=x]", "unknown ranking"),
         ("tome[ratio=0.9]", "ratio must be"),
         ("tome[rate=0.5]", "did you mean 'ratio'"),
-        ("dense[x=1]", "dense has no fields"),
+        ("dense[steps=1]", "did you mean 'steps_share'"),
+        ("dense[steps_share=1.5]", "steps_share must be"),
+        ("deepcache[cost=0.5]", "a cost is solved for"),
+        ("paper[cost=0.2]", "cannot cost"),
         ("paper[ranking]", "write field=value"),
         ("paper[", "brackets do not match"),
         ("deepcache[interval=0]", "interval must be"),

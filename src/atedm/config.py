@@ -345,7 +345,8 @@ def _checked_gradual(gradual: object) -> tuple[tuple[int, float], ...]:
 
 
 #: The paper's settings by name: AT-EDM, AT-EDM† (no pruning at the second feature level), and the setting for
-#: SDXL-Turbo, which is AT-EDM† in every step because there are too few to tell early from late (supplement E).
+#: SDXL-Turbo, which is AT-EDM† in every step because there are too few to tell early from late (supplement E). And our
+#: own, matched pruning: whole blocks on tokens that represent the others, refilled by the updates of their matches.
 PRESETS: dict[str, PruningConfig] = {
     "paper": PruningConfig(),
     "dagger": PruningConfig(where="not-second-level"),

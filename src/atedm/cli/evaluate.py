@@ -31,10 +31,10 @@ def evaluate(
     methods: Annotated[
         str,
         typer.Argument(
-            help="Split by commas: **dense**, **paper**, **dagger**, **turbo**, **tome**, **deepcache**, with changes "
-            "in brackets, joined by + where one is applied on top of another."
+            help="Split by commas: **dense**, **paper**, **dagger**, **turbo**, **matched**, **tome**, **deepcache**, "
+            "with changes in brackets, joined by + where one is applied on top of another."
         ),
-    ] = "dense,paper,dagger,tome[cost=paper]",
+    ] = "dense,paper,dagger,matched,tome[cost=paper]",
     model: ModelOption = "tiny",
     device: DeviceOption = None,
     dtype: DtypeOption = None,

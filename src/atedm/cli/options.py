@@ -23,7 +23,8 @@ DeviceOption = Annotated[
 PresetOption = Annotated[
     str | None,
     typer.Option(
-        help="The paper's settings: **paper**, **dagger** (second level unpruned) or **turbo** (few steps). "
+        help="The paper's settings, **paper**, **dagger** (second level unpruned) and **turbo** (few steps); or our "
+        "own, **matched**. "
         "By default what suits the model.",
         rich_help_panel="Pruning",
     ),

@@ -38,7 +38,7 @@ def reproduce(
         str,
         typer.Argument(
             help="**table1**, **curve**, **place**, **rankings**, **blocks**, **early**, **recovery**, "
-            "**prune-less-steps**, **few-steps**, **stacking**, **questions** or **why**."
+            "**prune-less-steps**, **few-steps**, **stacking**, **questions**, **why**, **pareto** or **matched**."
         ),
     ],
     model: ModelOption = "tiny",

@@ -16,6 +16,10 @@ BUDGETS_OF = ("mean", "normal-step")
 _HIGHEST_RATE = 1 - 1e-9
 
 
+class CostOutOfReach(ValueError):
+    """No rate or ratio brings a method down to the cost asked for."""
+
+
 def solve_pruning_rate(
     shapes: Sequence[BlockShape],
     config: PruningConfig,
@@ -87,7 +91,7 @@ def _least(cost: Callable[[float], float], target: float, highest: float, what: 
     dense, floor = cost(0.0), cost(highest)
     if not floor <= target <= dense:
         asked, most, least = (images * macs / 1e12 for macs in (target, dense, floor))
-        raise ValueError(
+        raise CostOutOfReach(
             f"{what} cannot cost {asked:.4g} T MACs, {target / dense:.1%} of the dense {most:.4g}; "
             f"pruning reaches down to {least:.4g}, {floor / dense:.1%}"
         )

@@ -107,7 +107,7 @@ def evaluate(
     """
     state = state or shared_work()
     to_dense = DISTANCE in metrics.names or LPIPS in metrics.names
-    if to_dense and not any(isinstance(method, Dense) for method in methods.values()):
+    if to_dense and not any(method == Dense() for method in methods.values()):
         methods = {"dense": Dense(), **methods}
     folders = {name: out / "images" / slug(name) for name in methods}
     weights = checksum(pipe.unet)
@@ -178,7 +178,7 @@ def _score(
     device: str,
     progress: Progress | None,
 ) -> list[Result]:
-    dense_folder = next((folders[name] for name, method in methods.items() if isinstance(method, Dense)), None)
+    dense_folder = next((folders[name] for name, method in methods.items() if method == Dense()), None)
     dense_cost = _cost(pipe, Dense(), drawing, dense_folder)
     results = []
     for index, (name, method) in enumerate(methods.items()):
@@ -191,7 +191,7 @@ def _score(
             folders[name],
             prompts,
             metrics,
-            dense=None if isinstance(method, Dense) else dense_folder,
+            dense=None if method == Dense() else dense_folder,
             references=references,
             device=device,
             progress=tell,
@@ -223,7 +223,7 @@ def _cost(pipe: Any, method: Method, drawing: Drawing, folder: Path | None) -> i
 def _results_file(
     results: Sequence[Result], drawing: Drawing, metrics: Metrics, count: int, weights: int
 ) -> dict[str, Any]:
-    dense = next((result for result in results if isinstance(result.method, Dense)), None)
+    dense = next((result for result in results if result.method == Dense()), None)
     return {
         "atedm": atedm.__version__,
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},

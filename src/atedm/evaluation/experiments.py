@@ -46,6 +46,52 @@ def _budgets() -> dict[str, str]:
     return methods | dagger
 
 
+def _pareto() -> dict[str, str]:
+    """Every method at every cost; what is out of reach is left out when it is run."""
+    methods = {"dense": "dense"}
+    for cost in (0.85, 0.75, 0.65, 0.55, 0.45, 0.35):
+        for label, name in (("fewer steps", "dense"), ("AT-EDM", "paper"), ("ToMe", "tome"), ("matched", "matched")):
+            methods[f"{label} {cost}"] = f"{name}[cost={cost}]"
+    caching = {f"DeepCache {n}": f"deepcache[interval={n}]" for n in (2, 3, 5)}
+    stacked = {f"matched + DeepCache {n}": f"matched[pruning_rate=0.4]+deepcache[interval={n}]" for n in (2, 3)}
+    return methods | caching | stacked
+
+
+def _matched() -> dict[str, str]:
+    """The matched preset with one part changed at a time, at the cost of the whole."""
+
+    def changed(changes: str) -> str:
+        return f"matched[{changes},cost=matched]"
+
+    return {
+        "dense": "dense",
+        "matched": "matched",
+        "kept by G-WPR": changed("ranking=self-attention"),
+        "kept at random": changed("ranking=uniform-random"),
+        "kept by cells": changed("ranking=cells"),
+        "kept by importance in cells": changed("ranking=important-of-cells"),
+        "kept by lattice": changed("ranking=lattice"),
+        "kept by facility location": changed("ranking=facility-location"),
+        "a fifth by G-WPR": changed("importance_share=0.2"),
+        "copied": changed("recovery=similarity-copy,merge=false"),
+        "update weighted by distance": changed(
+            "recovery=weighted-update,similarity=distance,merge=false,proportional_attention=false"
+        ),
+        "match by cosine": changed("similarity=cosine"),
+        "match by attention": changed("similarity=attention"),
+        "match by place": changed("similarity=distance"),
+        "match within 4": changed("match_window=4"),
+        "not merged": changed("merge=false"),
+        "attention does not count": changed("proportional_attention=false"),
+        "neither": changed("merge=false,proportional_attention=false"),
+        "after the first layer": changed("place=after-feed-forward"),
+        "after self-attention": changed("place=after-self-attention"),
+        "less early": changed("schedule=prune-less-early"),
+        "more early": changed("schedule=prune-more-early"),
+        "not the second level": changed("where=not-second-level"),
+    }
+
+
 _BASE = {"dense": "dense", "paper": "paper"}
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -142,6 +188,10 @@ EXPERIMENTS: dict[str, Experiment] = {
             "drop after layer 2, its map": _paper("gradual=[[1,0.63]]"),
             "drop after layer 2, first map": _paper("gradual=[[1,0.63]],copy_map=first"),
         },
+    ),
+    "pareto": Experiment("Quality against cost", "our own method beside its peers", _pareto()),
+    "matched": Experiment(
+        "What each part of matched pruning is worth, at equal cost", "our own method, one part changed", _matched()
     ),
     "why": Experiment(
         "Which part does the damage: one thing changed at a time, or two",

@@ -119,7 +119,7 @@ def draw_groups(
         with method.applied(pipe, seed=drawing.seed + group.start):
             images: list[Image.Image] = pipe(
                 [prompts[i].text for i in group],
-                num_inference_steps=drawing.steps,
+                num_inference_steps=method.steps_of(drawing.steps),
                 guidance_scale=drawing.guidance,
                 width=drawing.width,
                 height=drawing.height,

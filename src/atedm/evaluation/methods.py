@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -28,10 +29,34 @@ class Method(Protocol):
         """Return everything that makes a difference as plain JSON values."""
         ...
 
+    def steps_of(self, steps: int) -> int:
+        """Denoising steps it takes where ``steps`` are asked for."""
+        ...
+
+
+class _AllSteps:
+    """A method that takes as many denoising steps as are asked for."""
+
+    def steps_of(self, steps: int) -> int:
+        """Return ``steps``."""
+        return steps
+
 
 @dataclass(frozen=True)
 class Dense:
-    """The model as it is."""
+    """The model as it is, or with fewer steps: what anyone can do without a method."""
+
+    #: Share of the denoising steps that are taken, in (0, 1].
+    steps_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not 0 < self.steps_share <= 1:
+            raise ValueError(f"steps_share must be above 0 and at most 1, not {self.steps_share!r}")
+
+    def steps_of(self, steps: int) -> int:
+        """Return the share of ``steps``, at least one."""
+        return max(1, round(self.steps_share * steps))
 
     def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[Any]:
         """Change nothing."""
@@ -39,11 +64,11 @@ class Dense:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the kind."""
-        return {"kind": "dense"}
+        return {"kind": "dense"} if self == Dense() else {"kind": "dense", **asdict(self)}
 
 
 @dataclass(frozen=True)
-class Pruning:
+class Pruning(_AllSteps):
     """AT-EDM in any setting, its ablations and controls."""
 
     config: PruningConfig
@@ -58,7 +83,7 @@ class Pruning:
 
 
 @dataclass(frozen=True)
-class Merging:
+class Merging(_AllSteps):
     """ToMe, by the package of its authors."""
 
     tome: ToMe
@@ -73,7 +98,7 @@ class Merging:
 
 
 @dataclass(frozen=True)
-class Caching:
+class Caching(_AllSteps):
     """DeepCache, by the package of its authors: most of the U-Net runs every ``interval`` steps only.
 
     It calls the U-Net's parts by wrapping their ``forward``, looks the timestep up in the pipeline's scheduler, and
@@ -113,6 +138,10 @@ class Stacked:
             for method in self.methods:
                 stack.enter_context(method.applied(pipe, seed))
             yield
+
+    def steps_of(self, steps: int) -> int:
+        """Return what is left of ``steps`` after all of them."""
+        return reduce(lambda left, method: method.steps_of(left), self.methods, steps)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what each of them says."""
@@ -166,7 +195,7 @@ def counted_run(
         with method.applied(pipe), sdpa_kernel(SDPBackend.MATH):  # the counter does not see into fused attention
             pipe(
                 prompt,
-                num_inference_steps=steps,
+                num_inference_steps=method.steps_of(steps),
                 guidance_scale=guidance,
                 width=width,
                 height=height,

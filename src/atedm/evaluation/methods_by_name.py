@@ -42,7 +42,8 @@ def method_by_name(
     """Return the method that ``spec`` describes.
 
     A name, one of `NAMES`, with changes to its fields in brackets; several joined by ``+`` are applied from left to
-    right. ``cost=NAME`` in the brackets solves for the rate or ratio at which a run costs what NAME does.
+    right. ``cost=NAME`` in the brackets solves for the rate or ratio at which a run costs what NAME does, ``cost=0.7``
+    for a share of the dense cost; for dense itself that is a share of the steps.
 
         >>> method_by_name("tome[ratio=0.4]")
         Merging(tome=ToMe(ratio=0.4, merge='everything', levels='all', prune_less_share=0.0, unpruned_blocks='F-L'))
@@ -69,6 +70,8 @@ def method_by_name(
     method = _build(name, fields)
     if other is None:
         return method
+    if isinstance(other, int | float) and not isinstance(other, bool):
+        return _at_cost(float(other), method, model, size, steps)
     return _at_cost_of(str(other), method, model, size, steps)
 
 
@@ -107,9 +110,8 @@ def _build(name: str, fields: dict[str, Any]) -> Method:
     if name == "deepcache":
         caching: Caching = _replace(Caching(), fields)
         return caching
-    if fields:
-        raise ValueError(f"{name} has no fields, so {', '.join(fields)} cannot be set")
-    return Dense()
+    dense: Dense = _replace(Dense(), fields)
+    return dense
 
 
 def _replace(default: Any, fields: dict[str, Any]) -> Any:
@@ -124,11 +126,14 @@ def _at_cost_of(other: str, method: Method, model: Any, size: tuple[int, int] | 
     if not isinstance(target, Pruning | Merging) or not isinstance(method, Pruning | Merging):
         raise ValueError(f"equal cost is solved for pruning and for ToMe, not for {other!r}")
     what = target.config if isinstance(target, Pruning) else target.tome
-    fitted = fit_to_budget(
-        model,
-        method.config if isinstance(method, Pruning) else method.tome,
-        share=mean_share(model, what, size=size, steps=steps),
-        size=size,
-        steps=steps,
-    )
+    return _at_cost(mean_share(model, what, size=size, steps=steps), method, model, size, steps)
+
+
+def _at_cost(share: float, method: Method, model: Any, size: tuple[int, int] | None, steps: int) -> Method:
+    if isinstance(method, Dense):
+        return Dense(share)
+    if not isinstance(method, Pruning | Merging):
+        raise ValueError("a cost is solved for dense steps, for pruning and for ToMe")
+    what = method.config if isinstance(method, Pruning) else method.tome
+    fitted = fit_to_budget(model, what, share=share, size=size, steps=steps)
     return Pruning(fitted) if isinstance(fitted, PruningConfig) else Merging(fitted)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
+from atedm.costs.budget import CostOutOfReach
 from atedm.evaluation.evaluate import Progress, Result, evaluate
 from atedm.evaluation.experiments import Experiment
 from atedm.evaluation.images import Drawing
+from atedm.evaluation.methods import Method
 from atedm.evaluation.methods_by_name import method_by_name
 from atedm.evaluation.prompts import Prompt
 from atedm.evaluation.report import table
@@ -24,11 +26,14 @@ class Outcome:
 
     drawing: Drawing
     results: tuple[Result, ...]
+    #: Methods that cannot be had under this setting, and why.
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         dense = next((result for result in self.results if result.name == "dense"), None)
-        return {"drawing": asdict(self.drawing), "results": [result.as_dict(dense) for result in self.results]}
+        results = [result.as_dict(dense) for result in self.results]
+        return {"drawing": asdict(self.drawing), "results": results, "left_out": dict(self.left_out)}
 
 
 def reproduce(
@@ -58,22 +63,33 @@ def reproduce(
         One outcome a setting; empty results in all processes but the first.
 
     Raises:
-        ValueError: As `evaluate`, or if a cost cannot be had on this model.
+        ValueError: As `evaluate`, or if every cost is out of reach on this model.
     """
     outcomes = []
     for setting in settings(experiment, drawing):
         specs = experiment.methods
-        methods = {
-            label: method_by_name(spec, setting.model, size=setting.size, steps=setting.steps)
-            for label, spec in specs.items()
-        }
-        folder = out / f"{setting.steps}-steps-guidance-{setting.guidance:g}"
+        methods: dict[str, Method] = {}
+        left_out: dict[str, str] = {}
+        for label, spec in specs.items():
+            try:
+                methods[label] = method_by_name(spec, setting.model, size=setting.size, steps=setting.steps)
+            except CostOutOfReach as error:
+                left_out[label] = str(error)
+        if not methods:
+            raise ValueError(next(iter(left_out.values())))
+        folder = out / folder_name(setting)
         by_spec = {specs[label]: method for label, method in methods.items()}
         found = evaluate(pipe, by_spec, prompts, setting, metrics, folder, state=state, progress=progress)
         labels = {spec: label for label, spec in specs.items()}
         named = tuple(replace(result, name=labels.get(result.name, result.name)) for result in found)
-        outcomes.append(Outcome(setting, named))
+        outcomes.append(Outcome(setting, named, left_out))
     return outcomes
+
+
+def folder_name(setting: Drawing) -> str:
+    """Name of the folder that holds the images of a setting."""
+    size = f"-{setting.width}x{setting.height}" if setting.size else ""
+    return f"{setting.steps}-steps-guidance-{setting.guidance:g}{size}"
 
 
 def settings(experiment: Experiment, drawing: Drawing) -> list[Drawing]:
@@ -95,7 +111,8 @@ def markdown_of(experiment: Experiment, outcomes: Sequence[Outcome]) -> str:
         if not lines:
             lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines)
+    reasons = {f"{label}: {reason}" for outcome in outcomes for label, reason in outcome.left_out.items()}
+    return "\n".join([*lines, *([""] if reasons else []), *(f"- {reason}" for reason in sorted(reasons))])
 
 
 def _setting(experiment: Experiment, drawing: Drawing) -> Mapping[str, float]:

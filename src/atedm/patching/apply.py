@@ -28,7 +28,8 @@ def apply(target: Any, config: PruningConfig | str = "paper", *, budget: float |
 
     Args:
         target: A pipeline with a `UNet2DConditionModel`, or such a U-Net, compiled or not.
-        config: A `PruningConfig`, or the name of one of the paper's settings: "paper", "dagger" or "turbo".
+        config: A `PruningConfig`, or the name of a preset: the paper's "paper", "dagger" and "turbo", or our own
+            "matched".
         budget: What the mean step of a run may cost, as a share of the dense step, at the size the model was trained
             for; its pruning rate takes the place of the config's. `atedm.PruningConfig.for_budget` has more choices.
 
