@@ -17,7 +17,7 @@ from atedm.costs.tome import ToMe
 from atedm.evaluation.clip_score import tiny_clip
 from atedm.evaluation.evaluate import evaluate, slug
 from atedm.evaluation.experiments import EXPERIMENTS, Experiment
-from atedm.evaluation.images import Drawing, groups, image_file, missing_groups
+from atedm.evaluation.images import Drawing, claim_folder, groups, image_file, missing_groups
 from atedm.evaluation.methods import Caching, Dense, Merging, Pruning, Stacked, counted_run
 from atedm.evaluation.methods_by_name import method_by_name, parse_methods
 from atedm.evaluation.perceptual import lpips_distances
@@ -167,6 +167,20 @@ def test_every_method_of_every_experiment_can_be_read(name: str) -> None:
     for spec in EXPERIMENTS[name].methods.values():
         if "cost=" not in spec:  # solving takes a while, and is tested above
             method_by_name(spec, TINY, steps=20)
+
+
+def test_a_run_from_before_a_choice_was_added_goes_on(tmp_path: Path) -> None:
+    drawing, prompts = Drawing(steps=1), [Prompt("a")]
+    method = Stacked((Pruning(PRESETS["dagger"]), Caching(3)))
+    claim_folder(tmp_path, method, drawing, prompts, 1)
+    file = tmp_path / "settings.json"
+    stored = json.loads(file.read_text())
+    del stored["method"]["methods"][0]["cover_share"]
+    del stored["method"]["methods"][1]["branch"]
+    file.write_text(json.dumps(stored))
+    claim_folder(tmp_path, method, drawing, prompts, 1)
+    with pytest.raises(ValueError, match="another method"):
+        claim_folder(tmp_path, Stacked((Pruning(PRESETS["dagger"]), Caching(3, 1))), drawing, prompts, 1)
 
 
 def test_folders_of_different_methods_differ() -> None:

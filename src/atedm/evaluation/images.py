@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from atedm.evaluation.methods import Method
+from atedm.evaluation.methods import Method, completed
 from atedm.evaluation.prompts import Prompt
 from atedm.generate import save_image, save_json
 
@@ -84,6 +84,7 @@ def claim_folder(folder: Path, method: Method, drawing: Drawing, prompts: Sequen
     file = folder / SETTINGS
     if file.exists():
         stored = json.loads(file.read_text())
+        stored["method"] = completed(stored["method"])
         for key in ("method", "drawing", "weights"):
             if stored.get(key) != asked[key]:
                 raise ValueError(f"{folder} holds images of another {key}; give another --out, or remove it")

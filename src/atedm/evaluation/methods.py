@@ -148,6 +148,18 @@ class Stacked:
         return {"kind": "stacked", "methods": [method.as_dict() for method in self.methods]}
 
 
+def completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what a stored `Method.as_dict` does not say, because it was written before that was a choice.
+
+    A choice that is added leaves things as they were by default, so a run of an earlier version goes on.
+    """
+    if stored.get("kind") == "stacked":
+        return {**stored, "methods": [completed(method) for method in stored["methods"]]}
+    defaults = {"pruning": Pruning(PruningConfig()), "merging": Merging(ToMe()), "caching": Caching()}
+    default = defaults.get(stored.get("kind", ""))
+    return stored if default is None else {**default.as_dict(), **stored}
+
+
 @contextmanager
 def _deepcache(pipe: Any, interval: int, branch: int) -> Iterator[None]:
     try:
