@@ -155,7 +155,11 @@ def completed(stored: dict[str, Any]) -> dict[str, Any]:
     """
     if stored.get("kind") == "stacked":
         return {**stored, "methods": [completed(method) for method in stored["methods"]]}
-    defaults = {"pruning": Pruning(PruningConfig()), "merging": Merging(ToMe()), "caching": Caching()}
+    defaults: dict[str, Method] = {
+        "pruning": Pruning(PruningConfig()),
+        "merging": Merging(ToMe()),
+        "caching": Caching(),
+    }
     default = defaults.get(stored.get("kind", ""))
     return stored if default is None else {**default.as_dict(), **stored}
 
