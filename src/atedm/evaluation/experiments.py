@@ -42,7 +42,8 @@ def _budgets() -> dict[str, str]:
         methods[f"AT-EDM-{name}"] = ours
         methods[f"ToMe-{name}"] = f"tome[cost={ours}]"
         methods[f"ToMe-{name}, DSAP"] = f"tome[prune_less_share=0.3,cost={ours}]"
-    dagger = {"AT-EDM†": "dagger", "ToMe at †": "tome[cost=dagger]"}
+        methods[f"matched-{name}"] = f"matched[cost={ours}]"
+    dagger = {"AT-EDM†": "dagger", "ToMe at †": "tome[cost=dagger]", "matched at †": "matched[cost=dagger]"}
     return methods | dagger
 
 
@@ -99,7 +100,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "curve": Experiment(
         "FID against CLIP score over guidance scales",
         "supplement Fig. 5",
-        {**_BASE, "dagger": "dagger", "ToMe": "tome[cost=paper]"},
+        {**_BASE, "dagger": "dagger", "ToMe": "tome[cost=paper]", "matched": "matched[cost=paper]"},
         guidance=GUIDANCE_SCALES,
     ),
     "place": Experiment(
@@ -162,7 +163,13 @@ EXPERIMENTS: dict[str, Experiment] = {
     "few-steps": Experiment(
         "On top of few-step sampling",
         "supplement E",
-        {"dense": "dense", "turbo": "turbo", "paper": "paper", "ToMe": "tome[cost=turbo]"},
+        {
+            "dense": "dense",
+            "turbo": "turbo",
+            "paper": "paper",
+            "ToMe": "tome[cost=turbo]",
+            "matched": "matched[cost=turbo]",
+        },
         steps=(1, 2, 4, 8),
     ),
     "stacking": Experiment(
@@ -171,9 +178,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         {
             **_BASE,
             "dagger": "dagger",
+            "matched": "matched",
             "DeepCache 2": "deepcache[interval=2]",
             "DeepCache 3": "deepcache[interval=3]",
             "dagger + DeepCache 2": "dagger+deepcache[interval=2]",
+            "matched + DeepCache 2": "matched+deepcache[interval=2]",
         },
     ),
     "questions": Experiment(
