@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import atedm
-from atedm.config import PRESETS, PruningConfig
+from atedm.config import PLACES, PRESETS, PruningConfig
 from models import EARLY, LATE, draw, run, sd1_unet, sdxl_pipeline, sdxl_unet, small_unet, snapshot, watched
 
 SPARED_F_L = {
@@ -189,7 +189,7 @@ def test_at_rate_zero_the_image_is_bit_identical() -> None:
     assert torch.equal(draw(pipe, output_type="pt"), dense)
 
 
-@pytest.mark.parametrize("place", ["before-feed-forward", "after-self-attention"])
+@pytest.mark.parametrize("place", PLACES[1:])
 def test_at_a_rate_that_drops_no_token_the_output_is_bit_identical(place: str) -> None:
     unet = sdxl_unet()
     dense = run(unet)
@@ -197,10 +197,11 @@ def test_at_a_rate_that_drops_no_token_the_output_is_bit_identical(place: str) -
     assert torch.equal(run(unet), dense)
 
 
-def test_remove_restores_the_image_and_every_attribute() -> None:
+@pytest.mark.parametrize("preset", ["paper", "matched"])
+def test_remove_restores_the_image_and_every_attribute(preset: str) -> None:
     pipe = sdxl_pipeline()
     before, dense = snapshot(pipe.unet), draw(pipe)
-    atedm.apply(pipe)
+    atedm.apply(pipe, preset)
     assert snapshot(pipe.unet) != before
     pruned = draw(pipe)
     atedm.remove(pipe)
@@ -213,7 +214,7 @@ def test_it_can_be_applied_and_removed_again_and_again() -> None:
     unet = sdxl_unet()
     dense = run(unet)
     outputs = []
-    for config in ("paper", "turbo", "paper"):
+    for config in ("paper", "matched", "paper"):
         with atedm.pruned(unet, config):
             outputs.append(run(unet, EARLY))
         assert torch.equal(run(unet), dense)
@@ -252,9 +253,10 @@ def test_pruned_removes_from_the_unet_it_was_applied_to() -> None:
     assert not atedm.is_applied(unet)
 
 
-def test_equal_seeds_give_equal_images_twice_in_a_row() -> None:
+@pytest.mark.parametrize("preset", ["paper", "matched"])
+def test_equal_seeds_give_equal_images_twice_in_a_row(preset: str) -> None:
     pipe = sdxl_pipeline()
-    atedm.apply(pipe)
+    atedm.apply(pipe, preset)
     first = draw(pipe, seed=3)
     assert torch.equal(draw(pipe, seed=3), first)
     assert not torch.equal(draw(pipe, seed=4), first)
@@ -305,7 +307,7 @@ def test_nothing_can_be_observed_or_removed_where_nothing_was_applied() -> None:
 # --- SD 1.x -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["before-feed-forward", "after-self-attention"])
+@pytest.mark.parametrize("place", PLACES[1:])
 def test_blocks_of_one_layer_are_pruned_inside_it(place: str) -> None:
     unet = sd1_unet()
     dense = run(unet)

@@ -110,6 +110,15 @@ def test_it_has_two_graphs_whatever_the_config(config: PruningConfig) -> None:
     assert counter.frame_count == 2
 
 
+def test_matched_pruning_is_one_graph() -> None:
+    pruned = expected(tiny_unet, atedm.PRESETS["matched"])
+    counter = CompileCounter()
+    unet = tiny_unet()
+    atedm.apply(unet, "matched")
+    torch.testing.assert_close(outputs(wrapped(unet, counter)), pruned)
+    assert counter.frame_count == 1
+
+
 def test_repeated_blocks_can_be_compiled_on_their_own() -> None:
     dense, pruned = expected(small_unet, None), expected(small_unet, PruningConfig())
     counter = CompileCounter()

@@ -69,7 +69,11 @@ IMAGES: list[tuple[str, str, int, int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("config", [PruningConfig(), PruningConfig(ranking="uniform-random", recovery="bicubic")])
+@pytest.mark.parametrize(
+    "config",
+    [PruningConfig(), PruningConfig(ranking="uniform-random", recovery="bicubic"), atedm.PRESETS["matched"]],
+    ids=["paper", "random-bicubic", "matched"],
+)
 def test_an_image_made_after_others_is_that_of_a_freshly_patched_twin(config: PruningConfig) -> None:
     used = sdxl_pipeline(small_unet())
     atedm.apply(used, config)
@@ -100,9 +104,10 @@ def test_an_image_after_an_interrupted_one_is_that_of_a_freshly_patched_twin() -
     assert torch.equal(draw(used), draw(fresh))
 
 
-def test_calls_of_any_size_and_step_in_any_order_are_those_of_a_fresh_twin() -> None:
+@pytest.mark.parametrize("preset", ["paper", "matched"])
+def test_calls_of_any_size_and_step_in_any_order_are_those_of_a_fresh_twin(preset: str) -> None:
     used = sdxl_unet()
-    atedm.apply(used)
+    atedm.apply(used, preset)
     timesteps = torch.tensor([981.0, 600.0, 300.0, 20.0])
     for size, timestep in [
         ((9, 13), timesteps[3]),
@@ -116,7 +121,7 @@ def test_calls_of_any_size_and_step_in_any_order_are_those_of_a_fresh_twin() -> 
     ]:
         fresh = sdxl_unet()
         dense = run(fresh, timestep, size=size)
-        atedm.apply(fresh)
+        atedm.apply(fresh, preset)
         expected = run(fresh, timestep, size=size)
         assert expected.shape[-2:] == size
         assert torch.equal(run(used, timestep, size=size), expected)
@@ -130,9 +135,10 @@ def test_calls_of_any_size_and_step_in_any_order_are_those_of_a_fresh_twin() -> 
 CLOSE = {"rtol": 0.0, "atol": 1e-6}
 
 
-def test_each_image_of_a_batch_is_pruned_on_its_own() -> None:
+@pytest.mark.parametrize("preset", ["paper", "matched"])
+def test_each_image_of_a_batch_is_pruned_on_its_own(preset: str) -> None:
     pipe = sdxl_pipeline().to(torch.float64)
-    atedm.apply(pipe)
+    atedm.apply(pipe, preset)
     prompts = ["a red circle", "a blue square", "a red circle"]
     options: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
     options |= {"height": 64, "width": 64}
@@ -145,7 +151,9 @@ def test_each_image_of_a_batch_is_pruned_on_its_own() -> None:
 
 @pytest.mark.parametrize("timestep", [999, 1])
 @pytest.mark.parametrize(
-    "config", [PruningConfig(), PruningConfig(ranking="cross-attention-entropy")], ids=["self", "cross"]
+    "config",
+    [PruningConfig(), PruningConfig(ranking="cross-attention-entropy"), atedm.PRESETS["matched"]],
+    ids=["self", "cross", "matched"],
 )
 def test_with_and_without_prompt_in_one_call_or_in_two_is_the_same(config: PruningConfig, timestep: int) -> None:
     unet = sdxl_unet().double()
@@ -208,7 +216,7 @@ def test_padded_words_can_be_masked() -> None:
     padded = torch.cat([words, torch.randn(2, 3, words.shape[2]).double()], dim=1)
     mask = torch.ones(2, 10)
     mask[:, 7:] = 0
-    for config in (PruningConfig(), PruningConfig(place="after-self-attention")):
+    for config in (PruningConfig(), PruningConfig(place="after-self-attention"), atedm.PRESETS["matched"]):
         with atedm.pruned(unet, config):
             masked = run(unet, encoder_hidden_states=padded, encoder_attention_mask=mask)
             torch.testing.assert_close(masked, run(unet), **CLOSE)

@@ -247,7 +247,8 @@ def test_the_gradient_is_that_of_the_pruned_model() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [PruningConfig(), PruningConfig(ranking="cross-attention-power", similarity="cosine")]
+    "config",
+    [PruningConfig(), PruningConfig(ranking="cross-attention-power", similarity="cosine"), atedm.PRESETS["matched"]],
 )
 def test_the_ranking_keeps_nothing_for_the_backward_pass(config: PruningConfig) -> None:
     unet = small_unet()

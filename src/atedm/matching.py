@@ -53,7 +53,7 @@ class Match(NamedTuple):
 
     #: (B, N) int64 positions within ``keep``; kept tokens point to themselves.
     source: Tensor
-    #: (B, N) float32: the cosine, or minus the squared distance of features; what it is for kept tokens is not said.
+    #: (B, N): the cosine, or minus the squared distance of features; what it is for kept tokens is not said.
     similarity: Tensor
 
 
@@ -70,7 +70,7 @@ def match_by_features(
     Needs no attention map. The product of dropped and kept tokens is made in pieces of 16 MiB and not kept.
 
     Args:
-        tokens: Features of all tokens, (B, N, C), any floating dtype; compared in float32.
+        tokens: Features of all tokens, (B, N, C), any floating dtype; compared in float32 or better.
         keep: (B, K) int64.
         by: "cosine", or "euclidean" distance, which also tells long features from short ones.
         window: How far along either side of the grid to look; where nobody is kept within, the nearest in the grid is
@@ -81,7 +81,7 @@ def match_by_features(
         The `Match`; of equally similar tokens the first is taken.
     """
     dropped = dropped_tokens(keep, tokens.shape[1])
-    features = tokens.float()
+    features = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     if by == "cosine":
         features = functional.normalize(features, dim=-1)
     kept = gather_tokens(features, keep)

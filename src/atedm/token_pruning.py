@@ -235,7 +235,8 @@ def drop_tokens(
     kept = gather_tokens(tokens, keep)
     if config.recovery not in ("similarity-copy", "matched-update"):
         return kept, Dropped(keep, _refill(tokens, ranking, keep, size, config))
-    source = _source(tokens, ranking, keep, size, config)
+    with torch.no_grad():  # whom a token is like has no gradient, and the product need not wait for one
+        source = _source(tokens, ranking, keep, size, config)
     gathered = None
     if config.proportional_attention or config.merge:
         each = torch.ones(source.shape, device=tokens.device) if weights is None else weights
