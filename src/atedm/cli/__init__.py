@@ -8,6 +8,7 @@ import typer
 
 from atedm.cli.ablate import ablate
 from atedm.cli.accuracy import accuracy
+from atedm.cli.bench import bench
 from atedm.cli.cost import cost
 from atedm.cli.evaluate import evaluate
 from atedm.cli.generate import generate
@@ -45,6 +46,7 @@ app.command()(generate)
 app.command()(cost)
 app.command()(scaling)
 app.command()(latency)
+app.command()(bench)
 app.command()(variance)
 app.command()(evaluate)
 app.command()(reproduce)
