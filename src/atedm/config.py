@@ -246,6 +246,11 @@ class PruningConfig:
         return fitted
 
     @property
+    def method_name(self) -> str:
+        """What to call it over a picture: the paper's method by its name, our own by its own."""
+        return "Matched pruning" if self.recovery in ("matched-update", "weighted-update") else "AT-EDM"
+
+    @property
     def rates(self) -> tuple[tuple[int, float], ...]:
         """(layer, rate) of every pruning layer."""
         return self.gradual or ((0, self.pruning_rate),)

@@ -242,8 +242,8 @@ def _name(report: CostReport) -> str:
     method = report.method
     if isinstance(method, PruningConfig):
         if method.gradual:
-            return "AT-EDM, several pruning layers a block"
-        return f"AT-EDM, pruning rate {method.pruning_rate:.4g}, {method.place.replace('-', ' ')}"
+            return f"{method.method_name}, several pruning layers a block"
+        return f"{method.method_name}, pruning rate {method.pruning_rate:.4g}, {method.place.replace('-', ' ')}"
     return f"ToMe, ratio {method.ratio:.4g} of {method.merge}, {method.levels} levels"
 
 
@@ -253,7 +253,7 @@ def _figures_table(report: CostReport, ratio: float) -> Any:
 
     unit = _unit(report)
     table = _table(f"{unit} MACs of a step", "dense", "normal", "prune-less", "mean", "saved", "in mean")
-    ours = "AT-EDM" if isinstance(report.method, PruningConfig) else f"ToMe {report.method.ratio:.0%}"
+    ours = report.method.method_name if isinstance(report.method, PruningConfig) else f"ToMe {report.method.ratio:.0%}"
     for convention in CONVENTIONS:
         _figures_row(table, f"{ours}, {convention}", report.figures(convention), unit)
     table.add_section()

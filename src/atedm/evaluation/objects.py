@@ -36,6 +36,7 @@ RANKINGS = (
     "cross-attention-soft-clip",
     "cross-attention-hard-clip",
     "uniform-random",
+    "representative",
 )
 # How far light, texture and shadow take a colour: see `atedm.tiny.scenes.render`.
 _LIT = (0.8, 1.0, 1.2)
@@ -238,11 +239,18 @@ def _watched(
     def rank(block: str, _: nn.Module, __: Any, output: Tensor) -> None:
         tokens = output[-images:].float()
         for name, config in configs.items():
+            count = keep_count(tokens.shape[1], config.pruning_rate)
             ranking = rank_tokens(
-                config, tokens, lambda: self_attention[block], lambda: cross_attention[block], step=len(calls) - 1
+                config,
+                tokens,
+                lambda: self_attention[block],
+                lambda: cross_attention[block],
+                step=len(calls) - 1,
+                size=sizes[block],
+                count=count,
             )
             assert ranking.attention_map is not None  # every config here copies by attention
-            keep = keep_most_important(ranking.importance, keep_count(tokens.shape[1], config.pruning_rate))
+            keep = keep_most_important(ranking.importance, count)
             is_dropped = torch.ones_like(ranking.importance).scatter(1, keep, 0.0)
 
             def likeness(source: Tensor, keep: Tensor = keep, is_dropped: Tensor = is_dropped) -> float:
