@@ -127,7 +127,10 @@ def generate(
         kept = (
             "several pruning layers" if request.config.gradual else f"{keep:.0%} of the tokens kept in a pruned block"
         )
-        save_image(comparison_sheet(pairs, f"{request.config.method_name}, {kept}, {request.steps} steps"), out / "comparison.png")
+        save_image(
+            comparison_sheet(pairs, f"{request.config.method_name}, {kept}, {request.steps} steps"),
+            out / "comparison.png",
+        )
     save_json(_run_file(pipe, request, model, summary.saving, summary.mean_saving, made), out / "run.json")
     return made
 
