@@ -32,7 +32,8 @@ from atedm.patching.summary import PatchSummary
 from atedm.patching.transformer import queries_and_keys
 from atedm.pictures.latency_chart import latency_chart
 from atedm.ranking import gwpr, rank_by_attention
-from atedm.token_pruning import QueriesAndKeys, drop_tokens, rank_tokens
+from atedm.token_pruning import drop_tokens
+from atedm.token_ranking import QueriesAndKeys, rank_tokens
 from models import run, sdxl_unet, small_unet, watched
 
 CPU = torch.device("cpu")

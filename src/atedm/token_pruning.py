@@ -1,6 +1,6 @@
-"""One pruning layer, start to end: rank, keep, drop, and later refill.
+"""Dropping tokens in one pruning layer, and refilling them later: where the recoveries of the config meet.
 
-This is where the parts of the method meet. It knows tensors and a config, nothing of any model.
+It knows tensors and a config, nothing of any model.
 """
 
 from __future__ import annotations
@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from atedm.attention_map import mean_attention_map
 from atedm.config import PruningConfig
-from atedm.coverage import cells, facility_location, important_of_cells, lattice, representative
 from atedm.matching import (
     attention_source,
     attention_weights,
@@ -24,16 +21,6 @@ from atedm.matching import (
     nearest_source,
 )
 from atedm.pruning import gather_tokens, keep_most_important
-from atedm.ranking import (
-    Mapping,
-    attention_received,
-    entropy,
-    hard_clip,
-    power,
-    rank_by_attention,
-    soft_clip,
-    uniform_random,
-)
 from atedm.recovery import (
     bicubic_interpolation,
     direct_copy,
@@ -42,160 +29,7 @@ from atedm.recovery import (
     weighted_update,
     zero_padding,
 )
-
-
-class QueriesAndKeys(NamedTuple):
-    """What an attention layer compares: ``q`` (B, H, M, D), ``k`` (B, H, N, D), and the factor on their product."""
-
-    q: Tensor
-    k: Tensor
-    scale: float
-
-
-#: Makes the queries and keys when they are first needed, because some configs never do.
-Attention: TypeAlias = Callable[[], QueriesAndKeys]
-
-
-class Ranking(NamedTuple):
-    """``importance`` (B, N) float32, and the head-mean self-attention map (B, N, N) where the config needs it."""
-
-    importance: Tensor
-    attention_map: Tensor | None
-
-
-def rank_tokens(
-    config: PruningConfig,
-    tokens: Tensor,
-    self_attention: Attention,
-    cross_attention: Attention,
-    *,
-    step: int | Tensor = 0,
-    size: tuple[int, int] | None = None,
-    count: int = 1,
-) -> Ranking:
-    """Rank the tokens of one block as ``config.ranking`` says, and its batch as ``config.guidance_masks`` says.
-
-    Args:
-        config: The pruning config.
-        tokens: (B, N, C); features matter to rankings that look for what is alike, else only number and device.
-        self_attention: Makes q and k of the layer's self-attention.
-        cross_attention: Makes q and k of its cross-attention.
-        step: Index of the denoising step, for rankings that move with it; a tensor without dimensions is as good.
-        size: (h, w) of the grid, for rankings that cover it.
-        count: K, for rankings that choose with the number in mind.
-
-    Returns:
-        The `Ranking`; the map is None unless ``config.needs_attention_map``.
-
-    Raises:
-        ValueError: If the halves of an odd batch are to share what they keep.
-    """
-    ranking = _rank_each(config, tokens, self_attention, cross_attention, step, size, count)
-    if config.guidance_masks == "shared":
-        return ranking._replace(importance=shared_importance(ranking.importance))
-    return ranking
-
-
-def shared_importance(importance: Tensor) -> Tensor:
-    """Mean importance (B, N) of the two halves of a batch, for both, so that an image keeps the same tokens in both.
-
-    Raises:
-        ValueError: If B is odd.
-    """
-    if importance.shape[0] % 2:
-        raise ValueError(
-            f"guidance_masks='shared' needs a batch of two halves, without and with the prompt, but it has "
-            f"{importance.shape[0]}; turn guidance on (guidance_scale above 1), or use guidance_masks='separate'"
-        )
-    without_prompt, with_prompt = importance.chunk(2)
-    return ((without_prompt + with_prompt) / 2).repeat(2, 1)
-
-
-def _rank_each(
-    config: PruningConfig,
-    tokens: Tensor,
-    self_attention: Attention,
-    cross_attention: Attention,
-    step: int | Tensor,
-    size: tuple[int, int] | None,
-    count: int,
-) -> Ranking:
-    rank = partial(
-        rank_by_attention, head_fusion=config.head_fusion, iterations=config.iterations, tolerance=config.tolerance
-    )
-    by_attention, attention_map = None, None
-    if config.ranks_by_self_attention:
-        by_attention, attention_map = rank(*self_attention())
-    elif config.needs_attention_map:
-        attention_map = mean_attention_map(*self_attention())
-    if config.ranking.startswith("cross-attention"):
-        importance = rank(*cross_attention(), f=_mapping(config)).importance
-    elif config.ranking == "attention-received":
-        assert attention_map is not None
-        importance = attention_received(attention_map)
-    elif config.ranking in ("self-attention", "self-attention-reversed"):
-        assert by_attention is not None
-        importance = -by_attention if config.ranking.endswith("-reversed") else by_attention
-    else:
-        importance = _covering(config, tokens, by_attention, step, size, count)
-    if config.importance_share > 0:
-        assert by_attention is not None
-        importance = preferred(importance, by_attention, round(config.importance_share * count))
-    return Ranking(importance, attention_map)
-
-
-def _covering(
-    config: PruningConfig,
-    tokens: Tensor,
-    by_attention: Tensor | None,
-    step: int | Tensor,
-    size: tuple[int, int] | None,
-    count: int,
-) -> Tensor:
-    """Importance (B, N) by a ranking that spreads the kept tokens, at random or on purpose."""
-    batch, number, _ = tokens.shape
-    if config.ranking == "uniform-random":
-        return uniform_random(batch, number, seed=config.seed, step=step, device=tokens.device)
-    if config.ranking == "facility-location":
-        return facility_location(tokens, count)
-    if size is None:
-        raise ValueError(f"ranking {config.ranking!r} covers a grid, so it needs its size")
-    if config.ranking == "important-of-cells":
-        assert by_attention is not None
-        return important_of_cells(by_attention, size)
-    if config.ranking == "cells":
-        return cells(size, step=step, device=tokens.device).expand(batch, -1)
-    cover = lattice(size, step=step, device=tokens.device).expand(batch, -1)
-    if config.ranking == "lattice":
-        return cover
-    by = config.similarity if config.matches_by_features else "euclidean"
-    return representative(tokens, cover, count, config.cover_share, by)
-
-
-def preferred(importance: Tensor, by_attention: Tensor, count: int) -> Tensor:
-    """Put the ``count`` most important tokens by attention before all others, and leave the rest in their order.
-
-    Args:
-        importance: (B, N), the order of the others.
-        by_attention: (B, N).
-        count: From 0 to N.
-    """
-    if count < 1:
-        return importance
-    first = keep_most_important(by_attention, count)
-    above = importance.amax(-1, keepdim=True) - importance.amin(-1, keepdim=True) + 1
-    return importance.scatter_add(1, first, above.expand_as(first))
-
-
-def _mapping(config: PruningConfig) -> Mapping:
-    """Return the mapping f(A, s_K) of a cross-attention ranking, with its constants filled in."""
-    mappings: dict[str, Mapping] = {
-        "cross-attention-entropy": entropy,
-        "cross-attention-hard-clip": partial(hard_clip, eta=config.eta),
-        "cross-attention-soft-clip": partial(soft_clip, eta=config.eta),
-        "cross-attention-power": partial(power, alpha=config.alpha, beta=config.beta),
-    }
-    return mappings[config.ranking]
+from atedm.token_ranking import Ranking
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from atedm.pruning import gather_tokens, keep_most_important
 from atedm.ranking import RankedMap, gwpr, root_mean_square
 from atedm.recovery import similarity_copy
 from atedm.schedule import prune_less_steps
-from atedm.token_pruning import QueriesAndKeys
+from atedm.token_ranking import QueriesAndKeys
 
 PARTS = ("get map", "rank", "mask", "drop", "fill")
 """The bars of supplement Fig. 4."""

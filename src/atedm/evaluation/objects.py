@@ -26,7 +26,7 @@ from atedm.patching.survey import find_blocks, find_unet
 from atedm.patching.transformer import queries_and_keys
 from atedm.pruning import gather_tokens, keep_count, keep_most_important
 from atedm.tiny.scenes import BACKGROUNDS, COLOURS, Scene
-from atedm.token_pruning import QueriesAndKeys, rank_tokens
+from atedm.token_ranking import QueriesAndKeys, rank_tokens
 
 RANKINGS = (
     "self-attention",

@@ -22,7 +22,8 @@ from atedm.attention_map import mean_attention_map
 from atedm.config import PruningConfig
 from atedm.pruning import gather_submap, keep_count
 from atedm.schedule import BlockPlace
-from atedm.token_pruning import Dropped, QueriesAndKeys, Ranking, drop_tokens, rank_tokens
+from atedm.token_pruning import Dropped, drop_tokens
+from atedm.token_ranking import QueriesAndKeys, Ranking, rank_tokens
 
 
 class BlockObservation(NamedTuple):
