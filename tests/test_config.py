@@ -3,6 +3,7 @@ import functools
 import json
 import math
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -233,3 +234,35 @@ def test_bicubic_allows_one_pruning_layer() -> None:
     assert PruningConfig(recovery="bicubic", gradual=((1, 0.5),)).rates == ((1, 0.5),)
     with pytest.raises(ValueError, match="one pruning layer a block"):
         PruningConfig(recovery="bicubic", gradual=((0, 0.5), (1, 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ranking": "lattice", "gradual": ((0, 0.5), (1, 0.5))}, "ranking 'lattice' needs a whole grid"),
+        ({"similarity": "distance", "gradual": ((0, 0.5), (1, 0.5))}, "similarity 'distance' needs a whole grid"),
+        (
+            {"recovery": "weighted-update", "similarity": "cosine"},
+            "weighs by attention or by distance, not by 'cosine'",
+        ),
+        ({"match_window": 0, "similarity": "cosine"}, "match_window must be a whole number of at least 1"),
+        ({"match_window": 2}, "match_window is for matches by features, not by attention"),
+        ({"importance_share": 1.5}, "importance_share must be in"),
+        ({"cover_share": -0.1}, "cover_share must be in"),
+        ({"merge": True}, "merge is undone by recovery 'matched-update' alone, not by 'similarity-copy'"),
+        ({"proportional_attention": True, "recovery": "direct-copy"}, "needs matches, which recovery 'direct-copy'"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        PruningConfig(**changes)
+
+
+def test_a_method_is_called_by_its_name() -> None:
+    assert {name: config.method_name for name, config in PRESETS.items()} == {
+        "paper": "AT-EDM",
+        "dagger": "AT-EDM",
+        "turbo": "AT-EDM",
+        "matched": "Matched pruning",
+    }
