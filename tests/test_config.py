@@ -243,7 +243,7 @@ def test_bicubic_allows_one_pruning_layer() -> None:
         ({"similarity": "distance", "gradual": ((0, 0.5), (1, 0.5))}, "similarity 'distance' needs a whole grid"),
         (
             {"recovery": "weighted-update", "similarity": "cosine"},
-            "weighs by attention or by distance, not by 'cosine'",
+            "by attention or by distance, not by 'cosine'",
         ),
         ({"match_window": 0, "similarity": "cosine"}, "match_window must be a whole number of at least 1"),
         ({"match_window": 2}, "match_window is for matches by features, not by attention"),

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.options import DeviceOption, parse_size
+from atedm.cli.options import (
+    BatchOption,
+    DeviceOption,
+    JsonOption,
+    RepeatsOption,
+    SizeOption,
+    TimedDtypeOption,
+    TimedGuidanceOption,
+    TimedModelOption,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from atedm.bench import BenchReport
@@ -17,31 +27,14 @@ def bench(
     methods: Annotated[
         str, typer.Argument(help="As `atedm evaluate` takes them: presets and **tome**, with changes in brackets.")
     ] = "dense,paper,dagger,matched,tome[cost=matched]",
-    model: Annotated[
-        str,
-        typer.Option(
-            help="**tiny**, the model that ships; or **sdxl**, **sdxl-turbo**, **sd15**, **sd21**, a diffusers folder "
-            "or a hub id, of which only the config is read: their weights are random.",
-            rich_help_panel="Model",
-        ),
-    ] = "tiny",
+    model: TimedModelOption = "tiny",
     device: DeviceOption = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16 or float16; by default float32 on the CPU, else float16.", rich_help_panel="Model"
-        ),
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="WxH in pixels; by default the model's own.", rich_help_panel="Image")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Images at a time.", rich_help_panel="Image")] = 1,
-    guidance: Annotated[
-        bool | None,
-        typer.Option(help="Whether the U-Net runs on two of each; by default as usual.", rich_help_panel="Image"),
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Times that everything is timed, after once to warm up.")] = 5,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Output")] = False,
+    dtype: TimedDtypeOption = None,
+    size: SizeOption = None,
+    batch: BatchOption = 1,
+    guidance: TimedGuidanceOption = None,
+    repeats: RepeatsOption = 5,
+    json: JsonOption = False,
     out: Annotated[
         Path | None, typer.Option(help="Also write the JSON to this file.", rich_help_panel="Output")
     ] = None,

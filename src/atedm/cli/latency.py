@@ -7,40 +7,36 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.options import DeviceOption, PresetOption, RateOption, parse_size, pruning_config
+from atedm.cli.options import (
+    BatchOption,
+    DeviceOption,
+    JsonOption,
+    PresetOption,
+    RateOption,
+    RepeatsOption,
+    SizeOption,
+    TimedDtypeOption,
+    TimedGuidanceOption,
+    TimedModelOption,
+    parse_size,
+    pruning_config,
+)
 
 if TYPE_CHECKING:
     from atedm.costs.latency import LatencyReport
 
 
 def latency(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="**tiny**, the model that ships; or **sdxl**, **sdxl-turbo**, **sd15**, **sd21**, a diffusers folder "
-            "or a hub id, of which only the config is read: their weights are random.",
-            rich_help_panel="Model",
-        ),
-    ] = "tiny",
+    model: TimedModelOption = "tiny",
     device: DeviceOption = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16 or float16; by default float32 on the CPU, else float16.", rich_help_panel="Model"
-        ),
-    ] = None,
+    dtype: TimedDtypeOption = None,
     preset: PresetOption = None,
     pruning_rate: RateOption = None,
-    size: Annotated[
-        str | None, typer.Option(help="WxH in pixels; by default the model's own.", rich_help_panel="Image")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Images at a time.", rich_help_panel="Image")] = 1,
-    guidance: Annotated[
-        bool | None,
-        typer.Option(help="Whether the U-Net runs on two of each; by default as usual.", rich_help_panel="Image"),
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Times that everything is timed, after once to warm up.")] = 5,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Output")] = False,
+    size: SizeOption = None,
+    batch: BatchOption = 1,
+    guidance: TimedGuidanceOption = None,
+    repeats: RepeatsOption = 5,
+    json: JsonOption = False,
     plot: Annotated[
         Path | None, typer.Option(help="Also draw a chart into this PNG.", rich_help_panel="Output")
     ] = None,

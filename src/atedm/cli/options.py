@@ -33,6 +33,30 @@ RateOption = Annotated[
     float | None,
     typer.Option(help="Share of the tokens dropped, in [0, 1): the one slider.", rich_help_panel="Pruning"),
 ]
+TimedModelOption = Annotated[
+    str,
+    typer.Option(
+        help="**tiny**, the model that ships; or **sdxl**, **sdxl-turbo**, **sd15**, **sd21**, a diffusers folder "
+        "or a hub id, of which only the config is read: their weights are random.",
+        rich_help_panel="Model",
+    ),
+]
+TimedDtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, bfloat16 or float16; by default float32 on the CPU, else float16.", rich_help_panel="Model"
+    ),
+]
+SizeOption = Annotated[
+    str | None, typer.Option(help="WxH in pixels; by default the model's own.", rich_help_panel="Image")
+]
+BatchOption = Annotated[int, typer.Option(help="Images at a time.", rich_help_panel="Image")]
+TimedGuidanceOption = Annotated[
+    bool | None,
+    typer.Option(help="Whether the U-Net runs on two of each; by default as usual.", rich_help_panel="Image"),
+]
+RepeatsOption = Annotated[int, typer.Option(help="Times that everything is timed, after once to warm up.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Output")]
 BudgetOption = Annotated[
     float | None,
     typer.Option(
