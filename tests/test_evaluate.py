@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import atedm
+from atedm.cli.reproduce import _kind
 from atedm.config import PRESETS
 from atedm.costs.fit import mean_share
 from atedm.costs.tome import ToMe
@@ -25,6 +26,8 @@ from atedm.evaluation.prompts import Prompt, read_prompts, write_references
 from atedm.evaluation.report import markdown, write_html
 from atedm.evaluation.reproduce import markdown_of, reproduce
 from atedm.evaluation.scores import Metrics, Scores, distances
+from atedm.evaluation.statistics import Interval
+from atedm.pictures.quality_chart import cost_chart
 from atedm.pipelines import TINY, load_pipeline
 from models import draw, sdxl_pipeline, snapshot
 
@@ -459,3 +462,16 @@ def test_weights_that_cannot_be_had_are_told_before_anything_is_drawn(
         with pytest.raises(ValueError, match=said):
             evaluate(pipe, {"dense": Dense()}, prompts, drawing, metrics, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_chart_joins_methods_of_one_kind_where_they_differ_in_cost() -> None:
+    specs = ["paper", "paper[pruning_rate=0.5]", "dagger", "matched", "tome", "deepcache", "matched+deepcache", "dense"]
+    kinds = {spec: _kind(method_by_name(spec)) for spec in specs}
+    assert list(kinds.values()) == [
+        "AT-EDM", "AT-EDM", "AT-EDM†", "Matched pruning", "ToMe", "DeepCache", "Matched pruning + DeepCache",
+        "dense, fewer steps",
+    ]  # fmt: skip
+    figures = {spec: (0.1 * index, Interval(index, index - 1, index + 1)) for index, spec in enumerate(specs)}
+    alone, joined = cost_chart(figures, "it"), cost_chart(figures, "it", kinds=kinds)
+    assert alone.size == joined.size
+    assert alone.tobytes() != joined.tobytes()

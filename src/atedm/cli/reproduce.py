@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from atedm.evaluation.experiments import Experiment
+    from atedm.evaluation.methods import Method
     from atedm.evaluation.reproduce import Outcome
 
 
@@ -131,4 +132,19 @@ def _chart(experiment: Experiment, outcomes: list[Outcome]) -> Image.Image | Non
         for result in outcome.results
         if name and name in result.scores.intervals()
     }
-    return cost_chart(points, what, factor, experiment.title) if points else None
+    if not points:
+        return None
+    kinds = {result.name: _kind(result.method) for outcome in outcomes for result in outcome.results}
+    return cost_chart(points, what, factor, experiment.title, kinds if experiment.joins_kinds else None)
+
+
+def _kind(method: Method) -> str:
+    """What a chart calls methods that differ in their settings alone."""
+    from atedm.evaluation.methods import Caching, Dense, Merging, Pruning, Stacked
+
+    if isinstance(method, Pruning):
+        return method.config.method_name + ("†" if method.config.where == "not-second-level" else "")
+    if isinstance(method, Stacked):
+        return " + ".join(_kind(part) for part in method.methods)
+    names = {Dense: "dense, fewer steps", Merging: "ToMe", Caching: "DeepCache"}
+    return names[type(method)]

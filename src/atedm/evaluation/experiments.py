@@ -28,6 +28,8 @@ class Experiment:
     guidance: tuple[float, ...] = ()
     #: Numbers of steps; empty for the one asked for.
     steps: tuple[int, ...] = ()
+    #: Whether its chart joins methods of one kind by a line, because they differ in their cost alone.
+    joins_kinds: bool = False
 
 
 def _paper(changes: str) -> str:
@@ -96,7 +98,7 @@ def _matched() -> dict[str, str]:
 _BASE = {"dense": "dense", "paper": "paper"}
 
 EXPERIMENTS: dict[str, Experiment] = {
-    "table1": Experiment("AT-EDM and ToMe at equal mean cost", "Table 1, Fig. 7", _budgets()),
+    "table1": Experiment("AT-EDM and ToMe at equal mean cost", "Table 1, Fig. 7", _budgets(), joins_kinds=True),
     "curve": Experiment(
         "FID against CLIP score over guidance scales",
         "supplement Fig. 5",
@@ -198,7 +200,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "drop after layer 2, first map": _paper("gradual=[[1,0.63]],copy_map=first"),
         },
     ),
-    "pareto": Experiment("Quality against cost", "our own method beside its peers", _pareto()),
+    "pareto": Experiment("Quality against cost", "our own method beside its peers", _pareto(), joins_kinds=True),
     "matched": Experiment(
         "What each part of matched pruning is worth, at equal cost", "our own method, one part changed", _matched()
     ),

@@ -12,7 +12,11 @@ from atedm.pictures.figure import FAINT_HEX, INK_HEX, new_chart, picture_of
 
 
 def cost_chart(
-    figures: Mapping[str, tuple[float, Interval]], what: str, factor: float = 1.0, title: str = ""
+    figures: Mapping[str, tuple[float, Interval]],
+    what: str,
+    factor: float = 1.0,
+    title: str = "",
+    kinds: Mapping[str, str] | None = None,
 ) -> Image.Image:
     """Draw a figure with its interval against cost, a point a method.
 
@@ -21,13 +25,25 @@ def cost_chart(
         what: Name of the figure.
         factor: What it is multiplied by, 100 for a share in percent.
         title: Headline.
+        kinds: Of each method; those of one kind are joined by a line, and their names are written beside the points.
+            None makes every method a kind of its own.
     """
     figure, axes = new_chart(8.5, 5.0)
-    colours = _colours(list(figures))
-    for name, (cost, interval) in figures.items():
-        mean, low, high = (factor * value for value in interval)
-        ends = [[mean - low], [high - mean]]
-        axes.errorbar(cost, mean, ends, fmt="o", ms=6, capsize=3, color=colours[name], label=name)
+    of_kind: dict[str, list[str]] = {}
+    for name in sorted(figures, key=lambda name: figures[name][0]):
+        of_kind.setdefault(name if kinds is None else kinds[name], []).append(name)
+    in_order = [name for name in figures if name in of_kind] if kinds is None else list(of_kind)
+    colours = _colours(in_order)
+    for kind in in_order:
+        names = of_kind[kind]
+        costs = [figures[name][0] for name in names]
+        means, lows, highs = ([factor * figures[name][1][end] for name in names] for end in range(3))
+        ends = [[m - low for m, low in zip(means, lows, strict=True)]]
+        ends.append([high - m for m, high in zip(means, highs, strict=True)])
+        axes.errorbar(costs, means, ends, fmt="o-", ms=6, lw=1.2, capsize=3, color=colours[kind], label=kind)
+        if kinds is not None:
+            for name, cost, mean in zip(names, costs, means, strict=True):
+                axes.annotate(name, (cost, mean), (5, 5), textcoords="offset points", fontsize=8, color=INK_HEX)
     axes.set_xlabel("cost of a run, share of dense", color=INK_HEX)
     axes.set_ylabel(what, color=INK_HEX)
     axes.set_title(title, loc="left", fontsize=11, color=INK_HEX)
