@@ -25,8 +25,8 @@ def cost_chart(
         what: Name of the figure.
         factor: What it is multiplied by, 100 for a share in percent.
         title: Headline.
-        kinds: Of each method; those of one kind are joined by a line, and their names are written beside the points.
-            None makes every method a kind of its own.
+        kinds: Of each method; those of one kind are joined by a line, because they differ in their cost alone. None
+            makes every method a kind of its own.
     """
     figure, axes = new_chart(8.5, 5.0)
     of_kind: dict[str, list[str]] = {}
@@ -41,9 +41,6 @@ def cost_chart(
         ends = [[m - low for m, low in zip(means, lows, strict=True)]]
         ends.append([high - m for m, high in zip(means, highs, strict=True)])
         axes.errorbar(costs, means, ends, fmt="o-", ms=6, lw=1.2, capsize=3, color=colours[kind], label=kind)
-        if kinds is not None:
-            for name, cost, mean in zip(names, costs, means, strict=True):
-                axes.annotate(name, (cost, mean), (5, 5), textcoords="offset points", fontsize=8, color=INK_HEX)
     axes.set_xlabel("cost of a run, share of dense", color=INK_HEX)
     axes.set_ylabel(what, color=INK_HEX)
     axes.set_title(title, loc="left", fontsize=11, color=INK_HEX)
