@@ -196,7 +196,7 @@ def test_a_folder_without_weights_is_not_scored_with_random_ones(tmp_path: Path)
     for file in SHIPPED.iterdir():
         if file.suffix != ".safetensors":
             shutil.copyfile(file, tmp_path / file.name)
-    refused(f"local-dir:{tmp_path}")
+    assert str(tmp_path) in refused(f"local-dir:{tmp_path}")
 
 
 def test_without_open_clip_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,17 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atedm.config import (
-    PLACES,
-    PRESETS,
-    RANKINGS,
-    RECOVERIES,
-    SIMILARITIES,
-    WHERES,
-    PruningConfig,
-    check_name,
-    preset,
-)
+from atedm.choices import PLACES, RANKINGS, RECOVERIES, SIMILARITIES, WHERES, check_name
+from atedm.config import PRESETS, PruningConfig, preset
 from atedm.ranking import HEAD_FUSIONS, MAPPINGS
 from atedm.schedule import PAIRINGS, SCHEDULES, BlockPlace
 
@@ -132,7 +123,7 @@ def test_it_is_frozen_hashable_and_picklable() -> None:
     ("where", "name"),
     [
         ("not-second-level", "not-second-level"),
-        (WHERES["not-second-level"], "atedm.config.not_second_level"),
+        (WHERES["not-second-level"], "atedm.choices.not_second_level"),
         (functools.partial(lambda level, block: block.level == level, 3), "functools.partial("),
     ],
 )

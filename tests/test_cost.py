@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import atedm
-from atedm.config import PLACES, PruningConfig
+from atedm.choices import PLACES
+from atedm.config import PruningConfig
 from atedm.costs.architectures import architecture
 from atedm.costs.budget import BUDGETS_OF, solve_pruning_rate
 from atedm.costs.formula import CONVENTIONS, BlockShape, block_macs, mean_macs, step_macs

@@ -15,7 +15,7 @@ from atedm.cli.reproduce import _kind
 from atedm.config import PRESETS
 from atedm.costs.fit import mean_share
 from atedm.costs.tome import ToMe
-from atedm.evaluation.clip_score import tiny_clip
+from atedm.evaluation.clip_score import TINY_CLIP
 from atedm.evaluation.evaluate import evaluate, slug
 from atedm.evaluation.experiments import EXPERIMENTS, Experiment
 from atedm.evaluation.images import Drawing, claim_folder, groups, image_file, missing_groups
@@ -167,9 +167,12 @@ def test_a_method_is_named_once() -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_method_of_every_experiment_can_be_read(name: str) -> None:
+    known: dict[str, str] = {}
     for spec in EXPERIMENTS[name].methods.values():
         if "cost=" not in spec:  # solving takes a while, and is tested above
-            method_by_name(spec, TINY, steps=20)
+            method = json.dumps(method_by_name(spec, TINY, steps=20).as_dict())
+            assert known.setdefault(method, spec) == spec  # one method is written one way, so its images are shared
+    assert known
 
 
 def test_a_run_from_before_a_choice_was_added_goes_on(tmp_path: Path) -> None:
@@ -324,7 +327,7 @@ def test_figures_are_of_the_images(pipe: Any, tmp_path: Path) -> None:
 def test_clip_score_and_fid_are_taken_by_the_shipped_clip_and_kept_until_an_image_changes(
     pipe: Any, tmp_path: Path
 ) -> None:
-    metrics = Metrics(names=("clip", "fid"), clip_model=tiny_clip(), fid_features=tiny_clip())
+    metrics = Metrics(names=("clip", "fid"), clip_model=TINY_CLIP, fid_features=TINY_CLIP)
     prompts, drawing = read_prompts("scenes", 6), Drawing(steps=3, batch=3)
 
     def figures() -> dict[str, Any]:
@@ -462,6 +465,10 @@ def test_weights_that_cannot_be_had_are_told_before_anything_is_drawn(
         with pytest.raises(ValueError, match=said):
             evaluate(pipe, {"dense": Dense()}, prompts, drawing, metrics, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    # Without real pictures there is no FID, and nothing of it is needed.
+    metrics = Metrics(("fid",), fid_features="local-dir:/nowhere")
+    (result,) = evaluate(pipe, {"dense": Dense()}, [Prompt("a red circle")], drawing, metrics, tmp_path / "out")
+    assert result.scores.fid is None
 
 
 def test_a_chart_joins_methods_of_one_kind_where_they_differ_in_cost() -> None:

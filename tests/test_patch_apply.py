@@ -7,7 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import atedm
-from atedm.config import PLACES, PRESETS, PruningConfig
+from atedm.choices import PLACES
+from atedm.config import PRESETS, PruningConfig
 from models import EARLY, LATE, draw, run, sd1_unet, sdxl_pipeline, sdxl_unet, small_unet, snapshot, watched
 
 SPARED_F_L = {

@@ -9,7 +9,8 @@ from torch import Tensor
 
 import atedm
 import references
-from atedm.config import GUIDANCE_MASKS, PLACES, RANKINGS, RECOVERIES, SIMILARITIES, PruningConfig
+from atedm.choices import GUIDANCE_MASKS, PLACES, RANKINGS, RECOVERIES, SIMILARITIES
+from atedm.config import PruningConfig
 from atedm.coverage import lattice, representative
 from atedm.matching import match_by_features
 from atedm.patching.transformer import PrunedTransformer2DModel

@@ -24,7 +24,8 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 import atedm
-from atedm.config import PLACES, RECOVERIES, PruningConfig
+from atedm.choices import PLACES, RECOVERIES
+from atedm.config import PruningConfig
 from models import (
     EARLY,
     LATE,

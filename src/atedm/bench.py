@@ -32,8 +32,8 @@ class Timed:
     """What one method takes for a step."""
 
     method: dict[str, Any]
-    #: Share of the dense multiply-accumulates of this step; None where it is not known.
-    arithmetic: float | None
+    #: Share of the dense multiply-accumulates of this step.
+    arithmetic: float
     #: Milliseconds.
     step: Spread
     #: Over dense, each of the same round: what slows the machine for a while slows both.
@@ -169,19 +169,19 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def step_share(model: Any, method: Method, size: tuple[int, int]) -> float | None:
+def step_share(model: Any, method: Method, size: tuple[int, int]) -> float:
     """Share of the dense multiply-accumulates that a normal step takes, by formula, everything that is added counted.
 
     Args:
         model: As `atedm.cost`.
-        method: What is applied.
+        method: Pruning, ToMe, or else dense.
         size: (width, height) in pixels.
     """
     if isinstance(method, Pruning):
         return mean_share(model, method.config.replace(schedule="constant"), size=size)
     if isinstance(method, Merging):
         return mean_share(model, replace(method.tome, prune_less_share=0.0), size=size)
-    return 1.0 if method == Dense() else None
+    return 1.0
 
 
 @torch.no_grad()

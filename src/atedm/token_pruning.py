@@ -110,8 +110,9 @@ def _refill(
 ) -> Callable[[Tensor], Tensor]:
     """Ways to refill that need no source."""
     if config.recovery == "weighted-update":
-        weights = distance_weights(keep, size)
-        if config.similarity != "distance":
+        if config.similarity == "distance":
+            weights = distance_weights(keep, size)
+        else:
             weights = attention_weights(_map_to_copy_by(ranking, config), keep)
         return partial(weighted_update, keep=keep, before=tokens, weights=weights)
     if config.recovery == "direct-copy":

@@ -55,7 +55,7 @@ def bench(
     from rich.progress import Progress
 
     from atedm.bench import bench as measure
-    from atedm.config import check_name
+    from atedm.choices import check_name
     from atedm.evaluation.methods_by_name import method_by_name, parse_methods
     from atedm.generate import save_json
     from atedm.pipelines import quiet_libraries
@@ -92,7 +92,6 @@ def bench(
 def _table(report: BenchReport) -> list[str]:
     lines = [report.headline(), "", "| method | arithmetic | ms a step | time, dense = 1 |", "|---|---|---|---|"]
     for name, row in report.rows.items():
-        arithmetic = "" if row.arithmetic is None else f"{row.arithmetic:.3f}"
         ratio = f"{row.ratio.median:.3f} ({row.ratio.low:.3f} to {row.ratio.high:.3f})"
-        lines.append(f"| {name} | {arithmetic} | {row.step.median:.1f} | {ratio} |")
+        lines.append(f"| {name} | {row.arithmetic:.3f} | {row.step.median:.1f} | {ratio} |")
     return lines

@@ -114,7 +114,7 @@ def cost(
     """
     from rich.console import Console
 
-    from atedm.config import check_name
+    from atedm.choices import check_name
     from atedm.costs.report import cost as cost_of
     from atedm.costs.tome import ToMe
     from atedm.pipelines import quiet_libraries

@@ -60,7 +60,7 @@ MetricsOption = Annotated[
 ClipModelOption = Annotated[
     str | None,
     typer.Option(
-        help="An open_clip model; by default ViT-g-14, and a small one of our own for scenes.",
+        help="An open_clip model; by default ViT-g-14, and **tiny**, a small one of our own, for scenes.",
         rich_help_panel=METRICS_PANEL,
     ),
 ]
@@ -68,7 +68,7 @@ ClipWeightsOption = Annotated[str, typer.Option(help="Its weights.", rich_help_p
 FidFeaturesOption = Annotated[
     str | None,
     typer.Option(
-        help="**inception**, or an open_clip model; by default inception, and the small one for scenes.",
+        help="**inception**, or an open_clip model; by default inception, and **tiny** for scenes.",
         rich_help_panel=METRICS_PANEL,
     ),
 ]
@@ -101,8 +101,8 @@ def read_options(
     fid_features: str | None,
 ) -> Asked:
     """Check the options and read the prompts."""
-    from atedm.config import check_name
-    from atedm.evaluation.clip_score import tiny_clip
+    from atedm.choices import check_name
+    from atedm.evaluation.clip_score import TINY_CLIP
     from atedm.evaluation.images import Drawing
     from atedm.evaluation.prompts import SCENES, read_prompts
     from atedm.evaluation.scores import CLIP, FID, LPIPS, METRICS, Metrics
@@ -124,9 +124,9 @@ def read_options(
         read_prompts(prompts, captions, seed),
         Metrics(
             names,
-            clip_model or (tiny_clip() if of_scenes else "ViT-g-14"),
+            clip_model or (TINY_CLIP if of_scenes else "ViT-g-14"),
             clip_pretrained,
-            fid_features or (tiny_clip() if of_scenes else "inception"),
+            fid_features or (TINY_CLIP if of_scenes else "inception"),
         ),
         drawing,
     )

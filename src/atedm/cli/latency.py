@@ -51,7 +51,7 @@ def latency(
     from rich.console import Console
     from rich.progress import Progress
 
-    from atedm.config import check_name
+    from atedm.choices import check_name
     from atedm.costs.latency import latency as measure
     from atedm.generate import save_image
     from atedm.pictures.latency_chart import latency_chart

@@ -43,7 +43,7 @@ def objects(
     from rich.console import Console
     from rich.progress import Progress
 
-    from atedm.config import check_name
+    from atedm.choices import check_name
     from atedm.evaluation.objects import find_objects
     from atedm.generate import save_image
     from atedm.pictures.objects_chart import objects_chart

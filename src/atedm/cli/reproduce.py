@@ -68,7 +68,7 @@ def reproduce(
 
     `atedm reproduce recovery --model stabilityai/stable-diffusion-xl-base-1.0 --prompts COCO_FOLDER --steps 50`
     """
-    from atedm.config import check_name
+    from atedm.choices import check_name
     from atedm.evaluation.experiments import EXPERIMENTS
     from atedm.evaluation.report import image_sheet
     from atedm.evaluation.reproduce import markdown_of

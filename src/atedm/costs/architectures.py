@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from atedm.config import check_name
+from atedm.choices import check_name
 from atedm.patching.summary import WORDS
 from atedm.patching.survey import find_unet
 from atedm.pipelines import TINY, habits, tiny_folder

@@ -6,7 +6,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from atedm.config import PruningConfig, check_name
+from atedm.choices import check_name
+from atedm.config import PruningConfig
 from atedm.costs.formula import CONVENTIONS, BlockShape, mean_macs, step_macs
 from atedm.costs.tome import ToMe, tome_mean_macs
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 
-from atedm.config import PruningConfig, check_name
+from atedm.choices import check_name
+from atedm.config import PruningConfig
 from atedm.costs.architectures import Architecture, architecture
 from atedm.costs.budget import solve_pruning_rate, solve_tome_ratio
 from atedm.costs.counting import count_macs

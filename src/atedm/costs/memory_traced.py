@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from atedm.config import check_name
+from atedm.choices import check_name
 from atedm.costs.architectures import run_once
 
 ATTENTIONS = ("fused", "plain")

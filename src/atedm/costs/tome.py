@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from atedm.config import check_name
+from atedm.choices import check_name
 from atedm.costs.formula import BlockShape, Macs, block_macs, layer_macs
 from atedm.schedule import PAIRINGS, prune_less_blocks, prune_less_steps
 

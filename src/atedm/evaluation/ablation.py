@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from atedm.config import PruningConfig, check_name
+from atedm.choices import check_name
+from atedm.config import PruningConfig
 from atedm.evaluation.captions import columns, judge_images, make_scenes, psnr_each
 from atedm.evaluation.statistics import Interval, mean_interval, ratio_interval
 from atedm.evaluation.variants import DENSE, variants

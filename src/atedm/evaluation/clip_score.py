@@ -27,8 +27,12 @@ Picture = str | Path | Image.Image
 """A picture or where it lies."""
 
 
+TINY_CLIP = "tiny"
+"""Our name of the small CLIP that ships: it knows the scenes, and nothing else."""
+
+
 def tiny_clip() -> str:
-    """Return open_clip's name of the small CLIP that ships: it knows the scenes, and nothing else."""
+    """Return open_clip's name of the small CLIP that ships."""
     return f"local-dir:{tiny_folder() / 'clip'}"
 
 
@@ -51,9 +55,8 @@ def open_clip_model(model: str = CLIP_MODEL, pretrained: str = CLIP_WEIGHTS, dev
     """Open a model by open_clip's own names.
 
     Args:
-        model: A name of ``open_clip.list_pretrained()``, "hf-hub:OWNER/NAME", or "local-dir:FOLDER" such as
-            `tiny_clip` gives.
-        pretrained: The tag, or a file, of the weights; ignored with the last two.
+        model: A name of ``open_clip.list_pretrained()``, "hf-hub:OWNER/NAME", "local-dir:FOLDER", or `TINY_CLIP`.
+        pretrained: The tag, or a file, of the weights; ignored with the last three.
         device: By default CUDA, else MPS, else the CPU.
 
     Raises:
@@ -65,6 +68,7 @@ def open_clip_model(model: str = CLIP_MODEL, pretrained: str = CLIP_WEIGHTS, dev
     except ImportError as error:
         raise ImportError("CLIP score needs the open_clip_torch package: pip install 'atedm[evaluate]'") from error
     where = torch.device(device or best_device())
+    model = tiny_clip() if model == TINY_CLIP else model
     try:
         with _quiet():
             network, _, preprocess = open_clip.create_model_and_transforms(

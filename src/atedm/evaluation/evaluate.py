@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,8 @@ def evaluate(
         The results in the order of the methods; an empty list in all processes but the first.
 
     Raises:
-        ValueError: If ``out`` holds images of something else, or the weights of a metric cannot be had.
-        RuntimeError: As `shared_work`.
+        ValueError: If ``out`` holds images of something else, or the weights of a metric cannot be had; or as
+            `shared_work`.
     """
     state = state or shared_work()
     to_dense = DISTANCE in metrics.names or LPIPS in metrics.names
@@ -112,14 +112,15 @@ def evaluate(
     folders = {name: out / "images" / slug(name) for name in methods}
     weights = checksum(pipe.unet)
     if state.is_main_process:
-        check_metrics(metrics, str(state.device))
+        if any(missing_groups(folder, len(prompts), drawing.batch) for folder in folders.values()):
+            check_metrics(metrics, str(state.device), has_references=_have_references(prompts))
         for name, method in methods.items():
             claim_folder(folders[name], method, drawing, prompts, weights)
     state.wait_for_everyone()
     for name, method in methods.items():
         todo = missing_groups(folders[name], len(prompts), drawing.batch)
         state.wait_for_everyone()  # or one process would see what another has just drawn
-        _draw_share(pipe, prompts, method, replace(drawing), folders[name], todo, state, name, progress)
+        _draw_share(pipe, prompts, method, drawing, folders[name], todo, state, name, progress)
     state.wait_for_everyone()
     if not state.is_main_process:
         return []
@@ -153,11 +154,15 @@ def _draw_share(
         draw_groups(pipe, prompts, method, drawing, folder, mine, drawn)
 
 
+def _have_references(prompts: Sequence[Prompt]) -> bool:
+    """Whether there is a real picture of every prompt, without which there is no FID."""
+    return all(prompt.scene is not None or prompt.picture is not None for prompt in prompts)
+
+
 def _references(
     pipe: Any, prompts: Sequence[Prompt], drawing: Drawing, metrics: Metrics, out: Path, progress: Progress | None
 ) -> Path | None:
-    has_pictures = all(prompt.scene is not None or prompt.picture is not None for prompt in prompts)
-    if FID not in metrics.names or not has_pictures:
+    if FID not in metrics.names or not _have_references(prompts):
         return None
     side = (pipe.unet.config.sample_size or 64) * pipe.vae_scale_factor
     folder = out / "images" / REFERENCE

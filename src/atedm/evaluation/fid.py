@@ -147,7 +147,7 @@ def fid_interval(
     to_references = _distance_to(b)
     drawn = np.array([to_references(a[rng.integers(0, len(a), len(a))]) for _ in range(draws)])
     low, high = np.percentile(drawn - drawn.mean() + measured, [2.5, 97.5])
-    return Interval(measured, float(low), float(high))
+    return Interval(measured, max(0.0, float(low)), float(high))  # no distance is negative, however few the images
 
 
 def _distance_to(references: NDArray[np.float64]) -> Callable[[NDArray[np.float64]], float]:

@@ -7,7 +7,8 @@ import json
 import re
 from typing import Any
 
-from atedm.config import PRESETS, PruningConfig, check_name
+from atedm.choices import check_name
+from atedm.config import PRESETS, PruningConfig
 from atedm.costs.fit import fit_to_budget, mean_share
 from atedm.costs.tome import ToMe
 from atedm.evaluation.methods import Caching, Dense, Merging, Method, Pruning, Stacked

@@ -158,7 +158,7 @@ def find_objects(
         scenes: What to draw.
         steps: Denoising steps, each one call of the U-Net.
         guidance: Guidance scale.
-        rankings: Of `atedm.config.RANKINGS`.
+        rankings: Of `atedm.choices.RANKINGS`.
         pruning_rate: Share of the tokens taken for dropped, for the two measures of likeness.
         seed: Of the first image.
         batch: Images drawn at once.
@@ -174,7 +174,7 @@ def find_objects(
     if is_applied(unet) or unet is not pipe.unet:
         raise ValueError("this U-Net is patched or compiled, and rankings are looked at dense; use it as it was before")
     configs = {name: PruningConfig(pruning_rate, ranking=name) for name in rankings}
-    blocks = {name: (place, module) for name, (place, module) in find_blocks(unet).items()}
+    blocks = find_blocks(unet)
     values: defaultdict[tuple[str, int, str], list[tuple[float, float, float]]] = defaultdict(list)
     for start in range(0, len(scenes), batch):
         group = scenes[start : start + batch]

@@ -140,8 +140,13 @@ def score(
     return Scores(psnr, lpips, clip, accuracy, fid)
 
 
-def check_metrics(metrics: Metrics, device: str) -> None:
+def check_metrics(metrics: Metrics, device: str, *, has_references: bool = True) -> None:
     """Open every model that the metrics need and let go of it: what is missing is told before anything is drawn.
+
+    Args:
+        metrics: Which figures, by which models.
+        device: Where to open them.
+        has_references: Whether there are real pictures, without which FID is not taken.
 
     Raises:
         ImportError: If a package is missing.
@@ -151,7 +156,7 @@ def check_metrics(metrics: Metrics, device: str) -> None:
         from atedm.evaluation.clip_score import open_clip_model
 
         open_clip_model(metrics.clip_model, metrics.clip_pretrained, device)
-    if FID in metrics.names:
+    if FID in metrics.names and has_references:
         from atedm.evaluation.fid import check_features
 
         check_features(metrics.fid_features, device=device)

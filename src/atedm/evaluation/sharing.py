@@ -19,12 +19,12 @@ def shared_work(device: str | None = None) -> PartialState:
         device: Where the work is done; None is the fastest there is.
 
     Raises:
-        RuntimeError: If a launcher started several processes that do not see each other.
+        ValueError: If a launcher started several processes that do not see each other.
     """
     state = PartialState(cpu=(device or best_device()) == "cpu")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != launched:
-        raise RuntimeError(
+        raise ValueError(
             f"{launched} processes were launched but accelerate sees {state.num_processes}, so each would do all the "
             "work; make no PartialState or Accelerator before, or make it with cpu=True on a machine without GPU"
         )

@@ -141,6 +141,7 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         """Run all layers over (B, N, C) tokens and give (B, N, C) back."""
         dropped: list[Dropped] = []
         weights: Tensor | None = None
+        bias: Tensor | None = None
         first_map = self._first_map(tokens)
         for index, layer in enumerate(self.transformer_blocks):
             if index in counts:
@@ -149,10 +150,11 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
                 )
                 dropped.append(record)
                 weights = record.weights
+                bias = _attention_bias(weights, tokens)
                 if first_map is not None:
                     first_map = gather_submap(first_map, record.keep)
             else:
-                tokens = self._layer(layer, tokens, call, weights)
+                tokens = self._layer(layer, tokens, call, bias)
         for record in reversed(dropped):
             tokens = record.refill(tokens)
         return tokens
@@ -166,10 +168,7 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         layer = self.transformer_blocks[0]
         return mean_attention_map(*queries_and_keys(layer.attn1, layer.norm1, tokens))
 
-    def _layer(
-        self, layer: BasicTransformerBlock, tokens: Tensor, call: _Call, weights: Tensor | None = None
-    ) -> Tensor:
-        bias = _attention_bias(weights, tokens)
+    def _layer(self, layer: BasicTransformerBlock, tokens: Tensor, call: _Call, bias: Tensor | None = None) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(  # type: ignore[no-any-return]
                 layer,
@@ -209,6 +208,7 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         state = self._atedm.state
         config = state.config
         start = tokens
+        bias = _attention_bias(weights, tokens)
         ranking: Ranking
         dropped: Dropped
 
@@ -235,12 +235,12 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         if config.place == "before-self-attention":
             ranking = rank(tokens)
             tokens, dropped = drop(tokens)
-            return self._layer(layer, tokens, call, dropped.weights), dropped
+            return self._layer(layer, tokens, call, _attention_bias(dropped.weights, tokens)), dropped
         if not config.opens_layer:
-            tokens = self._layer(layer, tokens, call, weights)
+            tokens = self._layer(layer, tokens, call, bias)
             ranking = rank(tokens)
             return drop(tokens)
-        tokens = tokens + _self_attention(layer, tokens, call, weights)
+        tokens = tokens + _self_attention(layer, tokens, call, bias)
         ranking = rank(tokens)
         if config.place == "after-self-attention":
             tokens, dropped = drop(tokens)
@@ -281,13 +281,11 @@ def _attention_bias(weights: Tensor | None, tokens: Tensor) -> Tensor | None:
     return None if weights is None else weights.log().to(tokens.dtype).unsqueeze(1)
 
 
-def _self_attention(layer: BasicTransformerBlock, tokens: Tensor, call: _Call, weights: Tensor | None = None) -> Tensor:
+def _self_attention(layer: BasicTransformerBlock, tokens: Tensor, call: _Call, bias: Tensor | None = None) -> Tensor:
     """Return what self-attention, and GLIGEN's gated attention where there is any, add to the tokens."""
     kwargs = dict(call.cross_attention_kwargs or {})
     gligen = kwargs.pop("gligen", None)
-    update = layer.attn1(
-        layer.norm1(tokens), encoder_hidden_states=None, attention_mask=_attention_bias(weights, tokens), **kwargs
-    )
+    update = layer.attn1(layer.norm1(tokens), encoder_hidden_states=None, attention_mask=bias, **kwargs)
     if gligen is not None:
         update = layer.fuser(tokens + update, gligen["objs"]) - tokens
     return update  # type: ignore[no-any-return]
