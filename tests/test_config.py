@@ -20,6 +20,10 @@ def place(level: int) -> BlockPlace:
     return BlockPlace("down", level, 0, 1, 2, "down_blocks.0.attentions.0")
 
 
+def block(layers: int, level: int = 1) -> BlockPlace:
+    return BlockPlace("mid", level, 0, 1, layers, "mid_block.attentions.0")
+
+
 # --- what it says -----------------------------------------------------------------------------------------------------
 
 
@@ -54,12 +58,12 @@ def test_pruning_rate_is_one_layer_and_gradual_replaces_it() -> None:
 
 def test_in_a_block_only_layers_count_after_which_something_runs_on_fewer_tokens() -> None:
     config = PruningConfig(gradual=((0, 0.1), (1, 0.2), (3, 0.3)))
-    assert config.rates_in(5) == config.rates_in(9) == config.rates == ((0, 0.1), (1, 0.2), (3, 0.3))
-    assert config.rates_in(4) == config.rates_in(3) == ((0, 0.1), (1, 0.2))
-    assert config.rates_in(1) == ()
+    assert config.rates_in(block(5)) == config.rates_in(block(9)) == config.rates == ((0, 0.1), (1, 0.2), (3, 0.3))
+    assert config.rates_in(block(4)) == config.rates_in(block(3)) == ((0, 0.1), (1, 0.2))
+    assert config.rates_in(block(1)) == ()
     for place in ("before-feed-forward", "after-self-attention"):
-        assert config.replace(place=place).rates_in(4) == config.rates
-        assert config.replace(place=place).rates_in(1) == ((0, 0.1),)
+        assert config.replace(place=place).rates_in(block(4)) == config.rates
+        assert config.replace(place=place).rates_in(block(1)) == ((0, 0.1),)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +132,7 @@ def test_it_is_frozen_hashable_and_picklable() -> None:
     ],
 )
 def test_as_dict_is_json_and_makes_the_config_again(where: Any, name: str) -> None:
-    config = PruningConfig(gradual=((0, 0.2), (1, 0.3)), where=where)
+    config = PruningConfig(gradual=((0, 0.2), (1, 0.3)), level_factors=((2, 0.5),), where=where)
     values = json.loads(json.dumps(config.as_dict()))
     assert values["where"].startswith(name)
     assert PruningConfig(**(values | {"where": config.where})) == config
@@ -212,6 +216,9 @@ def test_check_name_takes_anything() -> None:
         ("eta", [0, -0.2, math.nan, None]),
         ("alpha", [0, -5.0, math.inf, "5"]),
         ("prune_less_share", [-0.1, 1.1, math.nan, None, True]),
+        ("prune_less_factor", [-0.1, 1.1, math.nan, "1", True]),
+        ("own_update_share", [-0.1, 1.1, math.nan, None, True]),
+        ("refresh_every", [0, -1, 1.5, True, None]),
         ("seed", [0.5, True, None, "0"]),
     ],
 )
@@ -240,7 +247,16 @@ def test_bicubic_allows_one_pruning_layer() -> None:
         ({"match_window": 2}, "match_window is for matches by features, not by attention"),
         ({"importance_share": 1.5}, "importance_share must be in"),
         ({"cover_share": -0.1}, "cover_share must be in"),
-        ({"merge": True}, "merge is undone by recovery 'matched-update' alone, not by 'similarity-copy'"),
+        ({"merge": True}, "merge is undone by an update of one match alone, not by recovery 'similarity-copy'"),
+        ({"own_update_share": 0.5}, "own_update_share is for recovery 'matched-update', not for 'similarity-copy'"),
+        ({"recovery": "last-update", "gradual": ((0, 0.5), (1, 0.5))}, "an own update needs a whole grid of tokens"),
+        ({"reuse_place": "after-self-attention"}, "reuse_place is for steps that reuse a choice of tokens"),
+        ({"reuse_place": "after-ff", "refresh_every": 2}, "did you mean 'after-feed-forward'?"),
+        ({"refresh_every": 2, "recovery": "weighted-update"}, "set refresh_every to 1"),
+        ({"level_factors": ((0, 0.5),)}, "a level of level_factors must be a whole number from 1, not 0"),
+        ({"level_factors": ((3, 0.5), (2, 0.5))}, "the levels of level_factors must ascend"),
+        ({"level_factors": ((2, 1.5),)}, "a factor of level_factors must be in [0, 1], not 1.5"),
+        ({"level_factors": 0.5}, "level_factors must be (level, factor) pairs, not 0.5"),
         ({"proportional_attention": True, "recovery": "direct-copy"}, "needs matches, which recovery 'direct-copy'"),
     ],
     ids=str,

@@ -28,11 +28,11 @@ from atedm.costs.pruning_parts import MAP_WAYS, PARTS, PrunedShape, prune_once, 
 from atedm.costs.random_weights import random_unet
 from atedm.costs.stopwatch import Stopwatch, free_memory
 from atedm.patching.apply import is_applied
+from atedm.patching.pruning_layer import queries_and_keys
 from atedm.patching.summary import PatchSummary
-from atedm.patching.transformer import queries_and_keys
 from atedm.pictures.latency_chart import latency_chart
 from atedm.ranking import gwpr, rank_by_attention
-from atedm.token_pruning import drop_tokens
+from atedm.token_pruning import choose_tokens, drop_tokens
 from atedm.token_ranking import QueriesAndKeys, rank_tokens
 from models import run, sdxl_unet, small_unet, watched
 
@@ -106,7 +106,7 @@ def test_parts_give_what_the_patch_gives(way: str, changes: dict[str, Any]) -> N
     config = PruningConfig(**changes)
     with torch.no_grad():
         ranking = rank_tokens(config, tokens, lambda: queries_and_keys(layer.attn1, layer.norm1, tokens), _never)
-        kept, dropped = drop_tokens(tokens, ranking, 6, (4, 4), config)
+        kept, dropped = drop_tokens(tokens, choose_tokens(tokens, ranking, 6, (4, 4), config), (4, 4), config)
         mine = prune_once(layer, tokens, 6, config, way, lambda part: None)
     torch.testing.assert_close(mine.importance, ranking.importance, rtol=1e-5, atol=1e-8)
     assert torch.equal(mine.keep, dropped.keep)

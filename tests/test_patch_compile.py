@@ -119,6 +119,32 @@ def test_matched_pruning_is_one_graph() -> None:
     assert counter.frame_count == 1
 
 
+def test_a_step_that_reuses_a_choice_is_a_graph_of_its_own() -> None:
+    config = PruningConfig(refresh_every=3, schedule="constant")
+    pruned = expected(tiny_unet, config)
+    counter = CompileCounter()
+    unet = tiny_unet()
+    atedm.apply(unet, config)
+    compiled = wrapped(unet, counter)
+    torch.testing.assert_close(outputs(compiled), pruned)
+    assert counter.frame_count <= 3  # with nothing chosen before, with a choice, with one that is too old
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(outputs(compiled), pruned)
+
+
+def test_own_updates_are_two_graphs() -> None:
+    config = atedm.PRESETS["matched"].replace(own_update_share=0.6)
+    pruned = expected(tiny_unet, config)
+    counter = CompileCounter()
+    unet = tiny_unet()
+    atedm.apply(unet, config)
+    compiled = wrapped(unet, counter)
+    torch.testing.assert_close(outputs(compiled), pruned)
+    assert counter.frame_count == 2  # in the first step there are none
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(outputs(compiled), pruned)
+
+
 def test_repeated_blocks_can_be_compiled_on_their_own() -> None:
     dense, pruned = expected(small_unet, None), expected(small_unet, PruningConfig())
     counter = CompileCounter()

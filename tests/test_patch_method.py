@@ -216,12 +216,14 @@ def test_an_earlier_place_costs_less() -> None:
         ("head_fusion", HEAD_FUSIONS),
         ("iterations", (1, 2, 3)),
         ("tolerance", (None, 10.0)),
-        ("recovery", RECOVERIES),
+        # The last update is that of the match, where there was no last step.
+        ("recovery", [name for name in RECOVERIES if name != "last-update"]),
         ("similarity", SIMILARITIES),
         ("gradual", ((), ((1, 0.63),), ((0, 0.4), (1, 0.4)))),
         ("where", ("everywhere", "not-second-level", "only-second-level")),
         ("guidance_masks", GUIDANCE_MASKS),
         ("importance_share", (0.0, 0.3, 1.0)),
+        ("level_factors", ((), ((2, 0.5),), ((2, 0.5), (3, 0.5)))),
     ],
 )
 def test_each_value_of_an_option_runs_and_makes_another_image(field: str, values: Any) -> None:

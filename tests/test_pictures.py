@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from atedm.patching.transformer import BlockObservation
+from atedm.patching.state import BlockObservation
 from atedm.pictures.canvas import Cell, draw_sheet
 from atedm.pictures.comparison import Pair, comparison_sheet, difference, psnr
 from atedm.pictures.maps import importance_overlay, kept_overlay, maps_sheet, mean_kept_overlay

@@ -21,11 +21,13 @@ from atedm.recovery import (
     bicubic_interpolation,
     direct_copy,
     matched_update,
+    mean_by_source,
     similarity_copy,
+    update_of_match,
     weighted_update,
+    with_own_update,
     zero_padding,
 )
-from atedm.token_pruning import merged_tokens
 
 SIZES = [(1, 1), (4, 4), (3, 5), (5, 2), (1, 6), (7, 7)]  # h, w
 
@@ -287,7 +289,7 @@ def test_a_merged_start_is_the_mean_of_those_who_match_and_weights_add_up() -> N
     source = match_by_features(tokens, keep).source
     each = torch.rand(2, 11, generator=torch.Generator().manual_seed(5)) + 0.5
     gathered = torch.zeros(keep.shape).scatter_add(1, source, each)
-    merged = merged_tokens(tokens, source, each, gathered)
+    merged = mean_by_source(tokens, source, each, gathered)
     for b in range(2):
         for k in range(keep.shape[1]):
             who = [i for i in range(11) if int(source[b, i]) == k]
@@ -295,6 +297,23 @@ def test_a_merged_start_is_the_mean_of_those_who_match_and_weights_add_up() -> N
             assert float(gathered[b, k]) == pytest.approx(float(weights.sum()), rel=1e-5)
             expected = (tokens[b, who].double() * weights.unsqueeze(1)).sum(0) / weights.sum()
             torch.testing.assert_close(merged[b, k].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_what_set_the_last_update_apart_from_the_group_is_added(share: float) -> None:
+    tokens, keep, kept_tokens = make(2, 11)
+    source = match_by_features(tokens, keep).source
+    update = update_of_match(kept_tokens, gather_tokens(tokens, keep), source)
+    last = torch.randn(2, 11, 3, generator=torch.Generator().manual_seed(6))
+    out = with_own_update(update, last, source, keep.shape[1], share)
+    for b in range(2):
+        for i in range(11):
+            group = [j for j in range(11) if source[b, j] == source[b, i]]
+            expected = update[b, i].double() + share * (last[b, i].double() - last[b, group].double().mean(0))
+            torch.testing.assert_close(out[b, i].double(), expected, rtol=1e-5, atol=1e-5)
+    groups = torch.randn(2, keep.shape[1], 3, generator=torch.Generator().manual_seed(7))
+    same = gather_tokens(groups, source)  # who got what its group got has nothing of its own
+    torch.testing.assert_close(with_own_update(update, same, source, keep.shape[1], share), update)
 
 
 @pytest.mark.parametrize("name", FILLS)

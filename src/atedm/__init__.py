@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from atedm.costs.report import CostReport, cost
     from atedm.costs.tome import ToMe
     from atedm.patching.apply import apply, is_applied, observed, pruned, remove
+    from atedm.patching.state import BlockObservation
     from atedm.patching.summary import PatchSummary
-    from atedm.patching.transformer import BlockObservation
     from atedm.pipelines import load_pipeline
     from atedm.recording import Recording, recorded
     from atedm.schedule import BlockPlace
@@ -44,7 +44,7 @@ __all__ = [
 # diffusers takes seconds to import, so nothing of it is touched before it is asked for.
 _HOMES = {
     "PRESETS": "atedm.config",
-    "BlockObservation": "atedm.patching.transformer",
+    "BlockObservation": "atedm.patching.state",
     "BlockPlace": "atedm.schedule",
     "CostReport": "atedm.costs.report",
     "PatchSummary": "atedm.patching.summary",

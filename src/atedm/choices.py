@@ -32,13 +32,36 @@ RANKINGS = (
 #: Those whose order is over the whole grid.
 COVERS = ("lattice", "cells", "important-of-cells", "representative", "facility-location")
 #: How dropped positions are refilled after the block: the paper's copy and its baselines (main paper; supplement A.6),
-#: own value plus the update of a match, and own value plus a weighted mean of all updates.
-RECOVERIES = ("similarity-copy", "zero-padding", "bicubic", "direct-copy", "matched-update", "weighted-update")
+#: own value plus the update of a match, plus a weighted mean of all updates, or plus the own update of the last step.
+RECOVERIES = (
+    "similarity-copy",
+    "zero-padding",
+    "bicubic",
+    "direct-copy",
+    "matched-update",
+    "weighted-update",
+    "last-update",
+)
 #: What says which kept token a dropped one is refilled from: the attention map down the dropped token's column (the
 #: paper's), along its row, the cosine or the Euclidean distance of features, or the distance in the grid.
 SIMILARITIES = ("attention", "attention-transposed", "cosine", "euclidean", "distance")
 #: Those that refill from other tokens.
-BY_SIMILARITY = ("similarity-copy", "matched-update", "weighted-update")
+BY_SIMILARITY = ("similarity-copy", "matched-update", "weighted-update", "last-update")
+#: Those that refill from one other token.
+BY_MATCH = ("similarity-copy", "matched-update", "last-update")
+#: Those that add an update to a token's own value.
+UPDATES = ("matched-update", "weighted-update", "last-update")
+#: What says which kept token a dropped one is refilled from: the attention map down the dropped token's column (the
+#: paper's), along its row, the cosine or the Euclidean distance of features, or the distance in the grid.
+SIMILARITIES = ("attention", "attention-transposed", "cosine", "euclidean", "distance")
+#: Those that refill from other tokens.
+BY_SIMILARITY = ("similarity-copy", "matched-update", "weighted-update", "last-update")
+#: Those that refill from one other token.
+BY_MATCH = ("similarity-copy", "matched-update", "last-update")
+#: Those that add an update to a token's own value.
+UPDATES = ("matched-update", "weighted-update", "last-update")
+#: Those that add the token's own update of the step before; in the first step there is only that of its match.
+OWN_UPDATES = ("last-update",)
 #: Whose map a copy by attention goes by: that of the layer that drops the token, or of the first layer of the block.
 COPY_MAPS = ("own", "first")
 #: Whether both halves of a guided batch keep the same tokens.

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from atedm.choices import (
-    BY_SIMILARITY,
-    COPY_MAPS,
-    COVERS,
-    GUIDANCE_MASKS,
-    PLACES,
-    RANKINGS,
-    RECOVERIES,
-    SIMILARITIES,
-    WHERES,
-    Where,
-    check_name,
-)
-from atedm.ranking import HEAD_FUSIONS, ITERATIONS
-from atedm.schedule import PAIRINGS, SCHEDULES, BlockPlace
+from atedm.checks import check_config, checked_pairs
+from atedm.choices import BY_SIMILARITY, UPDATES, WHERES, Where, check_name
+from atedm.ranking import ITERATIONS
+from atedm.schedule import BlockPlace, prune_less_blocks
 
 
 @dataclass(frozen=True)
@@ -42,6 +30,9 @@ class PruningConfig:
     #: tokens that reach it (supplement A.2). Empty means ``pruning_rate`` in the first layer. A block with nothing left
     #: to run on fewer tokens after one of them passes that one over.
     gradual: tuple[tuple[int, float], ...] = ()
+    #: What rates are multiplied by in the blocks of a feature level: (level, factor) pairs, levels counted from 1, the
+    #: finest, factors in [0, 1].
+    level_factors: tuple[tuple[int, float], ...] = ()
     #: Where in the layer tokens are dropped, one of `PLACES`. Blocks of one layer gain only inside it.
     place: str = "after-feed-forward"
     #: Which blocks: a name in `WHERES` or a predicate of a `BlockPlace`.
@@ -86,63 +77,23 @@ class PruningConfig:
     prune_less_share: float = 0.3
     #: Which block of each down and up stage is spared in prune-less steps, one of `PAIRINGS`.
     unpruned_blocks: str = "F-L"
+    #: Prune less by a lower rate everywhere: what rates are multiplied by in prune-less steps, in [0, 1]. None spares
+    #: some blocks and leaves the others as they are, as the paper does.
+    prune_less_factor: float | None = None
+    #: For how many steps of a run a block keeps its choice of tokens (supplement F, 2). 1 chooses anew in every step.
+    refresh_every: int = 1
+    #: Where tokens are dropped in steps that go by a choice made before, one of `PLACES`; None is ``place``.
+    reuse_place: str | None = None
+    #: How much of what set a token's update apart from its group's in the last step a matched update adds, in [0, 1].
+    own_update_share: float = 0.0
     #: Seed of the uniform random ranking.
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check every value."""
-        _check_rate("pruning_rate", self.pruning_rate)
-        object.__setattr__(self, "gradual", _checked_gradual(self.gradual))
-        if isinstance(self.where, str):
-            check_name("where", self.where, WHERES)
-        elif not callable(self.where):
-            raise ValueError(f"where must be a name or a predicate of a BlockPlace, not {self.where!r}")
-        check_name("place", self.place, PLACES)
-        check_name("ranking", self.ranking, RANKINGS)
-        check_name("head_fusion", self.head_fusion, HEAD_FUSIONS)
-        check_name("recovery", self.recovery, RECOVERIES)
-        check_name("similarity", self.similarity, SIMILARITIES)
-        self._check_combinations()
-        check_name("copy_map", self.copy_map, COPY_MAPS)
-        check_name("guidance_masks", self.guidance_masks, GUIDANCE_MASKS)
-        check_name("schedule", self.schedule, SCHEDULES)
-        check_name("unpruned_blocks", self.unpruned_blocks, PAIRINGS)
-        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ValueError(f"iterations must be a whole number of at least 1, not {self.iterations!r}")
-        for name in ("tolerance", "beta"):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value > 0):
-                raise ValueError(f"{name} must be a number above 0 or None, not {value!r}")
-        for name in ("eta", "alpha"):
-            if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)!r}")
-        if not (_is_number(self.prune_less_share) and 0 <= self.prune_less_share <= 1):
-            raise ValueError(f"prune_less_share must be in [0, 1], not {self.prune_less_share!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed must be a whole number, not {self.seed!r}")
-
-    def _check_combinations(self) -> None:
-        """Check what goes together."""
-        by_grid = {"bicubic recovery": self.recovery == "bicubic", f"ranking {self.ranking!r}": self.ranking in COVERS}
-        by_grid["similarity 'distance'"] = self.similarity == "distance" and self.recovery in BY_SIMILARITY
-        by_grid["match_window"] = self.match_window is not None
-        for what, is_asked in by_grid.items():
-            if is_asked and len(self.gradual) > 1:
-                raise ValueError(f"{what} needs a whole grid of tokens, so it allows one pruning layer a block")
-        if self.recovery == "weighted-update" and self.matches_by_features:
-            raise ValueError(f"weighted-update weighs by attention or by distance, not by {self.similarity!r}")
-        if self.match_window is not None:
-            if isinstance(self.match_window, bool) or not isinstance(self.match_window, int) or self.match_window < 1:
-                raise ValueError(f"match_window must be a whole number of at least 1, not {self.match_window!r}")
-            if self.similarity not in ("cosine", "euclidean"):
-                raise ValueError(f"match_window is for matches by features, not by {self.similarity}")
-        for name in ("importance_share", "cover_share"):
-            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
-                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)!r}")
-        if self.merge and self.recovery != "matched-update":
-            raise ValueError(f"merge is undone by recovery 'matched-update' alone, not by {self.recovery!r}")
-        if self.proportional_attention and self.recovery not in ("similarity-copy", "matched-update"):
-            raise ValueError(f"proportional_attention needs matches, which recovery {self.recovery!r} does without")
+        for name in ("gradual", "level_factors"):
+            object.__setattr__(self, name, checked_pairs(name, getattr(self, name)))
+        check_config(self)
 
     @classmethod
     def for_budget(
@@ -198,24 +149,43 @@ class PruningConfig:
     @property
     def method_name(self) -> str:
         """What to call it over a picture: the paper's method by its name, our own by its own."""
-        return "Matched pruning" if self.recovery in ("matched-update", "weighted-update") else "AT-EDM"
+        return "Matched pruning" if self.recovery in UPDATES else "AT-EDM"
 
     @property
     def rates(self) -> tuple[tuple[int, float], ...]:
         """(layer, rate) of every pruning layer."""
         return self.gradual or ((0, self.pruning_rate),)
 
-    def rates_in(self, layers: int) -> tuple[tuple[int, float], ...]:
-        """Return the ``rates`` of a block of so many layers: those after which something runs on fewer tokens."""
-        end = layers - (self.place == "after-feed-forward")
-        return tuple((layer, rate) for layer, rate in self.rates if layer < end)
+    def rates_in(self, block: BlockPlace, *, prune_less: bool = False) -> tuple[tuple[int, float], ...]:
+        """Return the ``rates`` in one block: those after which something runs on fewer tokens, times its factors."""
+        factor = dict(self.level_factors).get(block.level, 1.0)
+        if prune_less and self.prune_less_factor is not None:
+            factor *= self.prune_less_factor
+        end = block.layers - (self.place == "after-feed-forward")
+        return tuple((layer, factor * rate) for layer, rate in self.rates if layer < end)
+
+    def spared(self, blocks: Iterable[BlockPlace]) -> frozenset[str]:
+        """Names of those among all attention blocks of a U-Net that prune-less steps leave alone."""
+        if self.schedule == "constant" or self.prune_less_factor is not None:
+            return frozenset()
+        return prune_less_blocks(blocks, self.unpruned_blocks)
 
     @property
     def opens_layer(self) -> bool:
         """Whether the pruning layer is run part by part, because something is done or needed between its parts."""
-        if self.place == "before-self-attention":
-            return False
-        return self.place != "after-feed-forward" or self.ranking.startswith("cross-attention")
+        places = {self.place, self.place_of_reuse}
+        ranks_inside = self.place == "after-feed-forward" and self.ranking.startswith("cross-attention")
+        return ranks_inside or not places <= {"before-self-attention", "after-feed-forward"}
+
+    @property
+    def place_of_reuse(self) -> str:
+        """Where tokens are dropped in steps that go by a choice made before."""
+        return self.reuse_place or self.place
+
+    @property
+    def remembers_updates(self) -> bool:
+        """Whether the update of every token is kept for the next step."""
+        return self.recovery == "last-update" or self.own_update_share > 0
 
     @property
     def ranks_by_self_attention(self) -> bool:
@@ -262,31 +232,9 @@ class PruningConfig:
         if not isinstance(self.where, str):
             name = getattr(self.where, "__qualname__", None)
             fields["where"] = f"{self.where.__module__}.{name}" if name else repr(self.where)
-        fields["gradual"] = [list(pair) for pair in self.gradual]
+        for name in ("gradual", "level_factors"):
+            fields[name] = [list(pair) for pair in getattr(self, name)]
         return fields
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_rate(what: str, rate: object) -> None:
-    if not (_is_number(rate) and 0 <= rate < 1):  # type: ignore[operator]
-        raise ValueError(f"{what} must be in [0, 1), the share of tokens to drop, not {rate!r}")
-
-
-def _checked_gradual(gradual: object) -> tuple[tuple[int, float], ...]:
-    try:
-        pairs = tuple((layer, rate) for layer, rate in gradual)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        raise ValueError(f"gradual must be (layer, rate) pairs, not {gradual!r}") from None
-    for layer, rate in pairs:
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-            raise ValueError(f"a layer of gradual must be a whole number from 0, not {layer!r}")
-        _check_rate("a rate of gradual", rate)
-    if any(a[0] >= b[0] for a, b in itertools.pairwise(pairs)):
-        raise ValueError(f"the layers of gradual must ascend, each once: {pairs}")
-    return pairs
 
 
 #: The paper's settings by name: AT-EDM, AT-EDM† (no pruning at the second feature level), and the setting for
@@ -297,6 +245,8 @@ PRESETS: dict[str, PruningConfig] = {
     "dagger": PruningConfig(where="not-second-level"),
     "turbo": PruningConfig(where="not-second-level", schedule="constant"),
     "matched": PruningConfig(
+        pruning_rate=0.7,
+        level_factors=((2, 0.8),),
         ranking="representative",
         recovery="matched-update",
         similarity="euclidean",
@@ -304,6 +254,7 @@ PRESETS: dict[str, PruningConfig] = {
         proportional_attention=True,
         place="before-self-attention",
         schedule="constant",
+        own_update_share=0.5,
     ),
 }
 

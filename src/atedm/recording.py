@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from atedm.patching.apply import observed
+from atedm.patching.state import BlockObservation
 from atedm.patching.survey import find_unet
-from atedm.patching.transformer import BlockObservation
 
 
 @dataclass

@@ -44,10 +44,67 @@ def matched_update(kept_tokens: Tensor, start: Tensor, before: Tensor, source: T
     Returns:
         (B, N, C) in the dtype of ``kept_tokens``, summed in float32. Differentiable in all but ``source``.
     """
+    update = update_of_match(kept_tokens, start, source)
+    return (before.to(update.dtype) + update).to(kept_tokens.dtype)
+
+
+def update_of_match(kept_tokens: Tensor, start: Tensor, source: Tensor) -> Tensor:
+    """What a block added to the match of each token: ``out[b] = kept_tokens[s] - start[s]`` with s = source(b).
+
+    Args:
+        kept_tokens: (B, K, C).
+        start: (B, K, C).
+        source: (B, N) int64 positions within K.
+
+    Returns:
+        (B, N, C) float32, or better where the tokens are.
+    """
     # In 16 bits the difference and the sum would each be rounded, and a kept token come back as another.
     dtype = torch.promote_types(kept_tokens.dtype, torch.float32)
-    update = kept_tokens.to(dtype) - start.to(dtype)
-    return (before.to(dtype) + gather_tokens(update, source)).to(kept_tokens.dtype)
+    return gather_tokens(kept_tokens.to(dtype) - start.to(dtype), source)
+
+
+def with_own_update(update: Tensor, last: Tensor, source: Tensor, kept: int, share: float) -> Tensor:
+    """Add to each token's update what set its last one apart from those of its group now.
+
+    ``out[b] = update[b] + share * (last[b] - mean of last over all tokens of the source of b)``. Tokens of one group
+    get one update a step, but groups change, so what a token alone was given in one step lives on, fading, in the next.
+
+    Args:
+        update: (B, N, C), the same for all tokens of one source.
+        last: (B, N, C), what was returned the step before.
+        source: (B, N) int64 positions within K.
+        kept: K.
+        share: From 0, ``update`` as it is, to 1, the last update moved by what the group's mean moved.
+
+    Returns:
+        (B, N, C) in the dtype of ``update``.
+    """
+    each = torch.ones(source.shape, device=last.device)
+    size = torch.zeros(source.shape[0], kept, device=last.device).scatter_add(1, source, each)
+    mean = mean_by_source(last.to(update.dtype), source, each, size)
+    return update + share * (last.to(update.dtype) - gather_tokens(mean, source))
+
+
+def mean_by_source(tokens: Tensor, source: Tensor, weights: Tensor, gathered: Tensor) -> Tensor:
+    """Weighted mean of the tokens that share a source.
+
+    Args:
+        tokens: (B, N, C).
+        source: (B, N) int64 positions within K.
+        weights: (B, N) float32 of the tokens.
+        gathered: (B, K) float32, the sum of the weights by source.
+
+    Returns:
+        (B, K, C) in the dtype of ``tokens``, summed in float32 or better.
+    """
+    batch, kept = gathered.shape
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    weighted = tokens.to(dtype) * weights.unsqueeze(-1)
+    # Rows of the whole batch at once: adding row to row is many times faster than entry to entry.
+    row = (source + kept * torch.arange(batch, device=source.device).unsqueeze(-1)).flatten()
+    sums = weighted.new_zeros(batch * kept, tokens.shape[2]).index_add(0, row, weighted.flatten(0, 1))
+    return (torch.unflatten(sums, 0, (batch, kept)) / gathered.unsqueeze(-1)).to(tokens.dtype)
 
 
 def weighted_update(kept_tokens: Tensor, keep: Tensor, before: Tensor, weights: Tensor) -> Tensor:

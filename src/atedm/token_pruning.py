@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from atedm.choices import BY_MATCH
 from atedm.config import PruningConfig
 from atedm.matching import (
     attention_source,
@@ -25,11 +27,29 @@ from atedm.recovery import (
     bicubic_interpolation,
     direct_copy,
     matched_update,
+    mean_by_source,
     similarity_copy,
+    update_of_match,
     weighted_update,
+    with_own_update,
     zero_padding,
 )
 from atedm.token_ranking import Ranking
+
+
+class Choice(NamedTuple):
+    """Which tokens go on and who refills the others: all that pruning decides, and what can outlast a step."""
+
+    #: (B, N) float32.
+    importance: Tensor
+    #: (B, K) int64, ascending: the tokens that go on.
+    keep: Tensor
+    #: (B, N) int64 places within K: whom each token is refilled from, where it is from one other.
+    source: Tensor | None = None
+    #: (B, K) float32: how many tokens of the grid each kept one stands for, where that is asked for.
+    gathered: Tensor | None = None
+    #: (B, N, K): how much of each update a token takes, where it takes from all.
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,15 +64,24 @@ class Dropped:
     weights: Tensor | None = None
 
 
-def drop_tokens(
+@dataclass
+class Updates:
+    """The last update of every token of a block, for recoveries that go by it: read, and replaced at each refill."""
+
+    #: (B, N, C), None before the first refill.
+    last: Tensor | None = None
+
+
+@torch.no_grad()  # who is kept and whom a token is like has no gradient, and the product need not wait for one
+def choose_tokens(
     tokens: Tensor,
     ranking: Ranking,
     count: int,
     size: tuple[int, int],
     config: PruningConfig,
     weights: Tensor | None = None,
-) -> tuple[Tensor, Dropped]:
-    """Keep the ``count`` most important tokens, and prepare to refill the others.
+) -> Choice:
+    """Keep the ``count`` most important tokens, and find who refills the others.
 
     Args:
         tokens: (B, N, C) at the pruning point.
@@ -61,65 +90,95 @@ def drop_tokens(
         size: (h, w) of the grid if N = h w; only what goes by places needs it.
         config: The pruning config.
         weights: (B, N), how many tokens of the grid each stands for; None is one each.
+    """
+    keep = keep_most_important(ranking.importance, count)
+    choice = Choice(ranking.importance, keep)
+    if config.recovery == "weighted-update":
+        if config.similarity == "distance":
+            return choice._replace(weights=distance_weights(keep, size))
+        return choice._replace(weights=attention_weights(_map_to_copy_by(ranking, config), keep))
+    if config.recovery not in BY_MATCH:
+        return choice
+    source = _source(tokens, ranking, keep, size, config)
+    if not (config.proportional_attention or config.merge):
+        return choice._replace(source=source)
+    each = torch.ones(source.shape, device=tokens.device) if weights is None else weights
+    gathered = torch.zeros(keep.shape, device=tokens.device).scatter_add(1, source, each)
+    return choice._replace(source=source, gathered=gathered)
+
+
+def drop_tokens(
+    tokens: Tensor,
+    choice: Choice,
+    size: tuple[int, int],
+    config: PruningConfig,
+    weights: Tensor | None = None,
+    updates: Updates | None = None,
+) -> tuple[Tensor, Dropped]:
+    """Take the tokens of a choice, and prepare to refill the others.
+
+    Args:
+        tokens: (B, N, C) at the pruning point.
+        choice: From `choose_tokens`, in this step or an earlier one.
+        size: (h, w) of the grid.
+        config: The pruning config.
+        weights: As `choose_tokens`.
+        updates: Those of the last step, for configs that remember them.
 
     Returns:
         The kept tokens (B, K, C) in raster order, and what refills the rest.
     """
-    keep = keep_most_important(ranking.importance, count)
-    kept = gather_tokens(tokens, keep)
-    if config.recovery not in ("similarity-copy", "matched-update"):
-        return kept, Dropped(keep, _refill(tokens, ranking, keep, size, config))
-    with torch.no_grad():  # whom a token is like has no gradient, and the product need not wait for one
-        source = _source(tokens, ranking, keep, size, config)
-    gathered = None
-    if config.proportional_attention or config.merge:
-        each = torch.ones(source.shape, device=tokens.device) if weights is None else weights
-        gathered = torch.zeros(keep.shape, device=tokens.device).scatter_add(1, source, each)
-        if config.merge:
-            kept = merged_tokens(tokens, source, each, gathered)
-    if config.recovery == "similarity-copy":
-        refill = partial(similarity_copy, source=source)
-    else:
-        refill = partial(matched_update, start=kept, before=tokens, source=source)
-    return kept, Dropped(keep, refill, gathered if config.proportional_attention else None)
-
-
-def merged_tokens(tokens: Tensor, source: Tensor, weights: Tensor, gathered: Tensor) -> Tensor:
-    """Weighted mean of each kept token and those that match it.
-
-    Args:
-        tokens: (B, N, C).
-        source: (B, N) int64 positions within K.
-        weights: (B, N) float32 of the tokens.
-        gathered: (B, K) float32, the sum of the weights by source.
-
-    Returns:
-        (B, K, C) in the dtype of ``tokens``, summed in float32 or better.
-    """
-    batch, kept = gathered.shape
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
-    weighted = tokens.to(dtype) * weights.unsqueeze(-1)
-    # Rows of the whole batch at once: adding row to row is many times faster than entry to entry.
-    row = (source + kept * torch.arange(batch, device=source.device).unsqueeze(-1)).flatten()
-    sums = weighted.new_zeros(batch * kept, tokens.shape[2]).index_add(0, row, weighted.flatten(0, 1))
-    return (torch.unflatten(sums, 0, (batch, kept)) / gathered.unsqueeze(-1)).to(tokens.dtype)
+    kept = gather_tokens(tokens, choice.keep)
+    if config.merge:
+        assert choice.source is not None
+        assert choice.gathered is not None
+        each = torch.ones(tokens.shape[:2], device=tokens.device) if weights is None else weights
+        kept = mean_by_source(tokens, choice.source, each, choice.gathered)
+    refill = _refill(tokens, kept, choice, size, config, updates)
+    return kept, Dropped(choice.keep, refill, choice.gathered if config.proportional_attention else None)
 
 
 def _refill(
-    tokens: Tensor, ranking: Ranking, keep: Tensor, size: tuple[int, int], config: PruningConfig
+    tokens: Tensor,
+    start: Tensor,
+    choice: Choice,
+    size: tuple[int, int],
+    config: PruningConfig,
+    updates: Updates | None,
 ) -> Callable[[Tensor], Tensor]:
-    """Ways to refill that need no source."""
+    keep, source = choice.keep, choice.source
     if config.recovery == "weighted-update":
-        if config.similarity == "distance":
-            weights = distance_weights(keep, size)
-        else:
-            weights = attention_weights(_map_to_copy_by(ranking, config), keep)
-        return partial(weighted_update, keep=keep, before=tokens, weights=weights)
+        assert choice.weights is not None
+        return partial(weighted_update, keep=keep, before=tokens, weights=choice.weights)
     if config.recovery == "direct-copy":
         return partial(direct_copy, keep=keep, before=tokens)
     if config.recovery == "bicubic":
         return partial(bicubic_interpolation, keep=keep, size=size)
-    return partial(zero_padding, keep=keep, tokens=tokens.shape[1])
+    if config.recovery == "zero-padding":
+        return partial(zero_padding, keep=keep, tokens=tokens.shape[1])
+    assert source is not None
+    if config.recovery == "similarity-copy":
+        return partial(similarity_copy, source=source)
+    if config.remembers_updates and updates is not None:
+        return partial(_by_own_update, start=start, before=tokens, choice=choice, config=config, updates=updates)
+    return partial(matched_update, start=start, before=tokens, source=source)
+
+
+def _by_own_update(
+    kept_tokens: Tensor, start: Tensor, before: Tensor, choice: Choice, config: PruningConfig, updates: Updates
+) -> Tensor:
+    """Refill by the update of the match and by the own update of the step before, which is replaced."""
+    assert choice.source is not None
+    update = update_of_match(kept_tokens, start, choice.source)
+    last = updates.last
+    if last is not None and last.shape == update.shape:
+        if config.recovery == "last-update":
+            kept_updates = gather_tokens(update, choice.keep)
+            update = direct_copy(kept_updates, choice.keep, last.to(update.dtype))
+        else:
+            update = with_own_update(update, last, choice.source, choice.keep.shape[1], config.own_update_share)
+    updates.last = update.detach().to(kept_tokens.dtype)
+    return (before.to(update.dtype) + update).to(kept_tokens.dtype)
 
 
 def _source(tokens: Tensor, ranking: Ranking, keep: Tensor, size: tuple[int, int], config: PruningConfig) -> Tensor:

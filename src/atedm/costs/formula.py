@@ -7,13 +7,14 @@ For one image and one layer, N tokens of C channels and T words of width D: the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from atedm.config import PruningConfig
 from atedm.pruning import keep_count
-from atedm.schedule import BlockPlace, prune_less_blocks, prune_less_steps
+from atedm.schedule import BlockPlace, is_prune_less
 
 #: How MACs are counted: see `Macs`.
 CONVENTIONS = ("exact", "paper")
@@ -100,22 +101,37 @@ def layer_macs(shape: BlockShape, in_self: int, in_cross: int, in_ff: int) -> Ma
     )
 
 
-def block_macs(shape: BlockShape, config: PruningConfig | None = None) -> Macs:
-    """MACs of one attention block for one image; dense without a ``config``."""
+def block_macs(
+    shape: BlockShape, config: PruningConfig | None = None, *, prune_less: bool = False, reuses: bool = False
+) -> Macs:
+    """MACs of one attention block for one image; dense without a ``config``.
+
+    Args:
+        shape: The block.
+        config: How it is pruned.
+        prune_less: Whether the step is a prune-less one that does not spare this block.
+        reuses: Whether the step goes by a choice of tokens made before.
+    """
     n, c = shape.tokens, shape.channels
-    rates = dict(config.rates_in(shape.place.layers)) if config is not None else {}
     total = Macs(linear=2 * n * c * c)
-    if config is not None and config.needs_first_map and any(keep_count(n, rate) < n for rate in rates.values()):
+    if config is None:
+        return total.plus(layer_macs(shape, n, n, n).times(shape.place.layers))
+    rates = dict(config.rates_in(shape.place, prune_less=prune_less))
+    place = config.place_of_reuse if reuses else config.place
+    if config.needs_first_map and not reuses and any(keep_count(n, rate) < n for rate in rates.values()):
         total = total.plus(Macs(map=map_macs(shape, n)))
     for layer in range(shape.place.layers):
         left = keep_count(n, rates[layer]) if layer in rates else n
-        if config is None or left == n:
+        if left == n:
             total = total.plus(layer_macs(shape, n, n, n))
             continue
-        in_self = left if config.place == "before-self-attention" else n
-        in_cross = left if config.place in ("after-self-attention", "before-self-attention") else n
-        in_ff = n if config.place == "after-feed-forward" else left
-        total = total.plus(layer_macs(shape, in_self, in_cross, in_ff), overhead_macs(shape, config, n, left))
+        in_self = left if place == "before-self-attention" else n
+        in_cross = left if place in ("after-self-attention", "before-self-attention") else n
+        in_ff = n if place == "after-feed-forward" else left
+        total = total.plus(layer_macs(shape, in_self, in_cross, in_ff))
+        total = total.plus(refill_macs(shape, config, n, left))
+        if not reuses:
+            total = total.plus(overhead_macs(shape, config, n, left))
         n = left
     return total
 
@@ -125,8 +141,13 @@ def map_macs(shape: BlockShape, tokens: int) -> int:
     return 2 * tokens * shape.channels * shape.channels + tokens * tokens * shape.channels
 
 
+def refill_macs(shape: BlockShape, config: PruningConfig, tokens: int, kept: int) -> Macs:
+    """MACs of refilling N = ``tokens`` from K = ``kept``, which is but a copy in most recoveries."""
+    return Macs(matching=kept * tokens * shape.channels if config.recovery == "weighted-update" else 0)
+
+
 def overhead_macs(shape: BlockShape, config: PruningConfig, tokens: int, kept: int) -> Macs:
-    """MACs that one pruning layer adds: N = ``tokens`` reach it, K = ``kept`` go on."""
+    """MACs that choosing in one pruning layer adds: N = ``tokens`` reach it, K = ``kept`` go on."""
     c, t, d = shape.channels, shape.words, shape.word_width
     ranked = shape.heads * config.iterations if config.head_fusion == "rms" else config.iterations
     of_map, of_ranking, of_matching = 0, 0, 0
@@ -139,8 +160,6 @@ def overhead_macs(shape: BlockShape, config: PruningConfig, tokens: int, kept: i
         of_ranking = ranked * tokens * t * _PRODUCTS[config.ranking]
     if config.matches_by_features:
         of_matching = kept * (tokens - kept) * c
-    if config.recovery == "weighted-update":
-        of_matching = kept * tokens * c
     if config.ranking == "representative":
         cover = max(1, round(config.cover_share * kept))
         of_matching += cover * (tokens - cover) * c
@@ -159,9 +178,49 @@ _PRODUCTS = {
 
 
 def step_macs(shapes: Sequence[BlockShape], config: PruningConfig, pruned: frozenset[str], prune_less: bool) -> Macs:
-    """MACs of all attention blocks in one step for one image: a normal one, or a prune-less one."""
-    spared = prune_less_blocks((s.place for s in shapes), config.unpruned_blocks) if prune_less else frozenset()
-    return Macs().plus(*(block_macs(s, config if s.place.name in pruned - spared else None) for s in shapes))
+    """MACs of all attention blocks in one step for one image, all chosen anew: a normal step, or a prune-less one."""
+    spared = config.spared(s.place for s in shapes) if prune_less else frozenset()
+    return Macs().plus(
+        *(block_macs(s, config if s.place.name in pruned - spared else None, prune_less=prune_less) for s in shapes)
+    )
+
+
+class BlockStep(NamedTuple):
+    """What a pruned block does in a step."""
+
+    prune_less: bool
+    #: Nothing is dropped.
+    dense: bool
+    #: It goes by a choice of tokens made before.
+    reuses: bool
+
+
+def block_steps(config: PruningConfig, block: BlockPlace, is_spared: bool, steps: int) -> Counter[BlockStep]:
+    """Count what a pruned block does in the ``steps`` steps of a run.
+
+    A choice lasts ``config.refresh_every`` steps, unless the number of tokens to choose changes in between.
+    """
+    counts: Counter[BlockStep] = Counter()
+    made, made_for = -config.refresh_every, None
+    for step in range(steps):
+        less = is_prune_less(step / steps, config.schedule, config.prune_less_share)
+        rates = config.rates_in(block, prune_less=less)
+        dense = less and is_spared
+        reuses = not dense and step - made < config.refresh_every and made_for == rates
+        if not dense and not reuses:
+            made, made_for = step, rates
+        counts[BlockStep(less, dense, reuses)] += 1
+    return counts
+
+
+def block_run_macs(shape: BlockShape, config: PruningConfig, is_spared: bool, steps: int) -> Macs:
+    """Sum of `block_macs` of one pruned block over a run of ``steps`` steps, for one image."""
+    return Macs().plus(
+        *(
+            block_macs(shape, None if kind.dense else config, prune_less=kind.prune_less, reuses=kind.reuses).times(n)
+            for kind, n in block_steps(config, shape.place, is_spared, steps).items()
+        )
+    )
 
 
 def mean_macs(
@@ -171,7 +230,11 @@ def mean_macs(
     steps: int = 50,
     convention: str = "exact",
 ) -> float:
-    """Mean of `step_macs` over a run of ``steps`` steps, summed up by one of `CONVENTIONS`."""
-    early = prune_less_steps(steps, config.schedule, config.prune_less_share) / steps
-    normal, less = (step_macs(shapes, config, pruned, kind).by(convention) for kind in (False, True))
-    return early * less + (1 - early) * normal
+    """Mean MACs of all attention blocks over a run of ``steps`` steps for one image, by one of `CONVENTIONS`."""
+    spared = config.spared(s.place for s in shapes)
+    total = 0
+    for s in shapes:
+        name = s.place.name
+        run = block_run_macs(s, config, name in spared, steps) if name in pruned else block_macs(s).times(steps)
+        total += run.by(convention)
+    return total / steps

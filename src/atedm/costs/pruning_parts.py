@@ -17,8 +17,8 @@ from atedm.attention_map import attention_maps, empty_map
 from atedm.config import PruningConfig
 from atedm.costs.stopwatch import free_memory
 from atedm.matching import attention_source
+from atedm.patching.pruning_layer import queries_and_keys
 from atedm.patching.summary import PatchSummary
-from atedm.patching.transformer import queries_and_keys
 from atedm.pruning import gather_tokens, keep_most_important
 from atedm.ranking import RankedMap, gwpr, root_mean_square
 from atedm.recovery import similarity_copy

@@ -9,7 +9,7 @@ import atedm
 from atedm.config import PruningConfig, preset
 from atedm.costs.architectures import architecture
 from atedm.costs.counting import LATE, Counted, count_macs, kinds_of_step
-from atedm.costs.formula import CONVENTIONS, BlockShape, Macs, block_macs
+from atedm.costs.formula import CONVENTIONS, BlockShape, Macs, block_macs, block_run_macs
 from atedm.costs.tome import ToMe, tome_macs, tome_mean_macs, tome_step_macs
 from atedm.patching.apply import pruned
 from atedm.patching.summary import block_shape
@@ -53,6 +53,8 @@ class BlockCost:
     dense: Macs
     normal_step: Macs
     prune_less_step: Macs
+    #: All steps of the run together.
+    run: Macs
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ class CostReport:
             self.rest + sum(getattr(block, step).by(convention) for block in self.blocks)
             for step in ("dense", "normal_step", "prune_less_step")
         )
-        early = self.prune_less_steps / self.steps
-        return Figures(dense, normal, less, early * less + (1 - early) * normal)
+        mean = self.rest + sum(block.run.by(convention) for block in self.blocks) / self.steps
+        return Figures(dense, normal, less, mean)
 
     def with_tome(self, tome: ToMe, convention: str = "exact") -> Figures:
         """Figures of ToMe on the same model at the same size."""
@@ -204,13 +206,14 @@ def cost(
     shapes = [block_shape(unet, place, latents, arch.words) for place, _ in find_blocks(unet).values()]
     if isinstance(method, PruningConfig):
         chosen = frozenset(choose_blocks(find_blocks(unet), method))
-        blocks = tuple(_pruned_block(shape, method, chosen, _spared(shapes, method), images) for shape in shapes)
+        spared = method.spared(shape.place for shape in shapes)
+        blocks = tuple(_pruned_block(shape, method, chosen, spared, images, steps) for shape in shapes)
         early = prune_less_steps(steps, method.schedule, method.prune_less_share)
     else:
         at_all = prune_less_blocks((shape.place for shape in shapes), method.unpruned_blocks)
         spared = at_all if method.prune_less_share else frozenset()
-        blocks = tuple(_tome_block(shape, method, spared, images) for shape in shapes)
         early = prune_less_steps(steps, "prune-less-early", method.prune_less_share)
+        blocks = tuple(_tome_block(shape, method, spared, images, steps, early) for shape in shapes)
     call = arch.call(size)
     dense = count_macs(unet, call, LATE)
     report = CostReport(arch.name, method, size, batch, guidance, steps, early, blocks, _stages(dense, images))
@@ -241,30 +244,30 @@ def suiting(model: Any) -> PruningConfig:
 
 
 def _pruned_block(
-    shape: BlockShape, config: PruningConfig, chosen: frozenset[str], spared: frozenset[str], images: int
+    shape: BlockShape, config: PruningConfig, chosen: frozenset[str], spared: frozenset[str], images: int, steps: int
 ) -> BlockCost:
     name = shape.place.name
     dense = block_macs(shape).times(images)
     if name not in chosen:
-        return BlockCost(shape, shape.tokens, False, dense, dense, dense)
+        return BlockCost(shape, shape.tokens, False, dense, dense, dense, dense.times(steps))
     kept = shape.tokens
-    for _, rate in config.rates_in(shape.place.layers):
+    for _, rate in config.rates_in(shape.place):
         kept = keep_count(kept, rate)
     normal = block_macs(shape, config).times(images)
-    return BlockCost(shape, kept, name in spared, dense, normal, dense if name in spared else normal)
+    less = dense if name in spared else block_macs(shape, config, prune_less=True).times(images)
+    run = block_run_macs(shape, config, name in spared, steps).times(images)
+    return BlockCost(shape, kept, name in spared, dense, normal, less, run)
 
 
-def _tome_block(shape: BlockShape, tome: ToMe, spared: frozenset[str], images: int) -> BlockCost:
+def _tome_block(
+    shape: BlockShape, tome: ToMe, spared: frozenset[str], images: int, steps: int, early: int
+) -> BlockCost:
     dense, merged = (macs.times(images) for macs in (block_macs(shape), tome_macs(shape, tome)))
     is_spared = shape.place.name in spared
     kept = shape.tokens - tome.merged(shape)
-    return BlockCost(shape, kept, is_spared, dense, merged, dense if is_spared else merged)
-
-
-def _spared(shapes: list[BlockShape], config: PruningConfig) -> frozenset[str]:
-    if config.schedule == "constant":
-        return frozenset()
-    return prune_less_blocks((shape.place for shape in shapes), config.unpruned_blocks)
+    less = dense if is_spared else merged
+    run = less.times(early).plus(merged.times(steps - early))
+    return BlockCost(shape, kept, is_spared, dense, merged, less, run)
 
 
 def _stages(counted: Counted, images: int) -> tuple[StageCost, ...]:

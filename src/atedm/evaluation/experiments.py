@@ -76,10 +76,12 @@ def _matched() -> dict[str, str]:
         "kept by lattice": changed("ranking=lattice"),
         "kept by facility location": changed("ranking=facility-location"),
         "a fifth by G-WPR": changed("importance_share=0.2"),
-        "copied": changed("recovery=similarity-copy,merge=false"),
+        "copied": changed("recovery=similarity-copy,merge=false,own_update_share=0"),
         "update weighted by distance": changed(
-            "recovery=weighted-update,similarity=distance,merge=false,proportional_attention=false"
+            "recovery=weighted-update,similarity=distance,merge=false,proportional_attention=false,own_update_share=0"
         ),
+        "no own update": changed("own_update_share=0"),
+        "own update alone": changed("recovery=last-update,own_update_share=0"),
         "match by cosine": changed("similarity=cosine"),
         "match by attention": changed("similarity=attention"),
         "match by place": changed("similarity=distance"),
@@ -89,8 +91,12 @@ def _matched() -> dict[str, str]:
         "neither": changed("merge=false,proportional_attention=false"),
         "after the first layer": changed("place=after-feed-forward"),
         "after self-attention": changed("place=after-self-attention"),
+        "one rate for all levels": changed("level_factors=[]"),
         "less early": changed("schedule=prune-less-early"),
         "more early": changed("schedule=prune-more-early"),
+        "less early, everywhere": changed("schedule=prune-less-early,prune_less_factor=0.7"),
+        "a choice for 2 steps": changed("refresh_every=2"),
+        "a choice for 5 steps": changed("refresh_every=5"),
         "not the second level": changed("where=not-second-level"),
     }
 

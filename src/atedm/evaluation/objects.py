@@ -22,8 +22,8 @@ from atedm.config import PruningConfig
 from atedm.generate import Progress
 from atedm.matching import attention_source, match_by_features
 from atedm.patching.apply import is_applied
+from atedm.patching.pruning_layer import queries_and_keys
 from atedm.patching.survey import find_blocks, find_unet
-from atedm.patching.transformer import queries_and_keys
 from atedm.pruning import gather_tokens, keep_count, keep_most_important
 from atedm.tiny.scenes import BACKGROUNDS, COLOURS, Scene
 from atedm.token_ranking import QueriesAndKeys, rank_tokens

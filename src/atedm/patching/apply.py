@@ -11,11 +11,12 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from atedm.config import PruningConfig, preset
+from atedm.patching.state import BlockObservation, BlockPatch, UNetState
 from atedm.patching.steps import step_position
 from atedm.patching.summary import PatchSummary
 from atedm.patching.survey import choose_blocks, find_blocks, find_unet, refuse_chunking
-from atedm.patching.transformer import BlockObservation, BlockPatch, PrunedTransformer2DModel, UNetState
-from atedm.schedule import is_prune_less, prune_less_blocks
+from atedm.patching.transformer import PrunedTransformer2DModel
+from atedm.schedule import is_prune_less
 
 
 def apply(target: Any, config: PruningConfig | str = "paper", *, budget: float | None = None) -> PatchSummary:
@@ -53,7 +54,7 @@ def apply(target: Any, config: PruningConfig | str = "paper", *, budget: float |
     chosen = choose_blocks(blocks, config)
     state = UNetState(config, tuple(chosen))
     # A stage counts all its attention blocks, so First and Last do not depend on which of them are pruned.
-    spared = prune_less_blocks((place for place, _ in blocks.values()), config.unpruned_blocks)
+    spared = config.spared(place for place, _ in blocks.values())
     summary = PatchSummary.of(unet, config, [place for place, _ in blocks.values()], frozenset(chosen), spared)
     for name, (place, module) in chosen.items():
         module._atedm = BlockPatch(place, state, name in spared)
@@ -142,9 +143,14 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
             "call atedm.remove first, or leave the masks out"
         )
     state: UNetState = unet._atedm
-    for name in state.blocks:
-        refuse_chunking(name, unet.get_submodule(name))
     position = step_position(given["timestep"])
+    remembers = state.config.refresh_every > 1 or state.config.remembers_updates
+    follows = remembers and state.run.follows(given["timestep"], position)
+    for name in state.blocks:
+        block = unet.get_submodule(name)
+        refuse_chunking(name, block)
+        if remembers:
+            block._atedm.memory.begin_step(follows, state.config.refresh_every)
     state.step = torch.tensor(position.step, device="cpu")
     state.prune_less = is_prune_less(position.share, state.config.schedule, state.config.prune_less_share)
 

@@ -37,7 +37,7 @@ def step_position(timestep: Tensor | float, train_timesteps: int = 1000) -> Step
         The `StepPosition`.
     """
     if isinstance(timestep, Tensor):
-        if _is_element(timestep):
+        if is_listed(timestep):
             step, steps = int(timestep.storage_offset()), _storage_length(timestep)
             return StepPosition(step, step / steps)
         timestep = float(timestep.max())
@@ -46,7 +46,7 @@ def step_position(timestep: Tensor | float, train_timesteps: int = 1000) -> Step
     return StepPosition(round(share * train_timesteps), share)
 
 
-def _is_element(timestep: Tensor) -> bool:
+def is_listed(timestep: Tensor) -> bool:
     """Whether this is one element, perhaps expanded over the batch, of a longer one-dimensional tensor."""
     one = timestep.numel() == 1 or all(
         stride == 0 for stride, length in zip(timestep.stride(), timestep.shape, strict=True) if length > 1

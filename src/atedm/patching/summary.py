@@ -51,7 +51,8 @@ class PatchSummary:
     @property
     def saving(self) -> float:
         """Share of the attention blocks' arithmetic that a normal step saves, net of what pruning adds."""
-        return 1 - self._mean(self.config.replace(schedule="constant")) / self._dense
+        normal = self.config.replace(schedule="constant", refresh_every=1, reuse_place=None)
+        return 1 - self._mean(normal) / self._dense
 
     @property
     def mean_saving(self) -> float:
@@ -65,7 +66,7 @@ class PatchSummary:
     @property
     def prunable(self) -> float:
         """Share of the attention blocks' arithmetic that would go if all but one token were dropped."""
-        gone = self.config.replace(pruning_rate=1 - 1e-9, gradual=(), schedule="constant")
+        gone = self.config.replace(pruning_rate=1 - 1e-9, gradual=(), level_factors=(), schedule="constant")
         return 1 - self._mean(gone) / self._dense
 
     def kept_share(self, steps: int) -> float:
@@ -74,14 +75,15 @@ class PatchSummary:
         shares = []
         for shape in self.shapes:
             if shape.place.name in self.pruned:
-                kept = self.kept(shape) / shape.tokens
-                shares.append(early + (1 - early) * kept if shape.place.name in self.spared else kept)
+                normal, less = (self.kept(shape, prune_less=kind) / shape.tokens for kind in (False, True))
+                less = 1.0 if shape.place.name in self.spared else less
+                shares.append(early * less + (1 - early) * normal)
         return sum(shares) / len(shares)
 
-    def kept(self, shape: BlockShape) -> int:
-        """Tokens left in a block at the end of a normal step."""
+    def kept(self, shape: BlockShape, *, prune_less: bool = False) -> int:
+        """Tokens left at the end of a block in a normal step, or in a prune-less one that does not spare it."""
         left = shape.tokens
-        for _, rate in self.config.rates_in(shape.place.layers):
+        for _, rate in self.config.rates_in(shape.place, prune_less=prune_less):
             left = keep_count(left, rate)
         return left
 

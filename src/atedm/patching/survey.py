@@ -73,7 +73,7 @@ def choose_blocks(
     wanted = {name: found for name, found in blocks.items() if config.prunes(found[0])}
     if not wanted:
         raise ValueError(f"where={config.as_dict()['where']!r} names none of the {len(blocks)} attention blocks")
-    gaining = {name: found for name, found in wanted.items() if config.rates_in(found[0].layers)}
+    gaining = {name: found for name, found in wanted.items() if config.rates_in(found[0])}
     if not gaining:
         depth = max(place.layers for place, _ in wanted.values())
         raise ValueError(_nothing_to_gain(depth, config))

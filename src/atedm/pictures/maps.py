@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 
-from atedm.patching.transformer import BlockObservation
+from atedm.patching.state import BlockObservation
 from atedm.pictures.canvas import Cell, draw_sheet
 from atedm.recording import Recording
 
