@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import atedm
-from atedm.generate import Request, generate, save_image
+from atedm.costs.fit import mean_share
+from atedm.generate import Request, generate, save_image, shown_beside
 from atedm.patching.survey import find_unet
 from atedm.pipelines import load_pipeline
 
@@ -33,7 +34,7 @@ def test_a_run_can_be_repeated_from_its_run_file(pipe: Any, tmp_path: Path) -> N
     assert names == both | {"comparison.png", "run.json"}
     run = json.loads((tmp_path / "first" / "run.json").read_text())
     asked = run["request"]
-    config = atedm.PruningConfig(**asked.pop("config") | {"gradual": ()})
+    config = atedm.PruningConfig(**asked.pop("config"))
     again = Request(**asked | {"prompts": tuple(asked["prompts"]), "config": config})
     generate(pipe, again, tmp_path / "again")
     for i in (0, 1):
@@ -64,6 +65,30 @@ def test_gradual_pruning_is_recorded_and_drawn_on_the_whole_grid(pipe: Any, tmp_
     assert recording.kept_share == 0.25
     generate(pipe, request_for(prompts=PROMPTS[:1], config=config), tmp_path, compare=True, maps=True)
     assert (tmp_path / "maps-0.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "other", "cost"),
+    [("dagger", "", "Matched pruning", 0.89), ("matched", "", "AT-EDM", None), ("paper", "dagger", "AT-EDM", 0.83)],
+)
+def test_another_way_is_shown_beside_at_the_same_cost(
+    pipe: Any, tmp_path: Path, config: str, name: str, other: str, cost: float | None
+) -> None:
+    request = shown_beside(pipe, request_for(prompts=PROMPTS[:1], config=atedm.PRESETS[config], steps=10), name)
+    assert request.beside is not None
+    assert request.beside.method_name == other
+    mine, theirs = (mean_share(pipe, each, steps=10) for each in (request.config, request.beside))
+    if cost is not None:
+        assert theirs == pytest.approx(mine, abs=0.02) == pytest.approx(cost, abs=0.02)
+    else:
+        assert request.beside == atedm.PRESETS["paper"]  # which does not come down to that
+    (made,) = generate(pipe, request, tmp_path, compare=True)
+    assert made.beside is not None
+    assert made.beside.psnr_to_dense not in (None, made.psnr_to_dense)
+    assert {file.name for file in tmp_path.iterdir()} >= {"beside-0.png", "pruned-0.png", "comparison.png"}
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert atedm.PruningConfig(**run["request"]["beside"]) == request.beside
+    assert not atedm.is_applied(pipe)
 
 
 def test_rate_zero_is_the_dense_image(pipe: Any, tmp_path: Path) -> None:

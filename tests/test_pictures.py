@@ -9,7 +9,7 @@ from PIL import Image
 
 from atedm.patching.state import BlockObservation
 from atedm.pictures.canvas import Cell, draw_sheet
-from atedm.pictures.comparison import Pair, comparison_sheet, difference, psnr
+from atedm.pictures.comparison import Comparison, Pruned, comparison_sheet, difference, psnr
 from atedm.pictures.maps import importance_overlay, kept_overlay, maps_sheet, mean_kept_overlay
 from atedm.recording import Recording
 
@@ -66,10 +66,12 @@ def test_psnr_and_difference() -> None:
 def test_sheets_hold_every_picture_and_grow_with_rows() -> None:
     recording = Recording([observation()], ("mid_block.attentions.0",), [0.25])
     red = Image.new("RGB", (64, 64), (200, 0, 0))
-    pairs = [Pair("a prompt that is long " * 20, WHITE, red, recording)] * 2
-    sheet = comparison_sheet(pairs, "headline")
-    one = comparison_sheet(pairs[:1], "headline")
+    way = Pruned("AT-EDM", red, recording)
+    rows = [Comparison("a prompt that is long " * 20, WHITE, (way,))] * 2
+    sheet = comparison_sheet(rows, "headline")
+    one = comparison_sheet(rows[:1], "headline")
     assert sheet.width == one.width >= 4 * 256
+    assert comparison_sheet([Comparison("two ways", WHITE, (way, way))]).width >= 7 * 256
     assert sheet.height > 1.7 * one.height
     red_pixels = (np.asarray(sheet) == (200, 0, 0)).all(-1).sum()
     assert red_pixels >= 2 * 256 * 256

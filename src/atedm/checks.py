@@ -122,7 +122,9 @@ def _check_refill(config: PruningConfig) -> None:
     if config.match_window is not None and config.similarity not in ("cosine", "euclidean"):
         raise ValueError(f"match_window is for matches by features, not by {config.similarity}")
     if config.merge and config.recovery not in ("matched-update", "last-update"):
-        raise ValueError(f"merge is undone by an update of one match alone, not by recovery {config.recovery!r}; turn it off")
+        raise ValueError(
+            f"merge is undone by an update of one match alone, not by recovery {config.recovery!r}; turn it off"
+        )
     if config.proportional_attention and config.recovery not in BY_MATCH:
         raise ValueError(f"proportional_attention needs matches, which recovery {config.recovery!r} does without")
 
@@ -134,9 +136,7 @@ def _check_memory(config: PruningConfig) -> None:
     if config.refresh_every > 1 and config.recovery == "weighted-update" and config.similarity != "distance":
         raise ValueError("weighted-update by attention needs the whole map of each step; set refresh_every to 1")
     if config.own_update_share > 0 and config.recovery != "matched-update":
-        raise ValueError(
-            f"own_update_share is for recovery 'matched-update', not for {config.recovery!r}; set it to 0"
-        )
+        raise ValueError(f"own_update_share is for recovery 'matched-update', not for {config.recovery!r}; set it to 0")
 
 
 def _is_whole(value: object) -> bool:

@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ import torch
 from PIL import Image
 
 import atedm
-from atedm.config import PruningConfig
+from atedm.config import PRESETS, PruningConfig, preset
+from atedm.costs.budget import CostOutOfReach
+from atedm.costs.fit import mean_share
 from atedm.patching.apply import pruned
-from atedm.pictures.comparison import Pair, comparison_sheet, psnr
+from atedm.pictures.comparison import Comparison, Pruned, comparison_sheet, psnr
 from atedm.pictures.maps import maps_sheet
 from atedm.recording import recorded
 
@@ -38,6 +41,8 @@ class Request:
     width: int | None = None
     height: int | None = None
     seed: int = 0
+    #: What to show beside it where images are compared.
+    beside: PruningConfig | None = None
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -64,6 +69,8 @@ class Made:
     dense_file: str | None = None
     dense_seconds: float | None = None
     psnr_to_dense: float | None = None
+    #: The same by ``request.beside``.
+    beside: Made | None = None
 
 
 def generate(
@@ -84,7 +91,8 @@ def generate(
         pipe: A text-to-image pipeline with a U-Net, not patched.
         request: What to make.
         out: The folder; made if missing.
-        compare: Make each image dense too, and ``comparison.png``: dense | pruned | difference | kept tokens.
+        compare: Make each image dense too, and by ``request.beside``, and ``comparison.png``: the dense one, then of
+            each way to prune the image, its difference to dense, and the kept tokens.
         maps: Draw ``maps-N.png``: importance and kept tokens over each image, per block and step.
         model: Name of the model, for ``run.json``.
         progress: Told of every step.
@@ -94,25 +102,32 @@ def generate(
         ValueError: If there is nothing to prune in it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with pruned(pipe, request.config) as summary:
-        pass  # before any work: refuses what cannot be pruned
+    ways = {"pruned": request.config}
+    if compare and request.beside is not None:
+        ways["beside"] = request.beside
+    for config in reversed(ways.values()):
+        with pruned(pipe, config) as summary:
+            pass  # before any work: refuses what cannot be pruned
+    names = {way: _name_with_cost(pipe, request, config) for way, config in ways.items()} if compare else {}
     made: list[Made] = []
-    pairs: list[Pair] = []
+    comparisons: list[Comparison] = []
     for index, prompt in enumerate(request.prompts):
         dense, dense_seconds = None, None
         if compare:
             dense, dense_seconds = _make(pipe, request, index, f"dense {index}", progress)
             save_image(dense, out / f"dense-{index}.png")
-        with pruned(pipe, request.config), recorded(pipe) as recording:
-            image, seconds = _make(pipe, request, index, f"pruned {index}", progress)
-        save_image(image, out / f"pruned-{index}.png")
-        if dense is not None:
-            pairs.append(Pair(prompt, dense, image, recording))
-        if maps and recording.observations:
-            save_image(maps_sheet(image, recording, prompt), out / f"maps-{index}.png")
-        made.append(
-            Made(
-                file=f"pruned-{index}.png",
+        drawn: dict[str, Made] = {}
+        shown: list[Pruned] = []
+        for way, config in ways.items():
+            with pruned(pipe, config), recorded(pipe) as recording:
+                image, seconds = _make(pipe, request, index, f"{way} {index}", progress)
+            save_image(image, out / f"{way}-{index}.png")
+            if dense is not None:
+                shown.append(Pruned(names[way], image, recording))
+            if maps and way == "pruned" and recording.observations:
+                save_image(maps_sheet(image, recording, prompt), out / f"maps-{index}.png")
+            drawn[way] = Made(
+                file=f"{way}-{index}.png",
                 prompt=prompt,
                 seed=request.seed + index,
                 seconds=round(seconds, 3),
@@ -121,16 +136,12 @@ def generate(
                 dense_seconds=None if dense_seconds is None else round(dense_seconds, 3),
                 psnr_to_dense=None if dense is None else min(round(psnr(image, dense), 2), 999.0),
             )
-        )
-    if pairs:
-        keep = 1 - request.config.pruning_rate
-        kept = (
-            "several pruning layers" if request.config.gradual else f"{keep:.0%} of the tokens kept in a pruned block"
-        )
-        save_image(
-            comparison_sheet(pairs, f"{request.config.method_name}, {kept}, {request.steps} steps"),
-            out / "comparison.png",
-        )
+        if dense is not None:
+            comparisons.append(Comparison(prompt, dense, tuple(shown)))
+        made.append(dataclasses.replace(drawn["pruned"], beside=drawn.get("beside")))
+    if comparisons:
+        headline = f"Same noise, {request.steps} steps; cost is the share of the dense arithmetic"
+        save_image(comparison_sheet(comparisons, headline), out / "comparison.png")
     save_json(_run_file(pipe, request, model, summary.saving, summary.mean_saving, made), out / "run.json")
     return made
 
@@ -142,16 +153,41 @@ def within_budget(pipe: Any, request: Request, share: float) -> Request:
         TypeError: If the pipeline has no U-Net.
         ValueError: If the budget cannot be kept; the message names the floor.
     """
-    sides = (request.width, request.height)
-    default = (pipe.unet.config.sample_size or 64) * pipe.vae_scale_factor
     config = PruningConfig.for_budget(
-        pipe,
-        share=share,
-        config=request.config,
-        size=(sides[0] or default, sides[1] or default),
-        steps=request.steps,
+        pipe, share=share, config=request.config, size=_size(pipe, request), steps=request.steps
     )
     return dataclasses.replace(request, config=config)
+
+
+def shown_beside(pipe: Any, request: Request, name: str = "") -> Request:
+    """Return ``request`` with another way to prune beside it, at the same cost where it comes down to that.
+
+    Args:
+        pipe: A pipeline with a U-Net.
+        request: What to make.
+        name: A preset; by default "matched" beside AT-EDM, and "paper" beside matched pruning.
+
+    Raises:
+        TypeError: If the pipeline has no U-Net.
+        ValueError: If the preset is unknown, or there is nothing to prune.
+    """
+    name = name or ("matched" if request.config.method_name == PRESETS["paper"].method_name else "paper")
+    other = preset(name)
+    size = _size(pipe, request)
+    share = mean_share(pipe, request.config, size=size, steps=request.steps)
+    with suppress(CostOutOfReach):
+        other = PruningConfig.for_budget(pipe, share=share, config=other, size=size, steps=request.steps)
+    return dataclasses.replace(request, beside=other)
+
+
+def _size(pipe: Any, request: Request) -> tuple[int, int]:
+    default = (pipe.unet.config.sample_size or 64) * pipe.vae_scale_factor
+    return (request.width or default, request.height or default)
+
+
+def _name_with_cost(pipe: Any, request: Request, config: PruningConfig) -> str:
+    share = mean_share(pipe, config, size=_size(pipe, request), steps=request.steps)
+    return f"{config.method_name}, cost {share:.2f}"
 
 
 def _make(pipe: Any, request: Request, index: int, what: str, progress: Progress | None) -> tuple[Image.Image, float]:
@@ -182,7 +218,11 @@ def _run_file(
         "model": model,
         "pipeline": type(pipe).__name__,
         "scheduler": type(pipe.scheduler).__name__,
-        "request": {**asdict(request), "config": request.config.as_dict()},
+        "request": {
+            **asdict(request),
+            "config": request.config.as_dict(),
+            "beside": None if request.beside is None else request.beside.as_dict(),
+        },
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "device": str(pipe.unet.device),
         "threads": torch.get_num_threads(),

@@ -45,9 +45,19 @@ def generate(
     compare: Annotated[
         bool,
         typer.Option(
-            "--compare", help="Also make each image dense, and one sheet to compare.", rich_help_panel="Output"
+            "--compare",
+            help="Also make each image dense, and with another preset beside, and one sheet to compare.",
+            rich_help_panel="Output",
         ),
     ] = False,
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            help="Preset to show beside it with --compare, at the same cost where it comes down to that, or none. "
+            "By default matched beside the paper's, and paper beside ours.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
     maps: Annotated[
         bool,
         typer.Option("--maps", help="Draw importance and kept tokens per block and step.", rich_help_panel="Output"),
@@ -68,7 +78,7 @@ def generate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from atedm.generate import Request, within_budget
+    from atedm.generate import Request, shown_beside, within_budget
     from atedm.generate import generate as make
     from atedm.pipelines import habits, load_pipeline, quiet_libraries
 
@@ -90,7 +100,10 @@ def generate(
         pipe = load_pipeline(model, device=device)
         if share is not None:
             request = within_budget(pipe, request, share)
-    total = len(request.prompts) * (2 if compare else 1) * request.steps
+        if compare and beside != "none":
+            request = shown_beside(pipe, request, beside or "")
+    ways = 1 + compare + (request.beside is not None)
+    total = len(request.prompts) * ways * request.steps
     with Progress(console=console) as bar:
         task = bar.add_task("images", total=total)
         done = {"whole": 0}
@@ -106,4 +119,10 @@ def generate(
         if image.psnr_to_dense is not None:
             line += f"  (dense {image.dense_seconds:.2f} s, {image.psnr_to_dense:.1f} dB apart)"
         typer.echo(line)
+        if image.beside is not None:
+            other = image.beside
+            typer.echo(
+                f"{out / other.file}  beside  kept {other.kept_share:.1%}  {other.seconds:.2f} s"
+                f"  ({other.psnr_to_dense:.1f} dB apart)"
+            )
     typer.echo(f"{out / 'comparison.png'}" if compare else f"{out / 'run.json'}")

@@ -14,13 +14,22 @@ from atedm.recording import Recording
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One prompt made twice from the same seed."""
+class Pruned:
+    """An image made with tokens pruned."""
+
+    #: What to call it.
+    name: str
+    image: Image.Image
+    recording: Recording
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt made several times from the same seed."""
 
     prompt: str
     dense: Image.Image
-    pruned: Image.Image
-    recording: Recording
+    pruned: tuple[Pruned, ...]
 
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:
@@ -35,19 +44,22 @@ def difference(image: Image.Image, reference: Image.Image) -> Image.Image:
     return Image.fromarray((255 - gap.clip(0, 255)).astype(np.uint8))
 
 
-def comparison_sheet(pairs: Sequence[Pair], headline: str = "") -> Image.Image:
-    """Draw one row a prompt: dense | pruned | difference | kept tokens."""
+def comparison_sheet(comparisons: Sequence[Comparison], headline: str = "") -> Image.Image:
+    """Draw one row a prompt: dense, then for each way of pruning its image, the difference, and the kept tokens."""
     rows = [
-        [
-            Cell(pair.dense, "dense"),
-            Cell(pair.pruned, f"pruned, {pair.recording.kept_share:.0%} of tokens on the mean"),
-            Cell(difference(pair.pruned, pair.dense), f"difference x 2, {psnr(pair.pruned, pair.dense):.1f} dB"),
-            Cell(mean_kept_overlay(pair.pruned, pair.recording), "kept: bright often, dark seldom"),
-        ]
-        for pair in pairs
+        [Cell(one.dense, "dense\n"), *(cell for way in one.pruned for cell in _cells(way, one))] for one in comparisons
     ]
-    largest = max(max(pair.dense.size) for pair in pairs)
-    return draw_sheet(rows, [pair.prompt for pair in pairs], headline=headline, side=256 if largest <= 256 else 512)
+    largest = max(max(one.dense.size) for one in comparisons)
+    return draw_sheet(rows, [one.prompt for one in comparisons], headline=headline, side=256 if largest <= 256 else 512)
+
+
+def _cells(way: Pruned, of: Comparison) -> tuple[Cell, Cell, Cell]:
+    apart = psnr(way.image, of.dense)
+    return (
+        Cell(way.image, f"{way.name}\n{way.recording.kept_share:.0%} of tokens on the mean"),
+        Cell(difference(way.image, of.dense), f"difference x 2\n{apart:.1f} dB"),
+        Cell(mean_kept_overlay(way.image, way.recording), "tokens kept\nbright often, dark seldom"),
+    )
 
 
 def _pixels(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
