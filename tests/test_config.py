@@ -252,6 +252,8 @@ def test_bicubic_allows_one_pruning_layer() -> None:
         ({"recovery": "last-update", "gradual": ((0, 0.5), (1, 0.5))}, "an own update needs a whole grid of tokens"),
         ({"reuse_place": "after-self-attention"}, "reuse_place is for steps that reuse a choice of tokens"),
         ({"reuse_place": "after-ff", "refresh_every": 2}, "did you mean 'after-feed-forward'?"),
+        ({"rematch": True, "similarity": "cosine"}, "rematch is for steps that reuse a kept set"),
+        ({"rematch": True, "refresh_every": 2}, "rematch is for steps that reuse a kept set"),
         ({"refresh_every": 2, "recovery": "weighted-update"}, "set refresh_every to 1"),
         ({"level_factors": ((0, 0.5),)}, "a level of level_factors must be a whole number from 1, not 0"),
         ({"level_factors": ((3, 0.5), (2, 0.5))}, "the levels of level_factors must ascend"),

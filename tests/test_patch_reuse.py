@@ -29,6 +29,7 @@ REMEMBERING = {
     "refresh-gradual": PruningConfig(refresh_every=4, gradual=((0, 0.3), (1, 0.4)), copy_map="first"),
     "refresh-weighted": PruningConfig(refresh_every=2, recovery="weighted-update", similarity="distance"),
     "matched-refresh": MATCHED.replace(refresh_every=3),
+    "matched-rematch": MATCHED.replace(refresh_every=3, rematch=True),
     "matched-own": MATCHED.replace(own_update_share=0.6),
     "matched-last": MATCHED.replace(recovery="last-update", own_update_share=0.0, refresh_every=2),
 }
@@ -147,6 +148,18 @@ def test_steps_that_reuse_may_drop_tokens_elsewhere(place: str) -> None:
     assert not torch.allclose(mine[0], expected[0], atol=1e-3)
     for a, b in zip(mine[1:], expected[1:], strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_kept_set_may_stay_while_matches_are_found_anew() -> None:
+    """A lattice that stays is that of the first step, and who matches whom is settled by the features of this one."""
+    config = MATCHED.replace(ranking="lattice", refresh_every=9, rematch=True)
+    unet, other = sdxl_unet(), sdxl_unet()
+    atedm.apply(unet, config)
+    atedm.apply(other, config)
+    steps = torch.full((5,), 500)
+    run(unet, steps[0])
+    expected = run(other, steps[0], **inputs(other, seed=5))  # the same lattice, and the same inputs
+    assert torch.equal(run(unet, steps[1], **inputs(unet, seed=5)), expected)
 
 
 def test_own_updates_are_those_of_the_last_step() -> None:

@@ -133,6 +133,8 @@ def _check_memory(config: PruningConfig) -> None:
     """Check what lasts from step to step."""
     if config.reuse_place is not None and config.refresh_every == 1:
         raise ValueError("reuse_place is for steps that reuse a choice of tokens; set refresh_every above 1")
+    if config.rematch and not (config.refresh_every > 1 and config.matches_by_features):
+        raise ValueError("rematch is for steps that reuse a kept set (refresh_every above 1) and matches by features")
     if config.refresh_every > 1 and config.recovery == "weighted-update" and config.similarity != "distance":
         raise ValueError("weighted-update by attention needs the whole map of each step; set refresh_every to 1")
     if config.own_update_share > 0 and config.recovery != "matched-update":

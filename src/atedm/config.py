@@ -84,6 +84,8 @@ class PruningConfig:
     refresh_every: int = 1
     #: Where tokens are dropped in steps that go by a choice made before, one of `PLACES`; None is ``place``.
     reuse_place: str | None = None
+    #: Whether such steps match the dropped tokens to the kept ones anew, by features.
+    rematch: bool = False
     #: How much of what set a token's update apart from its group's in the last step a matched update adds, in [0, 1].
     own_update_share: float = 0.0
     #: Seed of the uniform random ranking.

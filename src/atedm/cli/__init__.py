@@ -10,6 +10,7 @@ from atedm.cli.ablate import ablate
 from atedm.cli.accuracy import accuracy
 from atedm.cli.bench import bench
 from atedm.cli.cost import cost
+from atedm.cli.errors import errors
 from atedm.cli.evaluate import evaluate
 from atedm.cli.generate import generate
 from atedm.cli.latency import latency
@@ -51,6 +52,7 @@ app.command()(variance)
 app.command()(evaluate)
 app.command()(reproduce)
 app.command()(objects)
+app.command()(errors)
 app.command()(accuracy)
 app.command()(ablate)
 

@@ -132,6 +132,8 @@ def block_macs(
         total = total.plus(refill_macs(shape, config, n, left))
         if not reuses:
             total = total.plus(overhead_macs(shape, config, n, left))
+        if config.matches_by_features and (config.rematch or not reuses):
+            total = total.plus(Macs(matching=left * (n - left) * c))
         n = left
     return total
 
@@ -158,8 +160,6 @@ def overhead_macs(shape: BlockShape, config: PruningConfig, tokens: int, kept: i
     if config.ranking.startswith("cross-attention"):
         of_map += tokens * c * c + t * d * c + tokens * t * c
         of_ranking = ranked * tokens * t * _PRODUCTS[config.ranking]
-    if config.matches_by_features:
-        of_matching = kept * (tokens - kept) * c
     if config.ranking == "representative":
         cover = max(1, round(config.cover_share * kept))
         of_matching += cover * (tokens - cover) * c

@@ -36,6 +36,9 @@ RANKINGS = (
     "cross-attention-soft-clip",
     "cross-attention-hard-clip",
     "uniform-random",
+    "cells",
+    "lattice",
+    "facility-location",
     "representative",
 )
 # How far light, texture and shadow take a colour: see `atedm.tiny.scenes.render`.

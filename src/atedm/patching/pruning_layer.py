@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention as AttentionModule
 from torch import Tensor
 
 from atedm.patching.state import BlockObservation, BlockPatch
-from atedm.token_pruning import Choice, Dropped, choose_tokens, drop_tokens
+from atedm.token_pruning import Choice, Dropped, choose_tokens, drop_tokens, match_tokens
 from atedm.token_ranking import QueriesAndKeys, Ranking, rank_tokens
 
 
@@ -88,6 +88,8 @@ class PruningLayer:
         if ranking is not None:
             choice = choose_tokens(tokens, ranking, self.count, self.size, config, self.weights)
         assert choice is not None
+        if self.recalled is not None and config.rematch:
+            choice = match_tokens(tokens, choice, None, self.size, config, self.weights)
         kept, dropped = drop_tokens(tokens, choice, self.size, config, self.weights, patch.memory.updates)
         for observer in patch.state.observers:
             name, step = patch.place.name, int(patch.state.step)

@@ -10,7 +10,19 @@ from PIL import Image
 from atedm.evaluation.objects import ObjectsReport
 from atedm.pictures.figure import FAINT_HEX, INK_HEX, picture_of
 
-_COLOURS = ("#1f5fa8", "#7fb2e5", "#b3541e", "#e39a5b", "#8a6fb3", "#c9b6e0", "#9a9a9a", "#2f8f4e")
+_COLOURS = (
+    "#1f5fa8",
+    "#7fb2e5",
+    "#b3541e",
+    "#e39a5b",
+    "#8a6fb3",
+    "#c9b6e0",
+    "#9a9a9a",
+    "#c9c9c9",
+    "#d5c26a",
+    "#8fc79f",
+    "#2f8f4e",
+)
 
 
 def objects_chart(report: ObjectsReport, title: str = "") -> Image.Image:
