@@ -12,6 +12,7 @@ from atedm.choices import (
     COPY_MAPS,
     COVERS,
     GUIDANCE_MASKS,
+    MAP_MODES,
     PLACES,
     RANKINGS,
     RECOVERIES,
@@ -35,6 +36,7 @@ _NAMES = {
     "guidance_masks": GUIDANCE_MASKS,
     "schedule": SCHEDULES,
     "unpruned_blocks": PAIRINGS,
+    "map_mode": MAP_MODES,
 }
 _SHARES = ("prune_less_share", "importance_share", "cover_share", "own_update_share")
 
@@ -54,7 +56,7 @@ def check_config(config: PruningConfig) -> None:
         _check_share(name, getattr(config, name))
     if config.prune_less_factor is not None:
         _check_share("prune_less_factor", config.prune_less_factor)
-    for name in ("iterations", "refresh_every"):
+    for name in ("iterations", "refresh_every", "sampled_rows"):
         if not _is_whole(getattr(config, name)) or getattr(config, name) < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(config, name)!r}")
     if config.match_window is not None and (not _is_whole(config.match_window) or config.match_window < 1):

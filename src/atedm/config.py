@@ -47,6 +47,10 @@ class PruningConfig:
     tolerance: float | None = None
     #: Threshold of the two clip mappings (supplement Eq. 2, 3).
     eta: float = 0.2
+    #: How self-attention is ranked and copied by, one of `MAP_MODES`; what needs a whole map is given one.
+    map_mode: str = "full"
+    #: Queries whose rows stand for the whole map in the "sampled" mode.
+    sampled_rows: int = 256
     #: Factor on the exponent of the power mapping (supplement Eq. 4).
     alpha: float = 5.0
     #: Factor on the base of the power mapping; None is half the number of keys.
@@ -200,6 +204,13 @@ class PruningConfig:
         """Whether a pruning layer needs its own self-attention map, for the ranking or for the copy."""
         copies_by_own = self.copies_by_attention and self.copy_map == "own"
         return copies_by_own or self.ranks_by_self_attention or self.ranking == "attention-received"
+
+    @property
+    def map_mode_used(self) -> str:
+        """``map_mode``, but "full" where no way around the whole map gives what is asked for."""
+        weighs = self.recovery == "weighted-update" or self.similarity == "attention-transposed"
+        whole = self.tolerance is not None or (self.copies_by_attention and weighs)
+        return "full" if whole else self.map_mode
 
     @property
     def needs_first_map(self) -> bool:

@@ -92,14 +92,14 @@ def choose_tokens(
         weights: (B, N), how many tokens of the grid each stands for; None is one each.
     """
     choice = Choice(ranking.importance, keep_most_important(ranking.importance, count))
-    return match_tokens(tokens, choice, ranking.attention_map, size, config, weights)
+    return match_tokens(tokens, choice, ranking, size, config, weights)
 
 
 @torch.no_grad()
 def match_tokens(
     tokens: Tensor,
     choice: Choice,
-    attention_map: Tensor | None,
+    ranking: Ranking | None,
     size: tuple[int, int],
     config: PruningConfig,
     weights: Tensor | None = None,
@@ -109,7 +109,7 @@ def match_tokens(
     Args:
         tokens: As `choose_tokens`.
         choice: Of which ``keep`` matters.
-        attention_map: (B, N, N), for configs that copy by attention.
+        ranking: For configs that copy by attention.
         size: As `choose_tokens`.
         config: As `choose_tokens`.
         weights: As `choose_tokens`.
@@ -118,10 +118,10 @@ def match_tokens(
     if config.recovery == "weighted-update":
         if config.similarity == "distance":
             return choice._replace(weights=distance_weights(keep, size))
-        return choice._replace(weights=attention_weights(_map_to_copy_by(attention_map, config), keep))
+        return choice._replace(weights=attention_weights(_map_to_copy_by(ranking, config), keep))
     if config.recovery not in BY_MATCH:
         return choice
-    source = _source(tokens, attention_map, keep, size, config)
+    source = _source(tokens, ranking, keep, size, config)
     if not (config.proportional_attention or config.merge):
         return choice._replace(source=source)
     each = torch.ones(source.shape, device=tokens.device) if weights is None else weights
@@ -204,16 +204,19 @@ def _by_own_update(
 
 
 def _source(
-    tokens: Tensor, attention_map: Tensor | None, keep: Tensor, size: tuple[int, int], config: PruningConfig
+    tokens: Tensor, ranking: Ranking | None, keep: Tensor, size: tuple[int, int], config: PruningConfig
 ) -> Tensor:
     """Whom each token is refilled from, (B, N) places within ``keep``; a map it went by is free again after."""
     if config.matches_by_features:
         return match_by_features(tokens, keep, config.similarity, window=config.match_window, size=size).source
     if config.similarity == "distance":
         return nearest_source(keep, size)
-    return attention_source(_map_to_copy_by(attention_map, config), keep)
+    if ranking is not None and ranking.source is not None:
+        return ranking.source(keep)
+    return attention_source(_map_to_copy_by(ranking, config), keep)
 
 
-def _map_to_copy_by(attention_map: Tensor | None, config: PruningConfig) -> Tensor:
-    assert attention_map is not None
-    return attention_map.mT if config.similarity == "attention-transposed" else attention_map
+def _map_to_copy_by(ranking: Ranking | None, config: PruningConfig) -> Tensor:
+    assert ranking is not None
+    assert ranking.attention_map is not None
+    return ranking.attention_map.mT if config.similarity == "attention-transposed" else ranking.attention_map

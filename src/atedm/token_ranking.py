@@ -14,6 +14,7 @@ from torch import Tensor
 from atedm.attention_map import mean_attention_map
 from atedm.config import PruningConfig
 from atedm.coverage import cells, facility_location, important_of_cells, lattice, representative
+from atedm.map_modes import Scores, scores_in_blocks, scores_of_rows, source_in_blocks
 from atedm.pruning import keep_most_important
 from atedm.ranking import (
     Mapping,
@@ -40,10 +41,14 @@ Attention: TypeAlias = Callable[[], QueriesAndKeys]
 
 
 class Ranking(NamedTuple):
-    """``importance`` (B, N) float32, and the head-mean self-attention map (B, N, N) where the config needs it."""
+    """How the tokens rank, and what of self-attention is left to copy by."""
 
+    #: (B, N) float32.
     importance: Tensor
-    attention_map: Tensor | None
+    #: The head-mean self-attention map (B, N, N), where it was made whole.
+    attention_map: Tensor | None = None
+    #: Else whom to copy from by it: gives (B, N) int64 places within ``keep`` (B, K).
+    source: Callable[[Tensor], Tensor] | None = None
 
 
 def rank_tokens(
@@ -68,7 +73,7 @@ def rank_tokens(
         count: K, for rankings that choose with the number in mind.
 
     Returns:
-        The `Ranking`; the map is None unless ``config.needs_attention_map``.
+        The `Ranking`; it has a map or a source if ``config.needs_attention_map``.
 
     Raises:
         ValueError: If the halves of an odd batch are to share what they keep.
@@ -107,16 +112,22 @@ def _rank_each(
         rank_by_attention, head_fusion=config.head_fusion, iterations=config.iterations, tolerance=config.tolerance
     )
     by_attention, attention_map = None, None
-    if config.ranks_by_self_attention:
+    source: Callable[[Tensor], Tensor] | None = None
+    mode = config.map_mode_used
+    ranks = config.ranks_by_self_attention or config.ranking == "attention-received"
+    if config.needs_attention_map and not ranks and mode == "blocked":
+        source = partial(source_in_blocks, *self_attention())
+    elif config.needs_attention_map and mode != "full":
+        by_attention, source = _without_whole_map(config, mode, self_attention(), step, size)
+    elif config.ranks_by_self_attention:
         by_attention, attention_map = rank(*self_attention())
     elif config.needs_attention_map:
         attention_map = mean_attention_map(*self_attention())
     if config.ranking.startswith("cross-attention"):
         importance = rank(*cross_attention(), f=_mapping(config)).importance
-    elif config.ranking == "attention-received":
-        assert attention_map is not None
+    elif config.ranking == "attention-received" and attention_map is not None:
         importance = attention_received(attention_map)
-    elif config.ranking in ("self-attention", "self-attention-reversed"):
+    elif config.ranking in ("self-attention", "self-attention-reversed", "attention-received"):
         assert by_attention is not None
         importance = -by_attention if config.ranking.endswith("-reversed") else by_attention
     else:
@@ -124,7 +135,25 @@ def _rank_each(
     if config.importance_share > 0:
         assert by_attention is not None
         importance = preferred(importance, by_attention, round(config.importance_share * count))
-    return Ranking(importance, attention_map)
+    return Ranking(importance, attention_map, source)
+
+
+def _without_whole_map(
+    config: PruningConfig, mode: str, attention: QueriesAndKeys, step: int | Tensor, size: tuple[int, int] | None
+) -> Scores:
+    """Rank by self-attention in one of the modes that do not hold a map."""
+    received = not config.ranks_by_self_attention  # what attention gives is one iteration on the mean map
+    fusion = "mean-map" if received else config.head_fusion
+    iterations = 1 if received else config.iterations
+    if mode == "blocked":
+        return scores_in_blocks(*attention, head_fusion=fusion, iterations=iterations)
+    tokens, device = attention.k.shape[2], attention.k.device
+    if size is not None and size[0] * size[1] == tokens:
+        spread = lattice(size, step=step, device=device).unsqueeze(0)
+    else:
+        spread = uniform_random(1, tokens, seed=config.seed, step=step, device=device)
+    rows = keep_most_important(spread, min(config.sampled_rows, tokens))[0]
+    return scores_of_rows(*attention, rows, head_fusion=fusion, iterations=iterations)
 
 
 def _covering(

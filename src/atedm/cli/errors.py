@@ -21,24 +21,27 @@ if TYPE_CHECKING:
     from atedm.evaluation.errors import ErrorsReport
 
 _STAYS = "refresh_every=1000,rematch=true"
-METHODS = ",".join(
-    (
-        "paper",
-        "paper[ranking=uniform-random]",
-        "matched[own_update_share=0]",
-        f"matched[own_update_share=0,{_STAYS}]",
-        "matched[own_update_share=0,ranking=lattice]",
-        f"matched[own_update_share=0,ranking=lattice,{_STAYS}]",
-        "matched",
-    )
-)
+METHODS = {
+    "AT-EDM": "paper",
+    "AT-EDM, kept at random": "paper[ranking=uniform-random]",
+    "matched by a lattice": "matched[own_update_share=0,ranking=lattice]",
+    "matched by a lattice that stays": f"matched[own_update_share=0,ranking=lattice,{_STAYS}]",
+    "matched, no own update": "matched[own_update_share=0]",
+    "matched, no own update, kept set stays": f"matched[own_update_share=0,{_STAYS}]",
+    "matched": "matched",
+}
 """The paper's, a control, and ours: with a kept set that moves and one that stays, and as it is."""
 
 
 def errors(
     methods: Annotated[
-        str, typer.Argument(help="Ways to prune, comma-separated, as in `atedm evaluate`.", show_default=False)
-    ] = METHODS,
+        str | None,
+        typer.Argument(
+            help="Ways to prune, comma-separated, as in `atedm evaluate`; by default the paper's and ours, with "
+            "kept sets that move and that stay.",
+            show_default=False,
+        ),
+    ] = None,
     model: ModelOption = "tiny",
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -82,11 +85,12 @@ def errors(
     if dtype is not None:
         check_name("dtype", dtype, ("float32", "bfloat16", "float16"))
     configs = {}
-    for spec in parse_methods(methods):
+    asked = METHODS if methods is None else {spec: spec for spec in parse_methods(methods)}
+    for name, spec in asked.items():
         method = method_by_name(spec, model, steps=steps)
         if not isinstance(method, Pruning):
             raise ValueError(f"errors are looked for where tokens are pruned, not with {spec!r}")
-        configs[spec] = method.config
+        configs[name] = method.config
     texts = [prompt.text for prompt in read_prompts(prompts, captions, seed)]
     quiet_libraries()
     console = Console(stderr=True)

@@ -153,10 +153,14 @@ def overhead_macs(shape: BlockShape, config: PruningConfig, tokens: int, kept: i
     c, t, d = shape.channels, shape.words, shape.word_width
     ranked = shape.heads * config.iterations if config.head_fusion == "rms" else config.iterations
     of_map, of_ranking, of_matching = 0, 0, 0
+    mode = config.map_mode_used
     if config.needs_attention_map:
-        of_map += map_macs(shape, tokens)
-    if config.ranks_by_self_attention:
-        of_ranking = ranked * tokens * tokens
+        rows = _rows_made(config, mode, tokens, kept)
+        of_map += 2 * tokens * c * c + rows * tokens * c
+    if config.ranks_by_self_attention or (config.ranking == "attention-received" and mode != "full"):
+        rows = min(config.sampled_rows, tokens) if mode == "sampled" else tokens
+        passes = ranked if config.ranks_by_self_attention else 1
+        of_ranking = passes * rows * tokens
     if config.ranking.startswith("cross-attention"):
         of_map += tokens * c * c + t * d * c + tokens * t * c
         of_ranking = ranked * tokens * t * _PRODUCTS[config.ranking]
@@ -166,6 +170,16 @@ def overhead_macs(shape: BlockShape, config: PruningConfig, tokens: int, kept: i
     if config.ranking == "facility-location":
         of_matching += tokens * tokens * c
     return Macs(map=of_map, ranking=of_ranking, matching=of_matching)
+
+
+def _rows_made(config: PruningConfig, mode: str, tokens: int, kept: int) -> int:
+    """Rows of the self-attention map that are made, some of them more than once."""
+    if mode == "full":
+        return tokens
+    if mode == "sampled":
+        return min(config.sampled_rows, tokens)
+    passes = config.iterations if config.ranks_by_self_attention else int(config.ranking == "attention-received")
+    return passes * tokens + (kept if config.copies_by_attention else 0)
 
 
 _PRODUCTS = {

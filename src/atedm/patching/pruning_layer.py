@@ -79,7 +79,7 @@ class PruningLayer:
             size=self.size,
             count=self.count,
         )
-        return ranking if self.first_map is None else ranking._replace(attention_map=self.first_map)
+        return ranking if self.first_map is None else ranking._replace(attention_map=self.first_map, source=None)
 
     def drop(self, tokens: Tensor, ranking: Ranking | None) -> tuple[Tensor, Cut]:
         """Choose by the ranking, unless that is settled, and drop the others."""

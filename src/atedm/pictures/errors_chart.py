@@ -23,9 +23,9 @@ def errors_chart(report: ErrorsReport, title: str = "") -> Image.Image:
         report: What was found.
         title: Above the plots.
     """
-    figure = Figure(figsize=(12.4, 4.2), dpi=144, layout="constrained")
+    figure = Figure(figsize=(11.4, 5.4), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
-    by_block, over_steps = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    by_block, over_steps = figure.subplots(1, 2, width_ratios=(1.5, 1))
     names = [name for name in report.levels if any(name in method.blocks for method in report.methods)]
     width = 0.8 / len(report.methods)
     for index, (colour, method) in enumerate(zip(_COLOURS * len(report.methods), report.methods, strict=False)):
@@ -35,11 +35,14 @@ def errors_chart(report: ErrorsReport, title: str = "") -> Image.Image:
         steps = range(1, report.steps + 1)
         over_steps.plot(steps, method.moved, color=colour, lw=1.8)
         over_steps.plot(steps, method.moved_if_independent, color=colour, lw=1, ls="--")
-    labels = [name.replace("_blocks.", " ").replace(".attentions.", "/").replace("mid_block", "mid ") for name in names]
-    by_block.set_xticks(
-        range(len(names)), [f"{text}\nlevel {report.levels[n]}" for text, n in zip(labels, names, strict=True)]
+    by_block.axhline(1, color=FAINT_HEX, lw=1, ls=":")
+    by_block.set_xticks(range(len(names)), [_short(name, report.levels[name]) for name in names])
+    by_block.set_title(
+        "error of what a block adds, relative to it; 1 is as if it added nothing",
+        loc="left",
+        color=INK_HEX,
+        fontsize=10,
     )
-    by_block.set_title("error of what a block adds, relative to it", loc="left", color=INK_HEX, fontsize=10)
     over_steps.set_title("image moved by all errors so far, relative to it", loc="left", color=INK_HEX, fontsize=10)
     over_steps.set_xlabel("denoising steps done; dashed: were errors independent", color=INK_HEX)
     over_steps.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -48,9 +51,16 @@ def errors_chart(report: ErrorsReport, title: str = "") -> Image.Image:
         plot.spines[["top", "right"]].set_visible(False)
         plot.spines[["left", "bottom"]].set_color(FAINT_HEX)
         plot.tick_params(colors=INK_HEX, width=0.6, labelsize=8)
-    figure.legend(frameon=False, loc="outside right center", labelcolor=INK_HEX, fontsize=9)
+    figure.legend(frameon=False, loc="outside lower left", labelcolor=INK_HEX, fontsize=9, ncols=2)
     figure.suptitle(title, x=0.01, ha="left", color=INK_HEX, fontsize=11)
     return picture_of(figure)
+
+
+def _short(block: str, level: int) -> str:
+    """Fit the name of a block under its bars."""
+    stage = block.partition("_block")[0]
+    numbers = [part for part in block.split(".") if part.isdigit()]
+    return f"{stage}\n{'.'.join(numbers)}\nlevel {level}"
 
 
 def _root(values: tuple[float, ...]) -> float:

@@ -1,0 +1,147 @@
+"""Importance and copy sources by self-attention without holding a whole map.
+
+The method wants two things of the N x N map: what G-WPR makes of it, and, once tokens are chosen, which kept query
+attends most to each token. Neither needs the map all at once.
+
+``full`` makes the map one head at a time and holds the mean of the heads. ``blocked`` makes a few rows of all heads at
+a time, as many as a processor's cache holds, once for each iteration of G-WPR and once more for the kept rows: the same
+figures up to the order of sums. ``sampled`` makes the rows of some queries only and takes them for all: importance is
+passed from them alone, and only those of them that are kept can be copied. Its time and memory do not grow with N^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from atedm.attention_map import without_autocast
+from atedm.pruning import gather_tokens
+from atedm.ranking import ITERATIONS, normalise, root_mean_square
+
+_BLOCK_BYTES = 8 * 2**20
+"""Of the float32 rows that are held at once: a few MiB stay in the cache of a core or two."""
+
+
+class Scores(NamedTuple):
+    """What one way to the map gives."""
+
+    #: (B, N) float32.
+    importance: Tensor
+    #: Gives (B, N) int64 places within ``keep`` (B, K): whom each token copies from.
+    source: Callable[[Tensor], Tensor]
+
+
+def scores_in_blocks(
+    q: Tensor, k: Tensor, scale: float, *, head_fusion: str = "rms", iterations: int = ITERATIONS
+) -> Scores:
+    """Rank by G-WPR, and find copy sources, a few rows of the map at a time.
+
+    Args:
+        q: Queries, (B, H, N, D), any floating dtype.
+        k: Keys, (B, H, N, D).
+        scale: The factor on the logits.
+        head_fusion: As `atedm.ranking.rank_by_attention`.
+        iterations: As `atedm.ranking.gwpr`.
+
+    Returns:
+        The `Scores`, those of the full map up to the order of sums.
+    """
+    batch, heads, tokens, _ = q.shape
+    maps = heads if head_fusion == "rms" else 1
+    s = q.new_full((batch * maps, tokens), 1 / tokens, dtype=torch.float32)
+    with without_autocast(q.device):
+        for _ in range(iterations):
+            received = torch.zeros_like(s).unsqueeze(1)
+            for rows, a in _blocks(q, k, scale):
+                received += s[:, rows].unsqueeze(1) @ _fused(a, head_fusion).flatten(0, 1)
+            s = normalise(received.squeeze(1))
+    return Scores(_over_heads(s, batch), lambda keep: source_in_blocks(q, k, scale, keep))
+
+
+def source_in_blocks(q: Tensor, k: Tensor, scale: float, keep: Tensor) -> Tensor:
+    """As `atedm.matching.attention_source` on the mean map of the heads, from a few of the kept rows at a time.
+
+    Args:
+        q: Queries, (B, H, N, D).
+        k: Keys, (B, H, N, D).
+        scale: The factor on the logits.
+        keep: (B, K) int64.
+
+    Returns:
+        (B, N) int64 places within ``keep``; kept tokens point to themselves.
+    """
+    batch, heads, tokens, _ = k.shape
+    kept = gather_tokens(q.transpose(1, 2).flatten(2), keep)
+    kept_queries = torch.unflatten(kept, -1, (heads, -1)).transpose(1, 2)
+    most = q.new_full((batch, tokens), -1.0, dtype=torch.float32)
+    source = torch.zeros(batch, tokens, dtype=torch.int64, device=q.device)
+    for rows, a in _blocks(kept_queries, k, scale):
+        here = a.mean(1).max(1)
+        more = here.values > most  # of equal ones the first stays
+        source = torch.where(more, here.indices + rows.start, source)
+        most = torch.where(more, here.values, most)
+    return _point_to_themselves(source, keep)
+
+
+def scores_of_rows(
+    q: Tensor, k: Tensor, scale: float, rows: Tensor, *, head_fusion: str = "rms", iterations: int = ITERATIONS
+) -> Scores:
+    """Rank by G-WPR on some rows of the map, as if they were all, and copy from those of them that are kept.
+
+    Args:
+        q: Queries, (B, H, N, D).
+        k: Keys, (B, H, N, D).
+        scale: The factor on the logits.
+        rows: (m,) int64 into N, each once: whose rows are made.
+        head_fusion: As `atedm.ranking.rank_by_attention`.
+        iterations: As `atedm.ranking.gwpr`.
+
+    Returns:
+        The `Scores`. Where none of the rows is kept, all copy the first kept token.
+    """
+    batch = q.shape[0]
+    with without_autocast(q.device):
+        a = torch.softmax((scale * q[:, :, rows]) @ k.mT, dim=-1, dtype=torch.float32)
+        maps = _fused(a, head_fusion).flatten(0, 1)
+        s_q = maps.new_full(maps.shape[:2], 1 / len(rows))
+        for _ in range(iterations):
+            s_k = normalise((s_q.unsqueeze(1) @ maps).squeeze(1))
+            s_q = normalise(s_k[:, rows])
+    mean_rows = a.mean(1)
+
+    def source(keep: Tensor) -> Tensor:
+        place = torch.full((batch, k.shape[2]), -1, device=keep.device)
+        place = place.scatter(1, keep, torch.arange(keep.shape[1], device=keep.device).expand_as(keep))
+        place_of_row = place[:, rows]
+        candidates = mean_rows.masked_fill((place_of_row < 0).unsqueeze(-1), -1.0)
+        found = place_of_row.gather(1, candidates.argmax(1))
+        return _point_to_themselves(found.clamp_min(0), keep)
+
+    return Scores(_over_heads(s_k, batch), source)
+
+
+def _blocks(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some rows of the maps at a time, (B, H, r, N) float32, and which they are."""
+    batch, heads, queries, _ = q.shape
+    step = max(1, _BLOCK_BYTES // (4 * batch * heads * k.shape[2]))
+    q = scale * q
+    for start in range(0, queries, step):
+        rows = slice(start, min(start + step, queries))
+        yield rows, torch.softmax(q[:, :, rows] @ k.mT, dim=-1, dtype=torch.float32)
+
+
+def _fused(a: Tensor, head_fusion: str) -> Tensor:
+    """Maps that are ranked, (B, H or 1, m, N)."""
+    return a if head_fusion == "rms" else a.mean(1, keepdim=True)
+
+
+def _over_heads(s: Tensor, batch: int) -> Tensor:
+    """Importance (B, N) from that of each map, (B H, N)."""
+    return root_mean_square(torch.unflatten(s, 0, (batch, -1)).transpose(0, 1))
+
+
+def _point_to_themselves(source: Tensor, keep: Tensor) -> Tensor:
+    return source.scatter(1, keep, torch.arange(keep.shape[1], device=keep.device).expand_as(keep))
