@@ -2,20 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import atedm
-from atedm.bench import bench, step_share
+import atedm.bench as module
+from atedm.bench import bench, step_share, time_in_turns
 from atedm.cli import app
 from atedm.config import PRESETS
 from atedm.costs.architectures import architecture
 from atedm.costs.tome import ToMe
-from atedm.evaluation.methods import Caching, Dense, Merging, Pruning
+from atedm.evaluation.methods import Caching, Dense, Merging, Method, Pruning
 from atedm.pipelines import tiny_folder
-from models import snapshot
+from models import inputs, small_unet, snapshot
 
 
 def test_every_method_is_timed_in_every_round_and_dense_is_always_there() -> None:
@@ -32,6 +34,39 @@ def test_every_method_is_timed_in_every_round_and_dense_is_always_there() -> Non
     assert report.weights == "shipped"
 
 
+def test_rounds_are_late_steps_of_one_run_so_that_what_is_remembered_is_at_hand() -> None:
+    unet = small_unet()
+    before = snapshot(unet)
+    methods: dict[str, Method] = {
+        "dense": Dense(),
+        "own": Pruning(PRESETS["matched"]),
+        "early": Pruning(PRESETS["paper"]),
+    }
+    seen: dict[str, list[tuple[bool, int]]] = {}
+    make = module.twin_of
+
+    def watched_twin(unet: Any) -> Any:
+        twin = make(unet)
+
+        def see(twin: Any, *_: Any) -> None:
+            state = vars(twin).get("_atedm")
+            if state is not None:
+                memory = twin.get_submodule(state.blocks[0])._atedm.memory
+                name = "own" if state.config.own_update_share else "early"
+                seen.setdefault(name, []).append((memory.updates.last is not None, int(state.prune_less)))
+
+        twin.register_forward_hook(see)
+        assert all(a is b for a, b in zip(twin.parameters(), unet.parameters(), strict=True))
+        return twin
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "twin_of", watched_twin)
+        times = time_in_turns(unet, inputs(unet), methods, 2)
+    assert {name: len(values) for name, values in times.items()} == {"dense": 2, "own": 2, "early": 2}
+    assert seen == {"own": [(True, 0)] * 3, "early": [(False, 0)] * 3}
+    assert snapshot(unet) == before
+
+
 def test_the_arithmetic_is_that_of_a_step_in_which_nothing_is_spared() -> None:
     report = atedm.cost("tiny", "paper")
     normal = report.figures().normal_step / report.figures().dense
@@ -43,8 +78,6 @@ def test_the_arithmetic_is_that_of_a_step_in_which_nothing_is_spared() -> None:
 
 
 def test_random_weights_of_any_architecture_and_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from atedm import bench as module
-
     kept = []
     build = module.random_unet
 

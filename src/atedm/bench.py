@@ -21,10 +21,11 @@ from atedm.costs.random_weights import random_unet
 from atedm.costs.stopwatch import Stopwatch
 from atedm.evaluation.methods import Dense, Merging, Method, Pruning
 from atedm.generate import Progress
+from atedm.patching.twins import twin_of
 from atedm.pipelines import TINY, best_device, load_pipeline
 
-#: Timestep of a step in which no method with a schedule spares anything.
-NORMAL_STEP = 1
+_STEPS_BEFORE = 9
+"""Times as many steps are taken to lie before those that are timed, so that no schedule spares anything in them."""
 
 
 @dataclass(frozen=True)
@@ -194,24 +195,29 @@ def time_in_turns(
 ) -> dict[str, list[float]]:
     """Milliseconds of a call of the U-Net with each method, in each round that counts.
 
+    Rounds are steps of a run, one after another, so that what a method remembers from step to step is at hand.
+
     Args:
-        unet: Not patched; it is left so.
+        unet: Not patched; it is left so, each method has a twin on its weights.
         call: Its arguments but for the timestep.
         methods: By name.
         repeats: Rounds after the one to warm up.
         progress: Told of every method in every round.
     """
-    target = SimpleNamespace(unet=unet)
+    rounds = repeats + 1
+    timesteps = torch.linspace(999, 0, (_STEPS_BEFORE + 1) * rounds, device=unet.device)[-rounds:]
     sample, words = call["sample"], {name: value for name, value in call.items() if name != "sample"}
     times: dict[str, list[float]] = {name: [] for name in methods}
-    for done in range(repeats + 1):
-        for index, (name, method) in enumerate(methods.items()):
-            with ExitStack() as stack:
-                stack.enter_context(method.applied(target))
+    with ExitStack() as stack:
+        twins = {name: twin_of(unet) for name in methods}
+        for name, method in methods.items():
+            stack.enter_context(method.applied(SimpleNamespace(unet=twins[name])))
+        for done, timestep in enumerate(timesteps):
+            for index, (name, twin) in enumerate(twins.items()):
                 watch = Stopwatch(unet.device)
-                unet(sample, NORMAL_STEP, **words)  # tomesd looks for the sample among what has no name
+                twin(sample, timestep, **words)  # tomesd looks for the sample among what has no name
                 watch.lap("step")
                 times[name].append(watch.read()["step"])
-            if progress is not None:
-                progress(name, done * len(methods) + index + 1, (repeats + 1) * len(methods))
+                if progress is not None:
+                    progress(name, done * len(methods) + index + 1, rounds * len(methods))
     return {name: values[1:] for name, values in times.items()}

@@ -8,7 +8,6 @@ with each other, the sum would grow as the root of their squares does; if they w
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ from atedm.config import PruningConfig
 from atedm.generate import Progress
 from atedm.patching.apply import apply, before_forward, is_applied
 from atedm.patching.survey import find_blocks, find_unet
+from atedm.patching.twins import twin_of
 
 _PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -144,7 +144,7 @@ class _Twins:
     """Two pruned U-Nets that share the weights of a dense one: one runs whole, of the other single blocks."""
 
     def __init__(self, unet: UNet2DConditionModel, config: PruningConfig) -> None:
-        self.whole, self.parts = (_sharing(unet) for _ in range(2))
+        self.whole, self.parts = (twin_of(unet) for _ in range(2))
         for twin in (self.whole, self.parts):
             apply(twin, config)
         self.sums = _Sums()
@@ -240,13 +240,6 @@ def _beside(pipe: Any, twins: Mapping[str, _Twins], images: int, guidance: float
             hooks.callback(block.register_forward_hook(partial(end_block, name), with_kwargs=True).remove)
         hooks.callback(unet.register_forward_hook(end, with_kwargs=True).remove)
         yield
-
-
-def _sharing(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Copy the modules, not the weights."""
-    shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
-    twin: UNet2DConditionModel = copy.deepcopy(unet, shared)
-    return twin
 
 
 def _guided(prediction: Tensor, guidance: float) -> Tensor:
