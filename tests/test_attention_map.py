@@ -10,7 +10,7 @@ from torch import Tensor
 
 import references
 from atedm import attention_map as module
-from atedm.attention_map import attention_maps, mean_attention_map, without_autocast
+from atedm.attention_map import attention_maps, maps_in_turn, mean_attention_map, without_autocast
 
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 5, 4), (2, 2, 7, 3, 5), (3, 1, 4, 9, 2)]  # batch, heads, queries, keys, width
 
@@ -104,9 +104,29 @@ def test_one_map_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
             assert reference() is None, "the previous map is alive while the next one is made"
             yielded += 1
 
-    monkeypatch.setattr(module, "attention_maps", watched)
+    monkeypatch.setattr(module, "maps_in_turn", watched)
     mean_attention_map(q, k, 0.5)
     assert yielded == 4
+
+
+@pytest.mark.parametrize("block", [1, 300, 2**23])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_maps_in_turn_are_the_same_in_one_memory(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block: int
+) -> None:
+    monkeypatch.setattr(module, "_BLOCK_BYTES", block)
+    q, k = (x.to(dtype) for x in queries_and_keys((2, 4, 11, 7, 3)))
+    expected = list(attention_maps(q, k, 0.5))
+    with torch.no_grad():
+        places = set()
+        for a, one in zip(maps_in_turn(q, k, 0.5), expected, strict=True):
+            torch.testing.assert_close(a, one)
+            places.add(a.data_ptr())
+        assert len(places) == 1
+        with pytest.raises(ValueError, match="must be"):
+            next(maps_in_turn(q, k[:1], 0.5))
+    kept = list(maps_in_turn(q, k, 0.5))  # a gradient may be asked for, so each has its own
+    assert all(torch.equal(a, one) for a, one in zip(kept, expected, strict=True))
 
 
 def test_gradients_match_finite_differences() -> None:

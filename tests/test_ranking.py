@@ -315,7 +315,7 @@ def test_rank_holds_one_map_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
             assert reference() is None, "the previous map is alive while the next one is made"
             seen += 1
 
-    monkeypatch.setattr(module, "attention_maps", watched)
+    monkeypatch.setattr(module, "maps_in_turn", watched)
     with torch.no_grad():
         rank_by_attention(*queries_and_keys(2, 3, 6, 6, 4), 0.5)
     assert seen == 3

@@ -12,6 +12,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+_BLOCK_BYTES = 8 * 2**20
+"""Of the float32 rows that are made at once where memory is used again: what a core or two keep in their caches."""
+
 
 def attention_maps(q: Tensor, k: Tensor, scale: float) -> Iterator[Tensor]:
     """Yield ``A = softmax(scale * q k^T)`` of one head after another.
@@ -30,15 +33,42 @@ def attention_maps(q: Tensor, k: Tensor, scale: float) -> Iterator[Tensor]:
     Raises:
         ValueError: If ``q`` and ``k`` are not four-dimensional or differ in batch, heads or head width.
     """
-    if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"q must be (B, H, M, D) and k (B, H, N, D), but they are {tuple(q.shape)} and {tuple(k.shape)}"
-        )
+    _check(q, k)
     # Scaling q, not the logits, saves an M x N temporary and keeps float16 products in range.
     return (
         torch.softmax((scale * q_head) @ k_head.mT, dim=-1, dtype=torch.float32)
         for q_head, k_head in zip(q.unbind(1), k.unbind(1), strict=True)
     )
+
+
+def maps_in_turn(q: Tensor, k: Tensor, scale: float) -> Iterator[Tensor]:
+    """As `attention_maps`, but in the same memory: each map is gone when the next is asked for.
+
+    A fresh map of a large image is memory that the system has to clear, which takes longer than to compute it. Where a
+    gradient may be asked for, or a compiler plans the memory, it is as `attention_maps`.
+
+    Raises:
+        ValueError: As `attention_maps`.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        yield from attention_maps(q, k, scale)
+        return
+    _check(q, k)
+    a = empty_map(q, k)
+    step = max(1, _BLOCK_BYTES // max(1, 4 * a.shape[0] * a.shape[2]))
+    for q_head, k_head in zip(q.unbind(1), k.unbind(1), strict=True):
+        keys = k_head.mT
+        for start in range(0, a.shape[1], step):
+            rows = slice(start, start + step)
+            a[:, rows] = torch.softmax((scale * q_head[:, rows]) @ keys, dim=-1, dtype=torch.float32)
+        yield a
+
+
+def _check(q: Tensor, k: Tensor) -> None:
+    if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q must be (B, H, M, D) and k (B, H, N, D), but they are {tuple(q.shape)} and {tuple(k.shape)}"
+        )
 
 
 def mean_attention_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -56,7 +86,7 @@ def mean_attention_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
         ValueError: As `attention_maps`.
     """
     mean = empty_map(q, k)
-    for a in attention_maps(q, k, scale):
+    for a in maps_in_turn(q, k, scale):
         mean.add_(a, alpha=1 / q.shape[1])
         del a  # or it lives on while the next head is computed
     return mean

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from atedm.attention_map import attention_maps, empty_map, without_autocast
+from atedm.attention_map import empty_map, maps_in_turn, without_autocast
 
 #: f(A, s_K): takes A (..., M, N) and s_K (..., N), returns s_Q (..., M), of any positive sum.
 Mapping: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -226,7 +226,7 @@ def rank_by_attention(
         raise ValueError(f"head_fusion must be one of {list(HEAD_FUSIONS)}, not {head_fusion!r}")
     mean_map = empty_map(q, k)
     per_head = []
-    for a in attention_maps(q, k, scale):
+    for a in maps_in_turn(q, k, scale):
         mean_map.add_(a, alpha=1 / q.shape[1])
         if head_fusion == "rms":
             per_head.append(gwpr(a, f, iterations=iterations, tolerance=tolerance))

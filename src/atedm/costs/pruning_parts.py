@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from atedm.attention_map import attention_maps, empty_map
+from atedm.attention_map import empty_map, maps_in_turn
 from atedm.config import PruningConfig
 from atedm.costs.stopwatch import free_memory
 from atedm.matching import attention_source
@@ -42,7 +42,7 @@ def head_by_head(attention: QueriesAndKeys, rank: Rank, lap: Lap) -> RankedMap:
     """Rank by one head's map at a time, as `rank_by_attention` does: the package's way."""
     mean_map = empty_map(attention.q, attention.k)
     per_head = []
-    for a in attention_maps(*attention):
+    for a in maps_in_turn(*attention):
         mean_map.add_(a, alpha=1 / attention.q.shape[1])
         lap("get map")
         per_head.append(rank(a))
