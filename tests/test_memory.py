@@ -298,13 +298,15 @@ def test_plain_attention_never_takes_less_than_fused(config: PruningConfig) -> N
     plain, fused = (memory(small_unet(), config, size=SIZE, attention=attention) for attention in ("plain", "fused"))
     for kind in ("dense", "normal_step", "prune_less_step"):
         assert getattr(plain, kind).peak >= getattr(fused, kind).peak
-        assert getattr(plain, kind).average > getattr(fused, kind).average
+        # Pruning's own map takes the same in a shorter step, so it weighs more in the mean of a fused one.
+        if not config.needs_attention_map:
+            assert getattr(plain, kind).average > getattr(fused, kind).average
     assert (plain.attention, fused.attention) == ("plain", "fused")
 
 
 def test_a_batch_takes_as_many_times() -> None:
     unet = small_unet()
-    one, four = (memory(unet, "paper", size=(512, 512), batch=batch) for batch in (1, 4))
+    one, four = (memory(unet, WITHOUT_MAPS, size=(512, 512), batch=batch) for batch in (1, 4))
     for kind in ("dense", "normal_step", "prune_less_step"):
         # But for one timestep, and for the traffic of the weights in the time.
         assert getattr(four, kind).peak == pytest.approx(4 * getattr(one, kind).peak, rel=1e-4)
