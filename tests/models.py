@@ -167,9 +167,9 @@ class Call(NamedTuple):
 
     def is_prune_less(self, summary: atedm.PatchSummary) -> bool:
         """Whether the spared blocks were spared; all of them or none."""
-        spared = [name not in self.kept for name in summary.spared]
-        assert len(set(spared)) == 1
-        return spared[0]
+        left_alone = summary.pruned - self.kept.keys()
+        assert left_alone in (frozenset(), summary.spared)
+        return bool(left_alone)
 
 
 @contextmanager

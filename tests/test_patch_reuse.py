@@ -343,7 +343,7 @@ def test_the_mean_over_a_run_is_what_torch_counts(config: PruningConfig, steps: 
     assert mean < whole or config.needs_attention_map
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(
     every=st.integers(1, 12),
     steps=st.integers(1, 40),
