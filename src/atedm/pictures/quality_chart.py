@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib import colormaps
 from PIL import Image
@@ -33,14 +34,14 @@ def cost_chart(
     for name in sorted(figures, key=lambda name: figures[name][0]):
         of_kind.setdefault(name if kinds is None else kinds[name], []).append(name)
     in_order = [name for name in figures if name in of_kind] if kinds is None else list(of_kind)
-    colours = _colours(in_order)
+    marks = _marks(in_order)
     for kind in in_order:
         names = of_kind[kind]
         costs = [figures[name][0] for name in names]
         means, lows, highs = ([factor * figures[name][1][end] for name in names] for end in range(3))
         ends = [[m - low for m, low in zip(means, lows, strict=True)]]
         ends.append([high - m for m, high in zip(means, highs, strict=True)])
-        axes.errorbar(costs, means, ends, fmt="o-", ms=6, lw=1.2, capsize=3, color=colours[kind], label=kind)
+        axes.errorbar(costs, means, ends, ls="-", ms=6, lw=1.2, capsize=3, label=kind, **marks[kind])
     axes.set_xlabel("cost of a run, share of dense", color=INK_HEX)
     axes.set_ylabel(what, color=INK_HEX)
     axes.set_title(title, loc="left", fontsize=11, color=INK_HEX)
@@ -59,11 +60,10 @@ def curve_chart(curves: Mapping[str, Sequence[tuple[float, float, float]]], titl
         title: Headline.
     """
     figure, axes = new_chart(8.5, 5.0)
-    colours = _colours(list(curves))
+    marks = _marks(list(curves))
     for name, points in curves.items():
-        axes.plot(
-            [clip for _, clip, _ in points], [fid for *_, fid in points], "o-", ms=4, label=name, color=colours[name]
-        )
+        clips, fids = ([point[place] for point in points] for place in (1, 2))
+        axes.plot(clips, fids, ls="-", ms=4, label=name, **marks[name])
         for guidance, clip, fid in points[:: max(1, len(points) // 3)]:
             axes.annotate(f"{guidance:g}", (clip, fid), (4, 4), textcoords="offset points", fontsize=7, color=FAINT_HEX)
     axes.set_xlabel("CLIP score", color=INK_HEX)
@@ -73,6 +73,10 @@ def curve_chart(curves: Mapping[str, Sequence[tuple[float, float, float]]], titl
     return picture_of(figure)
 
 
-def _colours(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
-    palette = colormaps["tab10"]
-    return {name: palette(index % 10) for index, name in enumerate(names)}
+def _marks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Ten colours, then the same with another marker, so that no two are alike."""
+    palette, markers = colormaps["tab10"], "os^DvP"
+    return {
+        name: {"color": palette(index % 10), "marker": markers[index // 10 % len(markers)]}
+        for index, name in enumerate(names)
+    }
