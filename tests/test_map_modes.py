@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import atedm
-from atedm import map_modes
+from atedm import attention_map
 from atedm.config import PRESETS, PruningConfig
 from atedm.costs.formula import block_macs
 from atedm.map_modes import scores_in_blocks, scores_of_rows, source_in_blocks
@@ -34,7 +34,7 @@ def queries_and_keys(batch: int, heads: int, tokens: int, dtype: torch.dtype = t
 def test_blocks_give_what_the_whole_map_gives(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], block: int, fusion: str, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(map_modes, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(attention_map, "_BLOCK_BYTES", block)
     q, k = queries_and_keys(*shape, dtype)
     whole = rank_by_attention(q, k, 0.3, head_fusion=fusion, iterations=4)
     scores = scores_in_blocks(q, k, 0.3, head_fusion=fusion, iterations=4)

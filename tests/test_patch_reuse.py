@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import atedm
 from atedm.config import PRESETS, PruningConfig
-from atedm.costs.formula import block_macs, mean_macs
+from atedm.costs.formula import BlockShape, block_macs, block_steps, mean_macs
 from atedm.patching.memory import BlockMemory, Run
 from atedm.patching.steps import step_position
 from atedm.patching.summary import WORDS
+from atedm.schedule import BlockPlace
 from models import draw, inputs, run, sdxl_pipeline, sdxl_unet, small_unet, watched
 
 MATCHED = PRESETS["matched"].replace(own_update_share=0.0)
@@ -266,6 +267,26 @@ def test_what_is_not_asked_for_is_not_remembered() -> None:
     listed(unet, torch.linspace(999, 0, 4))
     assert unet._atedm.run == Run()
     assert all(unet.get_submodule(name)._atedm.memory == BlockMemory() for name in unet._atedm.blocks)
+
+
+@remembering
+def test_the_summary_says_what_a_normal_step_saves_whatever_is_remembered(config: PruningConfig) -> None:
+    forgetful = config.replace(refresh_every=1, reuse_place=None, rematch=False)
+    mine, expected = (atedm.apply(sdxl_unet(), one) for one in (config, forgetful))
+    assert mine.saving == expected.saving
+    assert mine.prunable == expected.prunable
+    assert str(mine).startswith("attention block")
+
+
+def test_rates_that_leave_as_many_tokens_are_one_choice() -> None:
+    """Of 6 tokens both rates leave 4, so the step at which the schedule changes over goes by the choice made before."""
+    config = MATCHED.replace(
+        pruning_rate=0.4, level_factors=(), prune_less_factor=0.9, schedule="prune-less-early", refresh_every=100
+    )
+    shape = BlockShape(BlockPlace("mid", 2, 0, 1, 2, "mid_block.attentions.0"), (2, 3), 8, 7, 8)
+    assert config.tokens_left(shape.place, 6) == config.tokens_left(shape.place, 6, prune_less=True) == {0: 4}
+    steps = block_steps(shape, config, False, 10)
+    assert sum(n for kind, n in steps.items() if not kind.reuses) == 1
 
 
 def test_no_gradient_lives_on_in_what_is_remembered() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _BLOCK_BYTES = 8 * 2**20
-"""Of the float32 rows that are made at once where memory is used again: what a core or two keep in their caches."""
+"""Of the rows of a map that are made at once: a few MiB stay in the caches of a core or two."""
 
 
 def attention_maps(q: Tensor, k: Tensor, scale: float) -> Iterator[Tensor]:
@@ -55,13 +55,18 @@ def maps_in_turn(q: Tensor, k: Tensor, scale: float) -> Iterator[Tensor]:
         return
     _check(q, k)
     a = empty_map(q, k)
-    step = max(1, _BLOCK_BYTES // max(1, 4 * a.shape[0] * a.shape[2]))
+    step = rows_at_once(a.shape[0] * a.shape[2])
     for q_head, k_head in zip(q.unbind(1), k.unbind(1), strict=True):
         keys = k_head.mT
         for start in range(0, a.shape[1], step):
             rows = slice(start, start + step)
             a[:, rows] = torch.softmax((scale * q_head[:, rows]) @ keys, dim=-1, dtype=torch.float32)
         yield a
+
+
+def rows_at_once(entries: int) -> int:
+    """How many rows of so many float32 entries are made at once, at least one."""
+    return max(1, _BLOCK_BYTES // max(1, 4 * entries))
 
 
 def _check(q: Tensor, k: Tensor) -> None:

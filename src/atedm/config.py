@@ -9,6 +9,7 @@ from typing import Any
 
 from atedm.checks import check_config, checked_pairs
 from atedm.choices import BY_SIMILARITY, UPDATES, WHERES, Where, check_name
+from atedm.pruning import keep_count
 from atedm.ranking import ITERATIONS
 from atedm.schedule import BlockPlace, prune_less_blocks
 
@@ -169,6 +170,15 @@ class PruningConfig:
             factor *= self.prune_less_factor
         end = block.layers - (self.place == "after-feed-forward")
         return tuple((layer, factor * rate) for layer, rate in self.rates if layer < end)
+
+    def tokens_left(self, block: BlockPlace, tokens: int, *, prune_less: bool = False) -> dict[int, int]:
+        """Tokens left after each layer of a block of so many that drops any, by layer."""
+        counts: dict[int, int] = {}
+        for layer, rate in self.rates_in(block, prune_less=prune_less):
+            left = keep_count(tokens, rate)
+            if left < tokens:
+                tokens = counts[layer] = left
+        return counts
 
     def spared(self, blocks: Iterable[BlockPlace]) -> frozenset[str]:
         """Names of those among all attention blocks of a U-Net that prune-less steps leave alone."""

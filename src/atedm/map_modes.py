@@ -17,12 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atedm.attention_map import without_autocast
+from atedm.attention_map import rows_at_once, without_autocast
+from atedm.matching import point_to_themselves
 from atedm.pruning import gather_tokens
 from atedm.ranking import ITERATIONS, normalise, root_mean_square
-
-_BLOCK_BYTES = 8 * 2**20
-"""Of the float32 rows that are held at once: a few MiB stay in the cache of a core or two."""
 
 
 class Scores(NamedTuple):
@@ -83,7 +81,7 @@ def source_in_blocks(q: Tensor, k: Tensor, scale: float, keep: Tensor) -> Tensor
         more = here.values > most  # of equal ones the first stays
         source = torch.where(more, here.indices + rows.start, source)
         most = torch.where(more, here.values, most)
-    return _point_to_themselves(source, keep)
+    return point_to_themselves(source, keep)
 
 
 def scores_of_rows(
@@ -118,7 +116,7 @@ def scores_of_rows(
         place_of_row = place[:, rows]
         candidates = mean_rows.masked_fill((place_of_row < 0).unsqueeze(-1), -1.0)
         found = place_of_row.gather(1, candidates.argmax(1))
-        return _point_to_themselves(found.clamp_min(0), keep)
+        return point_to_themselves(found.clamp_min(0), keep)
 
     return Scores(_over_heads(s_k, batch), source)
 
@@ -126,7 +124,7 @@ def scores_of_rows(
 def _blocks(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, Tensor]]:
     """Yield some rows of the maps at a time, (B, H, r, N) float32, and which they are."""
     batch, heads, queries, _ = q.shape
-    step = max(1, _BLOCK_BYTES // (4 * batch * heads * k.shape[2]))
+    step = rows_at_once(batch * heads * k.shape[2])
     q = scale * q
     for start in range(0, queries, step):
         rows = slice(start, min(start + step, queries))
@@ -141,7 +139,3 @@ def _fused(a: Tensor, head_fusion: str) -> Tensor:
 def _over_heads(s: Tensor, batch: int) -> Tensor:
     """Importance (B, N) from that of each map, (B H, N)."""
     return root_mean_square(torch.unflatten(s, 0, (batch, -1)).transpose(0, 1))
-
-
-def _point_to_themselves(source: Tensor, keep: Tensor) -> Tensor:
-    return source.scatter(1, keep, torch.arange(keep.shape[1], device=keep.device).expand_as(keep))

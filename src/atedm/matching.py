@@ -45,7 +45,7 @@ def attention_source(attention_map: Tensor, keep: Tensor) -> Tensor:
         (B, N) int64: for each token, the position within ``keep`` of the token to copy. Kept tokens point to
         themselves; of equal entries the first is taken.
     """
-    return _point_to_themselves(gather_tokens(attention_map, keep).argmax(dim=1), keep)
+    return point_to_themselves(gather_tokens(attention_map, keep).argmax(dim=1), keep)
 
 
 class Match(NamedTuple):
@@ -103,7 +103,7 @@ def match_by_features(
     nothing = keep.new_zeros(tokens.shape[:2])
     source = nothing.scatter(1, dropped, torch.cat(best, dim=1))
     likeness = features.new_zeros(tokens.shape[:2]).scatter(1, dropped, torch.cat(similarity, dim=1))
-    return Match(_point_to_themselves(source, keep), likeness)
+    return Match(point_to_themselves(source, keep), likeness)
 
 
 def nearest_source(keep: Tensor, size: tuple[int, int]) -> Tensor:
@@ -116,7 +116,7 @@ def nearest_source(keep: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         (B, N) int64 positions within ``keep``; kept tokens point to themselves.
     """
-    return _point_to_themselves(_squared_distance(keep, size).argmin(dim=-1), keep)
+    return point_to_themselves(_squared_distance(keep, size).argmin(dim=-1), keep)
 
 
 def distance_weights(keep: Tensor, size: tuple[int, int]) -> Tensor:
@@ -161,7 +161,7 @@ def dropped_tokens(keep: Tensor, tokens: int) -> Tensor:
     return is_kept.argsort(dim=-1, stable=True)[:, : tokens - keep.shape[1]]
 
 
-def _point_to_themselves(source: Tensor, keep: Tensor) -> Tensor:
+def point_to_themselves(source: Tensor, keep: Tensor) -> Tensor:
     """Let kept tokens of a ``source`` (B, N) point to their own position within ``keep`` (B, K)."""
     return source.scatter(1, keep, torch.arange(keep.shape[1], device=keep.device).expand_as(keep))
 

@@ -16,6 +16,7 @@ from atedm.cli.evaluation_options import (
     StepsOption,
 )
 from atedm.cli.options import DeviceOption, ModelOption
+from atedm.cli.progress import rounds_shown
 
 if TYPE_CHECKING:
     from atedm.evaluation.errors import ErrorsReport
@@ -69,7 +70,6 @@ def errors(
 
     import torch
     from rich.console import Console
-    from rich.progress import Progress
 
     from atedm.choices import check_name
     from atedm.evaluation.errors import find_errors
@@ -96,14 +96,7 @@ def errors(
     console = Console(stderr=True)
     with console.status(f"opening {model}"):
         pipe = load_pipeline(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
-    with Progress(console=console) as bar:
-        task = bar.add_task("images", total=-(-captions // batch))
-        done = {"groups": 0}
-
-        def on_step(what: str, step: int, of: int) -> None:
-            bar.update(task, description=what, completed=done["groups"] + step / of)
-            done["groups"] += step == of
-
+    with rounds_shown(console, -(-len(texts) // batch)) as on_step:
         report = find_errors(
             pipe,
             texts,

@@ -9,6 +9,7 @@ import typer
 
 from atedm.cli.evaluation_options import BatchOption, DtypeOption, GuidanceOption, SeedOption, StepsOption
 from atedm.cli.options import DeviceOption
+from atedm.cli.progress import rounds_shown
 
 if TYPE_CHECKING:
     from atedm.evaluation.objects import ObjectsReport
@@ -41,7 +42,6 @@ def objects(
 
     import torch
     from rich.console import Console
-    from rich.progress import Progress
 
     from atedm.choices import check_name
     from atedm.evaluation.objects import find_objects
@@ -58,14 +58,7 @@ def objects(
     console = Console(stderr=True)
     with console.status("opening tiny"):
         pipe = load_pipeline("tiny", device=device, dtype=getattr(torch, dtype) if dtype else None)
-    with Progress(console=console) as bar:
-        task = bar.add_task("images", total=-(-captions // batch))
-        done = {"groups": 0}
-
-        def on_call(what: str, call: int, calls: int) -> None:
-            bar.update(task, description=what, completed=done["groups"] + call / calls)
-            done["groups"] += call == calls
-
+    with rounds_shown(console, -(-captions // batch)) as on_call:
         report = find_objects(
             pipe,
             held_out_scenes(captions, seed),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atedm.cli.options import DeviceOption, ModelOption, parse_size
+from atedm.cli.progress import rounds_shown
 
 if TYPE_CHECKING:
     from atedm.costs.variance import VarianceReport
@@ -50,7 +51,6 @@ def variance(
     from json import dumps
 
     from rich.console import Console
-    from rich.progress import Progress
 
     from atedm.costs.variance import attention_variance
     from atedm.generate import save_image
@@ -66,14 +66,7 @@ def variance(
     quiet_libraries()
     with console.status(f"opening {model}"):
         pipe = load_pipeline(model, device=device)
-    with Progress(console=console) as bar:
-        task = bar.add_task("images", total=len(prompts))
-        done = {"whole": 0}
-
-        def on_call(what: str, call: int, calls: int) -> None:
-            bar.update(task, description=what, completed=done["whole"] + call / calls)
-            done["whole"] += call == calls
-
+    with rounds_shown(console, len(prompts)) as on_call:
         report = attention_variance(
             pipe,
             prompts,
@@ -84,7 +77,6 @@ def variance(
             seed=seed,
             progress=on_call,
         )
-        bar.update(task, description="images")
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
         save_image(variance_chart(report, threshold, f"{model}, {len(prompts)} images, dense"), plot)

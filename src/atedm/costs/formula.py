@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from atedm.config import PruningConfig
-from atedm.pruning import keep_count
 from atedm.schedule import BlockPlace, is_prune_less
 
 #: How MACs are counted: see `Macs`.
@@ -116,12 +115,12 @@ def block_macs(
     total = Macs(linear=2 * n * c * c)
     if config is None:
         return total.plus(layer_macs(shape, n, n, n).times(shape.place.layers))
-    rates = dict(config.rates_in(shape.place, prune_less=prune_less))
+    counts = config.tokens_left(shape.place, n, prune_less=prune_less)
     place = config.place_of_reuse if reuses else config.place
-    if config.needs_first_map and not reuses and any(keep_count(n, rate) < n for rate in rates.values()):
+    if config.needs_first_map and not reuses and counts:
         total = total.plus(Macs(map=map_macs(shape, n)))
     for layer in range(shape.place.layers):
-        left = keep_count(n, rates[layer]) if layer in rates else n
+        left = counts.get(layer, n)
         if left == n:
             total = total.plus(layer_macs(shape, n, n, n))
             continue
@@ -209,20 +208,21 @@ class BlockStep(NamedTuple):
     reuses: bool
 
 
-def block_steps(config: PruningConfig, block: BlockPlace, is_spared: bool, steps: int) -> Counter[BlockStep]:
+def block_steps(shape: BlockShape, config: PruningConfig, is_spared: bool, steps: int) -> Counter[BlockStep]:
     """Count what a pruned block does in the ``steps`` steps of a run.
 
     A choice lasts ``config.refresh_every`` steps, unless the number of tokens to choose changes in between.
     """
     counts: Counter[BlockStep] = Counter()
-    made, made_for = -config.refresh_every, None
+    made = -config.refresh_every
+    made_for: dict[int, int] = {}
     for step in range(steps):
         less = is_prune_less(step / steps, config.schedule, config.prune_less_share)
-        rates = config.rates_in(block, prune_less=less)
-        dense = less and is_spared
-        reuses = not dense and step - made < config.refresh_every and made_for == rates
+        left = config.tokens_left(shape.place, shape.tokens, prune_less=less)
+        dense = not left or (less and is_spared)
+        reuses = not dense and step - made < config.refresh_every and made_for == left
         if not dense and not reuses:
-            made, made_for = step, rates
+            made, made_for = step, left
         counts[BlockStep(less, dense, reuses)] += 1
     return counts
 
@@ -232,7 +232,7 @@ def block_run_macs(shape: BlockShape, config: PruningConfig, is_spared: bool, st
     return Macs().plus(
         *(
             block_macs(shape, None if kind.dense else config, prune_less=kind.prune_less, reuses=kind.reuses).times(n)
-            for kind, n in block_steps(config, shape.place, is_spared, steps).items()
+            for kind, n in block_steps(shape, config, is_spared, steps).items()
         )
     )
 

@@ -15,7 +15,6 @@ from atedm.patching.apply import pruned
 from atedm.patching.summary import block_shape
 from atedm.patching.survey import choose_blocks, find_blocks
 from atedm.pipelines import habits
-from atedm.pruning import keep_count
 from atedm.schedule import prune_less_blocks, prune_less_steps
 
 TERA = 1e12
@@ -250,9 +249,7 @@ def _pruned_block(
     dense = block_macs(shape).times(images)
     if name not in chosen:
         return BlockCost(shape, shape.tokens, False, dense, dense, dense, dense.times(steps))
-    kept = shape.tokens
-    for _, rate in config.rates_in(shape.place):
-        kept = keep_count(kept, rate)
+    kept = min(config.tokens_left(shape.place, shape.tokens).values(), default=shape.tokens)
     normal = block_macs(shape, config).times(images)
     less = dense if name in spared else block_macs(shape, config, prune_less=True).times(images)
     run = block_run_macs(shape, config, name in spared, steps).times(images)

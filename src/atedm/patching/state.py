@@ -11,7 +11,6 @@ from torch import Tensor
 
 from atedm.config import PruningConfig
 from atedm.patching.memory import BlockMemory, Run
-from atedm.pruning import keep_count
 from atedm.schedule import BlockPlace
 
 
@@ -34,7 +33,7 @@ class BlockObservation(NamedTuple):
 
 @dataclass
 class UNetState:
-    """What the blocks of one patched U-Net share. All but ``run`` is set before each call of the U-Net."""
+    """What the blocks of one patched U-Net share. The step is set before each call of the U-Net; only ``run`` lasts."""
 
     config: PruningConfig
     #: Names of the patched blocks.
@@ -59,11 +58,6 @@ class BlockPatch:
 
     def counts(self, tokens: int) -> dict[int, int]:
         """Tokens left after each pruning layer of this block in this step, by layer; empty for a dense step."""
-        counts: dict[int, int] = {}
         if self.spared and self.state.prune_less:
-            return counts
-        left = tokens
-        for layer, rate in self.state.config.rates_in(self.place, prune_less=self.state.prune_less):
-            if keep_count(left, rate) < left:
-                left = counts[layer] = keep_count(left, rate)
-        return counts
+            return {}
+        return self.state.config.tokens_left(self.place, tokens, prune_less=self.state.prune_less)

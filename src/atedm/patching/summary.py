@@ -9,8 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from atedm.config import PruningConfig
 from atedm.costs.budget import solve_pruning_rate
-from atedm.costs.formula import BlockShape, mean_macs
-from atedm.pruning import keep_count
+from atedm.costs.formula import BlockShape, mean_macs, step_macs
 from atedm.schedule import BlockPlace, prune_less_steps
 
 WORDS = 77
@@ -51,8 +50,7 @@ class PatchSummary:
     @property
     def saving(self) -> float:
         """Share of the attention blocks' arithmetic that a normal step saves, net of what pruning adds."""
-        normal = self.config.replace(schedule="constant", refresh_every=1, reuse_place=None)
-        return 1 - self._mean(normal) / self._dense
+        return self._saving_of(self.config)
 
     @property
     def mean_saving(self) -> float:
@@ -66,8 +64,12 @@ class PatchSummary:
     @property
     def prunable(self) -> float:
         """Share of the attention blocks' arithmetic that would go if all but one token were dropped."""
-        gone = self.config.replace(pruning_rate=1 - 1e-9, gradual=(), level_factors=(), schedule="constant")
-        return 1 - self._mean(gone) / self._dense
+        gone = self.config.replace(pruning_rate=1 - 1e-9, gradual=(), level_factors=())
+        return self._saving_of(gone)
+
+    def _saving_of(self, config: PruningConfig) -> float:
+        """Share saved by a normal step in which tokens are chosen."""
+        return 1 - step_macs(self.shapes, config, self.pruned, prune_less=False).exact / self._dense
 
     def kept_share(self, steps: int) -> float:
         """Mean share of tokens in the pruned blocks after their last pruning layer, over a run and all blocks."""
@@ -82,10 +84,9 @@ class PatchSummary:
 
     def kept(self, shape: BlockShape, *, prune_less: bool = False) -> int:
         """Tokens left at the end of a block in a normal step, or in a prune-less one that does not spare it."""
-        left = shape.tokens
-        for _, rate in self.config.rates_in(shape.place, prune_less=prune_less):
-            left = keep_count(left, rate)
-        return left
+        return min(
+            self.config.tokens_left(shape.place, shape.tokens, prune_less=prune_less).values(), default=shape.tokens
+        )
 
     def at_equal_cost(self, config: PruningConfig, steps: int = 50) -> PruningConfig:
         """Return ``config`` with the pruning rate at which its run costs what this one's does.
