@@ -173,6 +173,8 @@ def _processor() -> str:
 def step_share(model: Any, method: Method, size: tuple[int, int]) -> float:
     """Share of the dense multiply-accumulates that a normal step takes, by formula, everything that is added counted.
 
+    Where a choice of tokens is kept for several steps it is the mean of them.
+
     Args:
         model: As `atedm.cost`.
         method: Pruning, ToMe, or else dense.

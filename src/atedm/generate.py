@@ -105,9 +105,11 @@ def generate(
     ways = {"pruned": request.config}
     if compare and request.beside is not None:
         ways["beside"] = request.beside
-    for config in reversed(ways.values()):
-        with pruned(pipe, config) as summary:
+    summaries = {}
+    for way, config in ways.items():
+        with pruned(pipe, config) as summaries[way]:
             pass  # before any work: refuses what cannot be pruned
+    summary = summaries["pruned"]
     names = {way: _name_with_cost(pipe, request, config) for way, config in ways.items()} if compare else {}
     made: list[Made] = []
     comparisons: list[Comparison] = []
