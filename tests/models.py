@@ -90,12 +90,12 @@ def inputs(
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(unet.dtype)
+        return torch.randn(*shape, generator=generator).to(unet.device, unet.dtype)
 
     call = {"sample": normal(batch, 4, *size), "encoder_hidden_states": normal(batch, words, TEXT_WIDTH)}
     if unet.config.addition_embed_type == "text_time":
         times = torch.tensor([[128.0, 128.0, 0.0, 0.0, 128.0, 128.0]]).repeat(batch, 1)
-        call["added_cond_kwargs"] = {"text_embeds": normal(batch, WIDTH), "time_ids": times}
+        call["added_cond_kwargs"] = {"text_embeds": normal(batch, WIDTH), "time_ids": times.to(unet.device)}
     return call
 
 

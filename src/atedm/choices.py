@@ -62,8 +62,10 @@ BY_MATCH = ("similarity-copy", "matched-update", "last-update")
 UPDATES = ("matched-update", "weighted-update", "last-update")
 #: Those that add the token's own update of the step before; in the first step there is only that of its match.
 OWN_UPDATES = ("last-update",)
-#: Ways to what the self-attention map is wanted for: see `atedm.map_modes`.
-MAP_MODES = ("full", "blocked", "sampled")
+#: Ways to what the self-attention map is wanted for: see `atedm.map_modes`. "auto" goes by the number of tokens.
+MAP_MODES = ("auto", "full", "blocked", "flash", "triton", "sampled")
+#: Up to so many tokens "auto" makes the whole map, which takes little there; above it a sample.
+AUTO_FULL_TOKENS = 1024
 #: Whose map a copy by attention goes by: that of the layer that drops the token, or of the first layer of the block.
 COPY_MAPS = ("own", "first")
 #: Whether both halves of a guided batch keep the same tokens.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atedm.checks import check_config, checked_pairs
-from atedm.choices import BY_SIMILARITY, UPDATES, WHERES, Where, check_name
+from atedm.choices import AUTO_FULL_TOKENS, BY_SIMILARITY, UPDATES, WHERES, Where, check_name
 from atedm.pruning import keep_count
 from atedm.ranking import ITERATIONS
 from atedm.schedule import BlockPlace, prune_less_blocks
@@ -49,8 +49,8 @@ class PruningConfig:
     #: Threshold of the two clip mappings (supplement Eq. 2, 3).
     eta: float = 0.2
     #: How self-attention is ranked and copied by, one of `MAP_MODES`; what needs a whole map is given one.
-    map_mode: str = "full"
-    #: Queries whose rows stand for the whole map in the "sampled" mode.
+    map_mode: str = "auto"
+    #: Queries whose rows stand for the whole map in the "sampled" mode, which "auto" is above `AUTO_FULL_TOKENS`.
     sampled_rows: int = 256
     #: Factor on the exponent of the power mapping (supplement Eq. 4).
     alpha: float = 5.0
@@ -215,12 +215,12 @@ class PruningConfig:
         copies_by_own = self.copies_by_attention and self.copy_map == "own"
         return copies_by_own or self.ranks_by_self_attention or self.ranking == "attention-received"
 
-    @property
-    def map_mode_used(self) -> str:
-        """``map_mode``, but "full" where no way around the whole map gives what is asked for."""
+    def map_mode_for(self, tokens: int) -> str:
+        """Return ``map_mode``, "auto" decided for so many tokens, but "full" where nothing else gives what is asked."""
         weighs = self.recovery == "weighted-update" or self.similarity == "attention-transposed"
         whole = self.tolerance is not None or (self.copies_by_attention and weighs)
-        return "full" if whole else self.map_mode
+        by_size = "sampled" if tokens > AUTO_FULL_TOKENS else "full"
+        return "full" if whole else by_size if self.map_mode == "auto" else self.map_mode
 
     @property
     def needs_first_map(self) -> bool:

@@ -3,20 +3,24 @@
 The method wants two things of the N x N map: what G-WPR makes of it, and, once tokens are chosen, which kept query
 attends most to each token. Neither needs the map all at once.
 
-``full`` makes the map one head at a time and holds the mean of the heads. ``blocked`` makes a few rows of all heads at
-a time, as many as a processor's cache holds, once for each iteration of G-WPR and once more for the kept rows: the same
-figures up to the order of sums. ``sampled`` makes the rows of some queries only and takes them for all: importance is
-passed from them alone, and only those of them that are kept can be copied. Its time and memory do not grow with N^2.
+``full`` makes the map one head at a time and holds the mean of the heads. Three more give the same figures up to the
+order of sums, in a memory that does not grow with N^2: ``blocked`` makes a few rows of all heads at a time, as many as
+a processor's cache holds, once for each iteration of G-WPR and once more for the kept rows; ``flash`` leaves the
+iterations to stock flash attention (`atedm.flash_maps`); ``triton`` has kernels of its own for all of it, on CUDA
+(`atedm.triton_maps`). ``sampled`` makes the rows of some queries only and takes them for all: importance is passed from
+them alone, and only those of them that are kept can be copied. Its time does not grow with N^2 either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from atedm import flash_maps, plain_maps
 from atedm.attention_map import rows_at_once, without_autocast
 from atedm.matching import point_to_themselves
 from atedm.pruning import gather_tokens
@@ -42,7 +46,7 @@ def scores_in_blocks(
         k: Keys, (B, H, N, D).
         scale: The factor on the logits.
         head_fusion: As `atedm.ranking.rank_by_attention`.
-        iterations: As `atedm.ranking.gwpr`.
+        iterations: As `atedm.ranking.gwpr`; 0 where nothing is ranked by it.
 
     Returns:
         The `Scores`, those of the full map up to the order of sums.
@@ -57,6 +61,64 @@ def scores_in_blocks(
                 received += s[:, rows].unsqueeze(1) @ _fused(a, head_fusion).flatten(0, 1)
             s = normalise(received.squeeze(1))
     return Scores(_over_heads(s, batch), lambda keep: source_in_blocks(q, k, scale, keep))
+
+
+def scores_by_flash(
+    q: Tensor, k: Tensor, scale: float, *, head_fusion: str = "rms", iterations: int = ITERATIONS
+) -> Scores:
+    """As `scores_in_blocks`, with the iterations left to stock flash attention.
+
+    Raises:
+        ValueError: If the device has none that gives log-sum-exps.
+    """
+    lse = flash_maps.row_lse(q, k, scale) if iterations else None
+    importance = _passed_on(flash_maps.column_sums, q, k, scale, lse, head_fusion, iterations)
+    return Scores(importance, lambda keep: source_in_blocks(q, k, scale, keep))
+
+
+def scores_by_triton(
+    q: Tensor, k: Tensor, scale: float, *, head_fusion: str = "rms", iterations: int = ITERATIONS
+) -> Scores:
+    """As `scores_in_blocks`, by Triton kernels. On the meta device plain products take their place, to be counted.
+
+    Raises:
+        ImportError: If Triton is not installed.
+        ValueError: If the tensors are not where it runs.
+    """
+    maps = plain_maps if q.device.type == "meta" else _triton_maps()
+    lse = maps.row_lse(q, k, scale)
+    importance = _passed_on(maps.column_sums, q, k, scale, lse, head_fusion, iterations)
+    return Scores(importance, lambda keep: maps.copy_source(q, k, scale, lse, keep))
+
+
+def _triton_maps() -> ModuleType:
+    try:
+        from atedm import triton_maps
+    except ImportError as error:
+        raise ImportError(
+            "map_mode 'triton' needs the triton package, which torch for CUDA on Linux brings along; "
+            "use 'auto', which picks what runs anywhere"
+        ) from error
+    return triton_maps
+
+
+def _passed_on(
+    column_sums: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    lse: Tensor | None,
+    head_fusion: str,
+    iterations: int,
+) -> Tensor:
+    """Importance (B, N) by G-WPR, where a pass over the map is one call of ``column_sums``."""
+    batch, heads, tokens, _ = q.shape
+    s = q.new_full((batch, heads, tokens), 1 / tokens, dtype=torch.float32)
+    with without_autocast(q.device):
+        for _ in range(iterations):
+            s = column_sums(q, k, scale, lse, s)
+            s = normalise(s if head_fusion == "rms" else s.mean(1, keepdim=True).expand_as(s))
+    return root_mean_square(s.transpose(0, 1))
 
 
 def source_in_blocks(q: Tensor, k: Tensor, scale: float, keep: Tensor) -> Tensor:
@@ -105,6 +167,7 @@ def scores_of_rows(
         a = torch.softmax((scale * q[:, :, rows]) @ k.mT, dim=-1, dtype=torch.float32)
         maps = _fused(a, head_fusion).flatten(0, 1)
         s_q = maps.new_full(maps.shape[:2], 1 / len(rows))
+        s_k = maps.new_full(maps[:, 0].shape, 1 / k.shape[2])
         for _ in range(iterations):
             s_k = normalise((s_q.unsqueeze(1) @ maps).squeeze(1))
             s_q = normalise(s_k[:, rows])

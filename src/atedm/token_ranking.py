@@ -14,7 +14,7 @@ from torch import Tensor
 from atedm.attention_map import mean_attention_map
 from atedm.config import PruningConfig
 from atedm.coverage import cells, facility_location, important_of_cells, lattice, representative
-from atedm.map_modes import Scores, scores_in_blocks, scores_of_rows, source_in_blocks
+from atedm.map_modes import Scores, scores_by_flash, scores_by_triton, scores_in_blocks, scores_of_rows
 from atedm.pruning import keep_most_important
 from atedm.ranking import (
     Mapping,
@@ -113,11 +113,8 @@ def _rank_each(
     )
     by_attention, attention_map = None, None
     source: Callable[[Tensor], Tensor] | None = None
-    mode = config.map_mode_used
-    ranks = config.ranks_by_self_attention or config.ranking == "attention-received"
-    if config.needs_attention_map and not ranks and mode == "blocked":
-        source = partial(source_in_blocks, *self_attention())
-    elif config.needs_attention_map and mode != "full":
+    mode = config.map_mode_for(tokens.shape[1])
+    if config.needs_attention_map and mode != "full":
         by_attention, source = _without_whole_map(config, mode, self_attention(), step, size)
     elif config.ranks_by_self_attention:
         by_attention, attention_map = rank(*self_attention())
@@ -142,11 +139,11 @@ def _without_whole_map(
     config: PruningConfig, mode: str, attention: QueriesAndKeys, step: int | Tensor, size: tuple[int, int] | None
 ) -> Scores:
     """Rank by self-attention in one of the modes that do not hold a map."""
-    received = not config.ranks_by_self_attention  # what attention gives is one iteration on the mean map
-    fusion = "mean-map" if received else config.head_fusion
-    iterations = 1 if received else config.iterations
-    if mode == "blocked":
-        return scores_in_blocks(*attention, head_fusion=fusion, iterations=iterations)
+    fusion, iterations = config.head_fusion, config.iterations
+    if not config.ranks_by_self_attention:  # what attention gives is one iteration on the mean map
+        fusion, iterations = "mean-map", int(config.ranking == "attention-received")
+    if mode in _EXACT:
+        return _EXACT[mode](*attention, head_fusion=fusion, iterations=iterations)
     tokens, device = attention.k.shape[2], attention.k.device
     if size is not None and size[0] * size[1] == tokens:
         spread = lattice(size, step=step, device=device).unsqueeze(0)
@@ -154,6 +151,13 @@ def _without_whole_map(
         spread = uniform_random(1, tokens, seed=config.seed, step=step, device=device)
     rows = keep_most_important(spread, min(config.sampled_rows, tokens))[0]
     return scores_of_rows(*attention, rows, head_fusion=fusion, iterations=iterations)
+
+
+_EXACT: dict[str, Callable[..., Scores]] = {
+    "blocked": scores_in_blocks,
+    "flash": scores_by_flash,
+    "triton": scores_by_triton,
+}
 
 
 def _covering(

@@ -8,6 +8,7 @@ import typer
 
 from atedm.cli.ablate import ablate
 from atedm.cli.accuracy import accuracy
+from atedm.cli.agreement import agreement
 from atedm.cli.bench import bench
 from atedm.cli.cost import cost
 from atedm.cli.errors import errors
@@ -52,6 +53,7 @@ app.command()(variance)
 app.command()(evaluate)
 app.command()(reproduce)
 app.command()(objects)
+app.command()(agreement)
 app.command()(errors)
 app.command()(accuracy)
 app.command()(ablate)

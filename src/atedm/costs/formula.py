@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from atedm.config import PruningConfig
+from atedm.flash_maps import COLUMNS
 from atedm.schedule import BlockPlace, is_prune_less
 
 #: How MACs are counted: see `Macs`.
@@ -152,14 +153,15 @@ def overhead_macs(shape: BlockShape, config: PruningConfig, tokens: int, kept: i
     c, t, d = shape.channels, shape.words, shape.word_width
     ranked = shape.heads * config.iterations if config.head_fusion == "rms" else config.iterations
     of_map, of_ranking, of_matching = 0, 0, 0
-    mode = config.map_mode_used
+    mode = config.map_mode_for(tokens)
     if config.needs_attention_map:
-        rows = _rows_made(config, mode, tokens, kept)
-        of_map += 2 * tokens * c * c + rows * tokens * c
+        of_map += 2 * tokens * c * c + _map_products(shape, config, mode, tokens, kept)
     if config.ranks_by_self_attention or (config.ranking == "attention-received" and mode != "full"):
         rows = min(config.sampled_rows, tokens) if mode == "sampled" else tokens
         passes = ranked if config.ranks_by_self_attention else 1
-        of_ranking = passes * rows * tokens
+        if mode == "triton":  # it sums every head's map, whether they rank apart or not
+            passes = shape.heads * _iterations(config)
+        of_ranking = 0 if mode == "flash" else passes * rows * tokens  # which is part of its products
     if config.ranking.startswith("cross-attention"):
         of_map += tokens * c * c + t * d * c + tokens * t * c
         of_ranking = ranked * tokens * t * _PRODUCTS[config.ranking]
@@ -171,14 +173,27 @@ def overhead_macs(shape: BlockShape, config: PruningConfig, tokens: int, kept: i
     return Macs(map=of_map, ranking=of_ranking, matching=of_matching)
 
 
-def _rows_made(config: PruningConfig, mode: str, tokens: int, kept: int) -> int:
-    """Rows of the self-attention map that are made, some of them more than once."""
+def _map_products(shape: BlockShape, config: PruningConfig, mode: str, tokens: int, kept: int) -> int:
+    """MACs of queries times keys, for those rows of the self-attention map that are made, some more than once."""
+    c = shape.channels
     if mode == "full":
-        return tokens
+        return tokens * tokens * c
     if mode == "sampled":
-        return min(config.sampled_rows, tokens)
-    passes = config.iterations if config.ranks_by_self_attention else int(config.ranking == "attention-received")
-    return passes * tokens + (kept if config.copies_by_attention else 0)
+        return min(config.sampled_rows, tokens) * tokens * c
+    passes = _iterations(config)
+    copied = kept * tokens * c if config.copies_by_attention else 0
+    if mode == "blocked":
+        return passes * tokens * tokens * c + copied
+    if mode == "triton":
+        return (1 + passes) * tokens * tokens * c + copied
+    # Stock flash attention multiplies by values too, and carries a bias in further columns.
+    biased = c + shape.heads * COLUMNS
+    return (2 * c + passes * 2 * biased) * tokens * tokens * (passes > 0) + copied
+
+
+def _iterations(config: PruningConfig) -> int:
+    """Passes of importance along self-attention."""
+    return config.iterations if config.ranks_by_self_attention else int(config.ranking == "attention-received")
 
 
 _PRODUCTS = {

@@ -8,25 +8,21 @@ like it, which bounds what any copy can do; and how alike it is to the kept toke
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from atedm.config import PruningConfig
+from atedm.evaluation.dense_runs import FirstLayer, dense_blocks, watched
 from atedm.generate import Progress
 from atedm.matching import attention_source, match_by_features
-from atedm.patching.apply import is_applied
-from atedm.patching.pruning_layer import queries_and_keys
-from atedm.patching.survey import find_blocks, find_unet
 from atedm.pruning import gather_tokens, keep_count, keep_most_important
 from atedm.tiny.scenes import BACKGROUNDS, COLOURS, Scene
-from atedm.token_ranking import QueriesAndKeys, rank_tokens
+from atedm.token_ranking import rank_tokens
 
 RANKINGS = (
     "self-attention",
@@ -135,6 +131,7 @@ def area_under_curve(importance: Tensor, is_object: Tensor) -> float:
 class _Seen(NamedTuple):
     """One ranking of one block in one call of the U-Net."""
 
+    size: tuple[int, int]
     importance: Tensor
     best_match: float
     attention_match: float
@@ -173,16 +170,17 @@ def find_objects(
     """
     if not scenes:
         raise ValueError("there are no scenes to draw")
-    unet = find_unet(pipe)
-    if is_applied(unet) or unet is not pipe.unet:
-        raise ValueError("this U-Net is patched or compiled, and rankings are looked at dense; use it as it was before")
-    configs = {name: PruningConfig(pruning_rate, ranking=name) for name in rankings}
-    blocks = find_blocks(unet)
+    blocks = dense_blocks(pipe)
+    configs = {name: PruningConfig(pruning_rate, ranking=name, map_mode="full") for name in rankings}
     values: defaultdict[tuple[str, int, str], list[tuple[float, float, float]]] = defaultdict(list)
     for start in range(0, len(scenes), batch):
         group = scenes[start : start + batch]
-        calls: list[dict[tuple[str, str], _Seen]] = []
-        with _watched({name: module for name, (_, module) in blocks.items()}, configs, len(group), calls) as sizes:
+        seen: dict[tuple[str, int, str], _Seen] = {}
+
+        def rank(layer: FirstLayer, seen: dict[tuple[str, int, str], _Seen] = seen) -> None:
+            seen.update(((name, layer.step, layer.block), _rank(layer, config)) for name, config in configs.items())
+
+        with watched({name: module for name, (_, module) in blocks.items()}, len(group), rank):
 
             def end_call(_: Any, call: int, __: Any, kwargs: dict[str, Any], start: int = start) -> dict[str, Any]:
                 if progress is not None:
@@ -198,13 +196,12 @@ def find_objects(
                 callback_on_step_end=end_call,
             ).images
         masks = torch.stack([object_mask(image.cpu(), scene) for image, scene in zip(images, group, strict=True)])
-        for step, seen in enumerate(calls):
-            for (ranking, block), one in seen.items():
-                is_object = functional.adaptive_avg_pool2d(masks.float(), sizes[block]).flatten(1) > 0.5
-                for importance, mask in zip(one.importance, is_object, strict=True):
-                    if mask.any() and not mask.all():
-                        found = (area_under_curve(importance, mask), one.best_match, one.attention_match)
-                        values[ranking, step, block].append(found)
+        for where, one in seen.items():
+            is_object = functional.adaptive_avg_pool2d(masks.float(), one.size).flatten(1) > 0.5
+            for importance, mask in zip(one.importance, is_object, strict=True):
+                if mask.any() and not mask.all():
+                    found = (area_under_curve(importance, mask), one.best_match, one.attention_match)
+                    values[where].append(found)
     findings = tuple(
         Finding(ranking, step, block, blocks[block][0].level, *(float(mean) for mean in torch.tensor(found).mean(0)))
         for (ranking, step, block), found in values.items()
@@ -212,69 +209,31 @@ def find_objects(
     return ObjectsReport(findings, len(scenes), steps, pruning_rate)
 
 
-@contextmanager
-def _watched(
-    blocks: Mapping[str, Any],
-    configs: Mapping[str, PruningConfig],
-    images: int,
-    calls: list[dict[tuple[str, str], _Seen]],
-) -> Iterator[dict[str, tuple[int, int]]]:
-    """Rank in every call of the U-Net, and add what was seen to ``calls``; yields the grids by block."""
-    sizes: dict[str, tuple[int, int]] = {}
-    self_attention: dict[str, QueriesAndKeys] = {}
-    cross_attention: dict[str, QueriesAndKeys] = {}
+def _rank(layer: FirstLayer, config: PruningConfig) -> _Seen:
+    """Rank the tokens of one layer, and see whom its dropped tokens would be refilled from."""
+    tokens = layer.tokens
+    count = keep_count(tokens.shape[1], config.pruning_rate)
+    ranking = rank_tokens(
+        config,
+        tokens,
+        lambda: layer.self_attention,
+        lambda: layer.cross_attention,
+        step=layer.step,
+        size=layer.size,
+        count=count,
+    )
+    assert ranking.attention_map is not None  # every config here copies by attention, and by all of it
+    keep = keep_most_important(ranking.importance, count)
+    is_dropped = torch.ones_like(ranking.importance).scatter(1, keep, 0.0)
 
-    def size(block: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
-        sizes[block] = (int(height), int(width))
-        if block == next(iter(blocks)):
-            calls.append({})
+    def likeness(source: Tensor) -> float:
+        copied = gather_tokens(gather_tokens(tokens, keep), source)
+        cosine = functional.cosine_similarity(tokens, copied, dim=-1)
+        return float((cosine * is_dropped).sum() / is_dropped.sum())
 
-    @torch.no_grad()
-    def compared(into: dict[str, QueriesAndKeys], block: str, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        tokens = args[0] if args else kwargs["hidden_states"]
-        words = kwargs.get("encoder_hidden_states")
-        # What attention is handed has been through its norm already.
-        q, k, scale = queries_and_keys(module, nn.Identity(), tokens, words)
-        into[block] = QueriesAndKeys(q[-images:].float(), k[-images:].float(), scale)
-
-    @torch.no_grad()
-    def rank(block: str, _: nn.Module, __: Any, output: Tensor) -> None:
-        tokens = output[-images:].float()
-        for name, config in configs.items():
-            count = keep_count(tokens.shape[1], config.pruning_rate)
-            ranking = rank_tokens(
-                config,
-                tokens,
-                lambda: self_attention[block],
-                lambda: cross_attention[block],
-                step=len(calls) - 1,
-                size=sizes[block],
-                count=count,
-            )
-            assert ranking.attention_map is not None  # every config here copies by attention
-            keep = keep_most_important(ranking.importance, count)
-            is_dropped = torch.ones_like(ranking.importance).scatter(1, keep, 0.0)
-
-            def likeness(source: Tensor, keep: Tensor = keep, is_dropped: Tensor = is_dropped) -> float:
-                copied = gather_tokens(gather_tokens(tokens, keep), source)
-                cosine = functional.cosine_similarity(tokens, copied, dim=-1)
-                return float((cosine * is_dropped).sum() / is_dropped.sum())
-
-            calls[-1][name, block] = _Seen(
-                ranking.importance.cpu(),
-                likeness(match_by_features(tokens, keep, "cosine").source),
-                likeness(attention_source(ranking.attention_map, keep)),
-            )
-
-    with ExitStack() as hooks:
-        for name, block in blocks.items():
-            layer = block.transformer_blocks[0]
-            for module, hook in (
-                (block, partial(size, name)),
-                (layer.attn1, partial(compared, self_attention, name)),
-                (layer.attn2, partial(compared, cross_attention, name)),
-            ):
-                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            hooks.callback(layer.register_forward_hook(partial(rank, name)).remove)
-        yield sizes
+    return _Seen(
+        layer.size,
+        ranking.importance.cpu(),
+        likeness(match_by_features(tokens, keep, "cosine").source),
+        likeness(attention_source(ranking.attention_map, keep)),
+    )

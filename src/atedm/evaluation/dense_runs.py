@@ -1,0 +1,94 @@
+"""Look into the first layer of every attention block while a pipeline draws dense, and leave the images as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from atedm.patching.apply import is_applied
+from atedm.patching.pruning_layer import queries_and_keys
+from atedm.patching.survey import find_blocks, find_unet
+from atedm.schedule import BlockPlace
+from atedm.token_ranking import QueriesAndKeys
+
+
+class FirstLayer(NamedTuple):
+    """What the first layer of a block did in one call of the U-Net, where the prompt is known, in float32."""
+
+    block: str
+    #: Index of the call, from 0.
+    step: int
+    #: What left the layer, (B, N, C).
+    tokens: Tensor
+    self_attention: QueriesAndKeys
+    cross_attention: QueriesAndKeys
+    #: (h, w) of the grid.
+    size: tuple[int, int]
+
+
+#: Told of every block in every call of the U-Net.
+OnLayer: TypeAlias = Callable[[FirstLayer], None]
+
+
+def dense_blocks(pipe: Any) -> dict[str, tuple[BlockPlace, Any]]:
+    """Return the attention blocks of the U-Net of ``pipe``, by name.
+
+    Raises:
+        TypeError: If the pipeline has no U-Net.
+        ValueError: If it is patched or compiled.
+    """
+    unet = find_unet(pipe)
+    if is_applied(unet) or unet is not pipe.unet:
+        raise ValueError("this U-Net is patched or compiled, and rankings are looked at dense; use it as it was before")
+    return find_blocks(unet)
+
+
+@contextmanager
+def watched(blocks: Mapping[str, Any], images: int, on_layer: OnLayer) -> Iterator[None]:
+    """Call ``on_layer`` for every block in every call of the U-Net, for the length of a ``with`` block.
+
+    Args:
+        blocks: Attention blocks by name, in the order in which they run.
+        images: How many are drawn at once; with guidance the batch is twice that, and the second half is looked at.
+        on_layer: Told of every block.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    self_attention: dict[str, QueriesAndKeys] = {}
+    cross_attention: dict[str, QueriesAndKeys] = {}
+    calls = 0
+
+    def size(block: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal calls
+        height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
+        sizes[block] = (int(height), int(width))
+        calls += block == next(iter(blocks))
+
+    @torch.no_grad()
+    def compared(into: dict[str, QueriesAndKeys], block: str, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        tokens = args[0] if args else kwargs["hidden_states"]
+        words = kwargs.get("encoder_hidden_states")
+        # What attention is handed has been through its norm already.
+        q, k, scale = queries_and_keys(module, nn.Identity(), tokens, words)
+        into[block] = QueriesAndKeys(q[-images:].float(), k[-images:].float(), scale)
+
+    @torch.no_grad()
+    def tell(block: str, _: nn.Module, __: Any, output: Tensor) -> None:
+        tokens = output[-images:].float()
+        on_layer(FirstLayer(block, calls - 1, tokens, self_attention[block], cross_attention[block], sizes[block]))
+
+    with ExitStack() as hooks:
+        for name, block in blocks.items():
+            layer = block.transformer_blocks[0]
+            for module, hook in (
+                (block, partial(size, name)),
+                (layer.attn1, partial(compared, self_attention, name)),
+                (layer.attn2, partial(compared, cross_attention, name)),
+            ):
+                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            hooks.callback(layer.register_forward_hook(partial(tell, name)).remove)
+        yield
