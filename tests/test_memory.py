@@ -273,6 +273,8 @@ def test_sdxl_as_the_paper_runs_it_keeps_its_peak_and_the_map_is_why() -> None:
     unet, call = nn.Module.to(found.on_meta(), torch.float16), found.call(batch=2, dtype=torch.float16)
     plain, fused = (traced_footprint(unet, call, LATE, attention=attention).peak for attention in ("plain", "fused"))
     with atedm.pruned(unet):
+        assert traced_footprint(unet, call, LATE, attention="fused").peak <= 1.1 * fused
+    with atedm.pruned(unet, PruningConfig(map_mode="full")):
         pruned, fused_pruned = (traced_footprint(unet, call, LATE, attention=kind).peak for kind in ("plain", "fused"))
     maps = 2 * 10 * 4096**2 * 2  # both halves, 10 heads, float16
     assert 2 * maps < plain < 2 * maps + fused

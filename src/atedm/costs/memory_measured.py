@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ def measured_footprint(
         raise ValueError(f"repeats must be at least 1, not {repeats}")
     with torch.no_grad():
         run_once(unet, call, timestep)
-        measured = [_measure(unet, call, timestep, device) for _ in range(repeats)]
+        measured = [_measure(lambda: run_once(unet, call, timestep), device) for _ in range(repeats)]
     nanoseconds = sum(held.nanoseconds for held in measured)
     return Footprint(
         peak=max(held.peak for held in measured),
@@ -64,20 +64,36 @@ def measured_footprint(
     )
 
 
-def _measure(unet: UNet2DConditionModel, call: Mapping[str, Any], timestep: int, device: torch.device) -> Held:
+def peak_of(call: Callable[[], object], device: torch.device) -> int | None:
+    """Return the most bytes that a call holds beyond what was held before; None where the device does not say."""
+    if device.type == "cpu":
+        return _measure(call, device).peak
+    if device.type != "cuda":
+        return None
+    before = _reset(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _measure(call: Callable[[], object], device: torch.device) -> Held:
     """One call."""
     if device.type == "cpu":
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, record_function(_CALL):
-            run_once(unet, call, timestep)
+            call()
         return held_over_time(*_events(profiler, "CPU"))
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    before = _reset(device)
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with profile(activities=activities, profile_memory=True) as profiler, record_function(_CALL), _WaitForEach(device):
-        run_once(unet, call, timestep)
+        call()
     held = held_over_time(*_events(profiler, "CUDA"))
     return held._replace(peak=torch.cuda.max_memory_allocated(device) - before)
+
+
+def _reset(device: torch.device) -> int:
+    """Forget the peak so far, and return the bytes that are held now."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 class _WaitForEach(TorchDispatchMode):  # type: ignore[no-untyped-call]
