@@ -23,7 +23,7 @@ from atedm.costs import latency as latency_module
 from atedm.costs import pruning_parts
 from atedm.costs.architectures import architecture
 from atedm.costs.latency import PAPER, LatencyReport, Spread, WayLatency, latency, time_parts, time_steps
-from atedm.costs.pruning_parts import MAP_WAYS, PARTS, PrunedShape, prune_once, pruned_shapes, too_large
+from atedm.costs.pruning_parts import MAP_WAYS, PARTS, WAYS, PrunedShape, prune_once, pruned_shapes, why_not
 from atedm.costs.random_weights import random_unet
 from atedm.costs.stopwatch import Stopwatch, free_memory
 from atedm.patching.apply import is_applied
@@ -97,7 +97,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> type[ScriptedWatch]:
 # --- the parts are what the patch does --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", MAP_WAYS)
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "sampled"])
 @pytest.mark.parametrize("changes", [{}, {"iterations": 1}])
 def test_parts_give_what_the_patch_gives(way: str, changes: dict[str, Any]) -> None:
     layer = sdxl_unet().down_blocks[2].attentions[0].transformer_blocks[0]
@@ -107,7 +107,7 @@ def test_parts_give_what_the_patch_gives(way: str, changes: dict[str, Any]) -> N
         ranking = rank_tokens(config, tokens, lambda: queries_and_keys(layer.attn1, layer.norm1, tokens), _never)
         kept, dropped = drop_tokens(tokens, choose_tokens(tokens, ranking, 6, (4, 4), config), (4, 4), config)
         mine = prune_once(layer, tokens, 6, config, way, lambda part: None)
-    torch.testing.assert_close(mine.importance, ranking.importance, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(mine.importance, ranking.importance, rtol=1e-4, atol=1e-8)
     assert torch.equal(mine.keep, dropped.keep)
     assert torch.equal(mine.kept, kept)
     assert torch.equal(mine.filled, dropped.refill(kept))
@@ -126,7 +126,7 @@ def _never() -> Any:
     raise AssertionError("cross-attention plays no part")
 
 
-@pytest.mark.parametrize("way", MAP_WAYS)
+@pytest.mark.parametrize("way", WAYS)
 def test_every_part_is_lapped_once_it_is_done(way: str) -> None:
     layer = small_unet().down_blocks[1].attentions[0].transformer_blocks[0]
     laps: list[str] = []
@@ -135,7 +135,7 @@ def test_every_part_is_lapped_once_it_is_done(way: str) -> None:
     assert in_order == list(PARTS)
     assert laps[-3:] == ["mask", "drop", "fill"]
     # Once a head; or once to have the maps of all, and once to be rid of them.
-    assert laps.count("get map") == {"head-by-head": layer.attn1.heads, "all-heads": 2}[way]
+    assert laps.count("get map") == {"head-by-head": layer.attn1.heads, "all-heads": 2}.get(way, 1)
 
 
 def test_head_by_head_never_holds_two_maps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,8 @@ def test_the_tokens_timed_have_the_shapes_of_the_model(monkeypatch: pytest.Monke
     monkeypatch.setattr(latency_module, "prune_once", note)
     time_parts(unet, shapes, PruningConfig(), 3, 1)
     sizes = (((3, 64, 32), 24), ((3, 16, 48), 6))
-    one_round = [(shape, torch.bfloat16, count, way) for way in MAP_WAYS for shape, count in sizes]
+    here = [way for way in WAYS if way != "triton"]
+    one_round = [(shape, torch.bfloat16, count, way) for way in here for shape, count in sizes]
     assert seen == 2 * one_round
 
 
@@ -261,11 +262,12 @@ def test_all_heads_are_passed_over_where_memory_is_short(monkeypatch: pytest.Mon
 
     def with_free(free: float, way: str = "all-heads") -> str:
         monkeypatch.setattr(pruning_parts, "free_memory", lambda device: free)
-        return too_large(way, shapes, 2, torch.bfloat16, CPU)
+        return why_not(way, shapes, 2, torch.bfloat16, CPU)
 
     assert with_free(3 * needed + 1) == ""
     assert "10 heads of 64 tokens" in with_free(3 * needed - 1)
     assert with_free(0, "head-by-head") == ""
+    assert with_free(0, "triton") == "its kernels run on CUDA"
 
 
 def test_a_way_passed_over_is_said_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +278,7 @@ def test_a_way_passed_over_is_said_and_left_out(monkeypatch: pytest.MonkeyPatch)
     assert report.ways["head-by-head"].run.keys() == set(PARTS)
     assert report.as_dict()["share_of_dense_run"]["all-heads"] == {}
     lines = _table(report, "")
-    assert lines[1].split() == ["ms", "a", "run", "head-by-head"]
+    assert lines[1].split() == ["ms", "a", "run", "head-by-head", "blocked", "flash", "sampled"]
     assert any(line.startswith("all-heads is left out: the maps of 3 heads of 64 tokens") for line in lines)
 
 
@@ -353,7 +355,7 @@ def test_report_of_the_shipped_model() -> None:
     assert plain["versions"].keys() == {"python", "torch", "diffusers"}
     assert plain["dense_step"].keys() == {"median", "low", "high"}
     assert plain["dense_run"] == 10 * plain["dense_step"]["median"]
-    for way in MAP_WAYS:
+    for way in {*WAYS} - {"triton"}:
         for part in PARTS:
             taken = plain["ways"][way]["run"][part]
             assert taken > 0
@@ -445,10 +447,11 @@ def test_command_prints_a_table(command: Callable[..., str], tmp_path: Path) -> 
     plot = tmp_path / "new" / "latency.png"
     lines = command("--size", "64x64", "--pruning-rate", "0.5", "--plot", str(plot)).splitlines()
     assert lines[0].startswith("tiny, 64 x 64 pixels, batch 1 with guidance, 50 steps, shipped weights in float32")
-    assert lines[1].split() == ["ms", "a", "run", "head-by-head", "all-heads"]
+    assert lines[1].split() == ["ms", "a", "run", "head-by-head", "all-heads", "blocked", "flash", "sampled"]
     assert [line[:8].strip() for line in lines[2:8]] == [*PARTS, "all"]
-    assert lines[8].startswith("a step: dense ")
-    assert lines[9] == str(plot)
+    assert lines[8] == "triton is left out: its kernels run on CUDA"
+    assert lines[9].startswith("a step: dense ")
+    assert lines[10] == str(plot)
     assert Image.open(plot).size[0] > 800
 
 
@@ -469,7 +472,7 @@ def test_command_prints_json_alone(command: Callable[..., str]) -> None:
     )
     assert printed["config"]["pruning_rate"] == 0.5
     assert (printed["guidance"], printed["dtype"], printed["config"]["where"]) == (False, "bfloat16", "everywhere")
-    assert printed["ways"].keys() == MAP_WAYS.keys()
+    assert list(printed["ways"]) == list(WAYS)
 
 
 def test_table_by_hand() -> None:

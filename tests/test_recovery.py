@@ -131,6 +131,32 @@ def test_matches_are_the_most_similar_kept_tokens(
             assert kept_here[int(source[token])] == best
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(2, 200),
+    width=st.sampled_from([1, 3, 40, 640]),
+    batch=st.integers(1, 3),
+    share=st.floats(0.01, 0.99),
+    offset=st.sampled_from([0.0, 3.0]),
+)
+def test_in_sixteen_bits_the_match_is_the_nearest_but_for_a_hundredth(
+    tokens: int, width: int, batch: int, share: float, offset: float
+) -> None:
+    """A product of 8 bits would be wrong by several hundredths of |a|^2, which is many times the nearest distance."""
+    generator = torch.Generator().manual_seed(tokens * width)
+    features = (torch.randn(batch, tokens, width, generator=generator) + offset).bfloat16()
+    kept = max(1, int(share * tokens))
+    keep = torch.stack([torch.randperm(tokens, generator=generator)[:kept].sort().values for _ in range(batch)])
+    source, similarity = match_by_features(features, keep)
+    apart = (features.double().unsqueeze(2) - gather_tokens(features.double(), keep).unsqueeze(1)).square().sum(-1)
+    found = apart.gather(2, source.unsqueeze(-1)).squeeze(-1)
+    is_dropped = torch.ones(batch, tokens).scatter(1, keep, 0.0).bool()
+    nearest = apart.amin(-1)
+    assert (found <= 1.01 * nearest + 1e-5 * features.double().square().sum(-1))[is_dropped].all()
+    torch.testing.assert_close(similarity.double()[is_dropped], -found[is_dropped], rtol=1e-4, atol=1e-6)
+    assert torch.equal(source.gather(1, keep), torch.arange(kept).expand(batch, kept))
+
+
 def test_pieces_of_a_large_product_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     before, keep, _ = make(2, 37)
     whole = match_by_features(before, keep)

@@ -43,7 +43,8 @@ def latency(
 ) -> None:
     """Print what the parts of pruning take in a run, in milliseconds and as a share of the dense run (Fig. S4).
 
-    Each way to get the attention map is timed: one head at a time, which is what the patch does, or all heads at once.
+    Each way to the attention map is timed: the whole map one head at a time, or all heads at once; and the modes that
+    do without, in which "get map" is all of the ranking.
     """
     from json import dumps
 

@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel
 
 from atedm.config import PruningConfig, preset
 from atedm.costs.architectures import Architecture, architecture
-from atedm.costs.pruning_parts import MAP_WAYS, PARTS, PrunedShape, prune_once, pruned_shapes, too_large
+from atedm.costs.pruning_parts import PARTS, WAYS, PrunedShape, prune_once, pruned_shapes, why_not
 from atedm.costs.random_weights import random_unet
 from atedm.costs.stopwatch import Stopwatch
 from atedm.generate import Progress
@@ -218,7 +218,7 @@ def time_parts(
     repeats: int,
     progress: Progress | None = None,
 ) -> dict[str, WayLatency]:
-    """Time the parts in one block of each shape, by every way in `MAP_WAYS` that memory allows.
+    """Time the parts in one block of each shape, by every way in `WAYS` that memory allows.
 
     Args:
         unet: Where the projections are taken from, and dtype and device with them.
@@ -234,8 +234,8 @@ def time_parts(
         for shape in shapes
     ]
     layers = [unet.get_submodule(shape.blocks[0]).transformer_blocks[0] for shape in shapes]
-    skipped = {name: too_large(name, shapes, batch, unet.dtype, unet.device) for name in MAP_WAYS}
-    rounds: dict[str, list[list[dict[str, float]]]] = {name: [] for name in MAP_WAYS if not skipped[name]}
+    skipped = {name: why_not(name, shapes, batch, unet.dtype, unet.device) for name in WAYS}
+    rounds: dict[str, list[list[dict[str, float]]]] = {name: [] for name in WAYS if not skipped[name]}
     for done in range(repeats + 1):
         for name, times in rounds.items():
             times.append([])

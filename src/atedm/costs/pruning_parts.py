@@ -23,7 +23,7 @@ from atedm.pruning import gather_tokens, keep_most_important
 from atedm.ranking import RankedMap, gwpr, root_mean_square
 from atedm.recovery import similarity_copy
 from atedm.schedule import prune_less_steps
-from atedm.token_ranking import QueriesAndKeys
+from atedm.token_ranking import QueriesAndKeys, rank_tokens
 
 PARTS = ("get map", "rank", "mask", "drop", "fill")
 """The bars of supplement Fig. 4."""
@@ -72,16 +72,23 @@ MAP_WAYS: dict[str, Callable[[QueriesAndKeys, Rank, Lap], RankedMap]] = {
 }
 """By name. Each gives what `rank_by_attention` gives and laps "get map" and "rank"."""
 
+WITHOUT_MAP = ("blocked", "flash", "triton", "sampled")
+"""Modes of `atedm.map_modes` that never hold the map: "get map" is all of the ranking, "fill" making rows once more."""
+
+WAYS = (*MAP_WAYS, *WITHOUT_MAP)
+"""Everything that is timed."""
+
 _HOLDS_ALL = frozenset({"all-heads"})
 
 
-def too_large(way: str, shapes: Sequence[PrunedShape], batch: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Say why a way has to be passed over: the maps of all heads take more than a third of the free memory.
+def why_not(way: str, shapes: Sequence[PrunedShape], batch: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Say why a way has to be passed over: it does not run here, or takes more than a third of the free memory.
 
-    Counted are their product in ``dtype`` and its softmax in float32; the rest is left to what else wants memory.
+    Counted are the product of all heads in ``dtype`` and its softmax in float32; the rest is left to what else wants
+    memory.
 
     Args:
-        way: A name in `MAP_WAYS`.
+        way: A name in `WAYS`.
         shapes: What is to be timed.
         batch: B, images of guidance counted.
         dtype: Of the model.
@@ -90,6 +97,10 @@ def too_large(way: str, shapes: Sequence[PrunedShape], batch: int, dtype: torch.
     Returns:
         The reason, or "" if there is none.
     """
+    if way == "triton" and device.type != "cuda":
+        return "its kernels run on CUDA"
+    if way == "flash" and device.type not in ("cpu", "cuda"):
+        return f"torch has no fused attention with log-sum-exps on {device.type}"
     if way not in _HOLDS_ALL:
         return ""
     for shape in shapes:
@@ -124,18 +135,27 @@ def prune_once(layer: Any, tokens: Tensor, count: int, config: PruningConfig, wa
         tokens: (B, N, C) that reach it; the same stand for those after it, which only have to be of that size.
         count: K.
         config: Of the paper's kind, see `latency`.
-        way: A name in `MAP_WAYS`.
+        way: A name in `WAYS`.
         lap: Called after each part with its name in `PARTS`.
     """
-    rank = partial(gwpr, iterations=config.iterations)
-    ranked = MAP_WAYS[way](queries_and_keys(layer.attn1, layer.norm1, tokens), rank, lap)
-    keep = keep_most_important(ranked.importance, count)
+    attention = partial(queries_and_keys, layer.attn1, layer.norm1, tokens)
+    source: Callable[[Tensor], Tensor] | None
+    if way in WITHOUT_MAP:
+        importance, _, source = rank_tokens(config.replace(map_mode=way), tokens, attention, attention)
+        assert source is not None
+        lap("get map")
+        lap("rank")  # in one with it
+    else:
+        rank = partial(gwpr, iterations=config.iterations)
+        importance, attention_map = MAP_WAYS[way](attention(), rank, lap)
+        source = partial(attention_source, attention_map)
+    keep = keep_most_important(importance, count)
     lap("mask")
     kept = gather_tokens(tokens, keep)
     lap("drop")
-    filled = similarity_copy(kept, attention_source(ranked.attention_map, keep))
+    filled = similarity_copy(kept, source(keep))
     lap("fill")
-    return PrunedOnce(ranked.importance, keep, kept, filled)
+    return PrunedOnce(importance, keep, kept, filled)
 
 
 @dataclass(frozen=True)
