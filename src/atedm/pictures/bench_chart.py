@@ -25,7 +25,17 @@ def bench_chart(report: BenchReport) -> Image.Image:
         axes.plot([row.arithmetic], [place], "|", color=mark, ms=15, mew=2.2, label=label)
         end = max(row.ratio.high, row.arithmetic)
         text = f"{row.ratio.median:.3f}, {row.time.median / size:.3g} {unit}"
-        axes.annotate(text, (end, place), (7, 0), textcoords="offset points", va="center", color=INK_HEX, fontsize=9)
+        over_the_line = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.annotate(
+            text,
+            (end, place),
+            (7, 0),
+            textcoords="offset points",
+            va="center",
+            color=INK_HEX,
+            fontsize=9,
+            bbox=over_the_line,
+        )
     axes.axvline(1, color=FAINT_HEX, lw=0.8, ls="--", zorder=0)
     axes.set_yticks(range(len(report.rows)), list(report.rows))
     axes.set_ylim(len(report.rows) - 0.5, -0.5)

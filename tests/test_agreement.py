@@ -1,0 +1,72 @@
+"""How far modes of the map agree with the whole map: by hand, on the model that ships, and from the command line."""
+
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import atedm
+from atedm.cli import app
+from atedm.config import PruningConfig
+from atedm.evaluation.agreement import _compared, map_agreement
+from atedm.pipelines import load_pipeline
+from atedm.token_ranking import Ranking
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return load_pipeline("tiny", device="cpu")
+
+
+def test_two_rankings_are_compared_by_what_they_keep_and_copy() -> None:
+    whole = Ranking(
+        torch.tensor([[0.4, 0.3, 0.2, 0.1]]), torch.eye(4).unsqueeze(0) + torch.tensor([0.0, 0.0, 0.3, 0.2])
+    )
+    # It keeps 0 and 2 in place of 0 and 1; 2 and 3 are dropped by the whole map and copy token 0, the first of equals.
+    ours = Ranking(torch.tensor([[9.0, 1.0, 5.0, 0.0]]), None, lambda keep: torch.tensor([[0, 1, 0, 1]]))
+    kept, importance, source = _compared(whole, ours, 2)
+    assert kept == 0.5
+    assert importance == pytest.approx(0.6 / 0.7)
+    assert source == 0.5
+
+
+def test_exact_modes_agree_and_a_sample_the_better_the_more_there_is_of_it(pipe: Any) -> None:
+    modes = {
+        "full": PruningConfig(map_mode="full"),
+        "blocked": PruningConfig(map_mode="blocked"),
+        "flash": PruningConfig(map_mode="flash"),
+        "all": PruningConfig(map_mode="sampled", sampled_rows=256),
+        "many": PruningConfig(map_mode="sampled", sampled_rows=48),
+        "few": PruningConfig(map_mode="sampled", sampled_rows=8),
+    }
+    report = map_agreement(pipe, ["a red circle", "a blue ring"], modes, steps=2, batch=1)
+    rows = {(row.mode, row.level): row for row in report.rows}
+    assert len(rows) == len(report.rows) == 12
+    for level in (2, 3):
+        for mode in ("full", "blocked", "flash", "all"):
+            row = rows[mode, level]
+            assert min(row.kept, row.importance, row.source) > 0.995, row
+        many, few = rows["many", level], rows["few", level]
+        assert 0.37 < few.kept < many.kept < 1
+        assert few.importance < many.importance < 1
+        assert few.source < many.source < 1
+
+
+def test_it_is_looked_at_dense_and_on_something(pipe: Any) -> None:
+    with pytest.raises(ValueError, match="no prompts"):
+        map_agreement(pipe, [], {})
+    with atedm.pruned(pipe), pytest.raises(ValueError, match="patched"):
+        map_agreement(pipe, ["a red circle"], {})
+
+
+def test_the_command_prints_a_table_and_says_what_it_cannot_read() -> None:
+    arguments = ["agreement", "blocked,sampled/16", "--captions", "1", "--steps", "1", "--device", "cpu"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "| blocked | 2 | 1.000 | 1.000 | 1.000 |" in done.output
+    assert "| sampled/16 | 3 | 0." in done.output
+    for wrong, message in (("sampled/few", "a number of rows"), ("sampeld", "did you mean 'sampled'")):
+        done = CliRunner().invoke(app, ["agreement", wrong])
+        assert done.exit_code != 0
+        assert message in str(done.exception)
