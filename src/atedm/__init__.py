@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from atedm.pipelines import load_pipeline
     from atedm.recording import Recording, recorded
     from atedm.schedule import BlockPlace
+    from atedm.token_pruning import ToRefill
+    from atedm.token_ranking import ToRank
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "PruningConfig",
     "Recording",
     "ToMe",
+    "ToRank",
+    "ToRefill",
     "apply",
     "cost",
     "is_applied",
@@ -51,6 +55,8 @@ _HOMES = {
     "PruningConfig": "atedm.config",
     "Recording": "atedm.recording",
     "ToMe": "atedm.costs.tome",
+    "ToRank": "atedm.token_ranking",
+    "ToRefill": "atedm.token_pruning",
     "apply": "atedm.patching.apply",
     "cost": "atedm.costs.report",
     "is_applied": "atedm.patching.apply",

@@ -13,6 +13,7 @@ from atedm.choices import (
     COVERS,
     GUIDANCE_MASKS,
     MAP_MODES,
+    OWN_FIELDS,
     PLACES,
     RANKINGS,
     RECOVERIES,
@@ -49,7 +50,8 @@ def check_config(config: PruningConfig) -> None:
     elif not callable(config.where):
         raise ValueError(f"where must be a name or a predicate of a BlockPlace, not {config.where!r}")
     for name, known in _NAMES.items():
-        check_name(name, getattr(config, name), known)
+        if not (name in OWN_FIELDS and callable(getattr(config, name))):
+            check_name(name, getattr(config, name), known)
     if config.reuse_place is not None:
         check_name("reuse_place", config.reuse_place, PLACES)
     for name in _SHARES:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from atedm.schedule import BlockPlace
 
 #: Says of each attention block whether it may be pruned.
 Where: TypeAlias = Callable[[BlockPlace], bool]
+#: A function in place of a name, from outside of the package; docs/extending.md shows what each is given and returns.
+Own: TypeAlias = Callable[..., Any]
+#: Fields of a pruning config that may be one.
+OWN_FIELDS = ("ranking", "map_mode", "recovery", "schedule")
 
 #: How tokens are ranked: G-WPR on the self-attention map (the paper's default) or on the cross-attention map with one
 #: of four mapping functions (supplement C.2); three controls, of which one keeps the least important tokens; and those
@@ -96,6 +100,12 @@ WHERES: dict[str, Where] = {
     "not-second-level": not_second_level,
     "only-second-level": only_second_level,
 }
+
+
+def name_of(function: Own) -> str:
+    """Return the module and the qualified name of a function, or what it prints as where it has none."""
+    name = getattr(function, "__qualname__", None)
+    return f"{function.__module__}.{name}" if name else repr(function)
 
 
 def check_name(what: str, name: object, known: Iterable[str]) -> None:

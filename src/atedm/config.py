@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atedm.checks import check_config, checked_pairs
-from atedm.choices import AUTO_FULL_TOKENS, BY_SIMILARITY, UPDATES, WHERES, Where, check_name
+from atedm.choices import AUTO_FULL_TOKENS, BY_SIMILARITY, OWN_FIELDS, UPDATES, WHERES, Own, Where, check_name, name_of
 from atedm.pruning import keep_count
 from atedm.ranking import ITERATIONS
 from atedm.schedule import BlockPlace, prune_less_blocks
@@ -38,8 +38,8 @@ class PruningConfig:
     place: str = "after-feed-forward"
     #: Which blocks: a name in `WHERES` or a predicate of a `BlockPlace`.
     where: str | Where = "everywhere"
-    #: One of `RANKINGS`.
-    ranking: str = "self-attention"
+    #: One of `RANKINGS`, or a function of a `ToRank`.
+    ranking: str | Own = "self-attention"
     #: How heads are joined, one of `HEAD_FUSIONS`.
     head_fusion: str = "rms"
     #: Iterations of G-WPR: a fixed count, or the cap where ``tolerance`` is set.
@@ -48,16 +48,17 @@ class PruningConfig:
     tolerance: float | None = None
     #: Threshold of the two clip mappings (supplement Eq. 2, 3).
     eta: float = 0.2
-    #: How self-attention is ranked and copied by, one of `MAP_MODES`; what needs a whole map is given one.
-    map_mode: str = "auto"
+    #: How self-attention is ranked and copied by, one of `MAP_MODES`; what needs a whole map is given one. Or a
+    #: function with the arguments of `atedm.map_modes.scores_in_blocks`.
+    map_mode: str | Own = "auto"
     #: Queries whose rows stand for the whole map in the "sampled" mode, which "auto" is above `AUTO_FULL_TOKENS`.
     sampled_rows: int = 256
     #: Factor on the exponent of the power mapping (supplement Eq. 4).
     alpha: float = 5.0
     #: Factor on the base of the power mapping; None is half the number of keys.
     beta: float | None = None
-    #: One of `RECOVERIES`.
-    recovery: str = "similarity-copy"
+    #: One of `RECOVERIES`, or a function of a `ToRefill`.
+    recovery: str | Own = "similarity-copy"
     #: What refills from other tokens go by, one of `SIMILARITIES`.
     similarity: str = "attention"
     #: How far along either side of the grid a match by features is looked for; None is everywhere.
@@ -76,8 +77,8 @@ class PruningConfig:
     #: One of `GUIDANCE_MASKS`. "shared" averages importance over the two halves of the batch, which is where diffusers
     #: puts the image without and with its prompt, so it is for guided runs only.
     guidance_masks: str = "separate"
-    #: When some blocks are spared, one of `SCHEDULES`.
-    schedule: str = "prune-less-early"
+    #: When some blocks are spared, one of `SCHEDULES`, or a function of the share of the run that is done.
+    schedule: str | Own = "prune-less-early"
     #: Share of the run at which the schedule changes over: 15 of 50 steps.
     prune_less_share: float = 0.3
     #: Which block of each down and up stage is spared in prune-less steps, one of `PAIRINGS`.
@@ -190,7 +191,7 @@ class PruningConfig:
     def opens_layer(self) -> bool:
         """Whether the pruning layer is run part by part, because something is done or needed between its parts."""
         places = {self.place, self.place_of_reuse}
-        ranks_inside = self.place == "after-feed-forward" and self.ranking.startswith("cross-attention")
+        ranks_inside = self.place == "after-feed-forward" and self.ranks_by_words
         return ranks_inside or not places <= {"before-self-attention", "after-feed-forward"}
 
     @property
@@ -204,6 +205,16 @@ class PruningConfig:
         return self.recovery == "last-update" or self.own_update_share > 0
 
     @property
+    def own_functions(self) -> tuple[str, ...]:
+        """Fields that hold a function of the user's own, whose arithmetic no formula knows."""
+        return tuple(name for name in OWN_FIELDS if name != "schedule" and callable(getattr(self, name)))
+
+    @property
+    def ranks_by_words(self) -> bool:
+        """Whether a mapping of cross-attention ranks."""
+        return isinstance(self.ranking, str) and self.ranking.startswith("cross-attention")
+
+    @property
     def ranks_by_self_attention(self) -> bool:
         """Whether G-WPR runs on the self-attention map, for the whole ranking or for a part of it."""
         by_rank = self.ranking in ("self-attention", "self-attention-reversed", "important-of-cells")
@@ -215,7 +226,7 @@ class PruningConfig:
         copies_by_own = self.copies_by_attention and self.copy_map == "own"
         return copies_by_own or self.ranks_by_self_attention or self.ranking == "attention-received"
 
-    def map_mode_for(self, tokens: int) -> str:
+    def map_mode_for(self, tokens: int) -> str | Own:
         """Return ``map_mode``, "auto" decided for so many tokens, but "full" where nothing else gives what is asked."""
         weighs = self.recovery == "weighted-update" or self.similarity == "attention-transposed"
         whole = self.tolerance is not None or (self.copies_by_attention and weighs)
@@ -250,11 +261,11 @@ class PruningConfig:
         return dataclasses.replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values; a predicate becomes its qualified name, if it has one."""
+        """Return the fields as plain JSON values; a function becomes its qualified name, if it has one."""
         fields = dataclasses.asdict(self)
-        if not isinstance(self.where, str):
-            name = getattr(self.where, "__qualname__", None)
-            fields["where"] = f"{self.where.__module__}.{name}" if name else repr(self.where)
+        for name in ("where", *OWN_FIELDS):
+            if callable(value := getattr(self, name)):
+                fields[name] = name_of(value)
         for name in ("gradual", "level_factors"):
             fields[name] = [list(pair) for pair in getattr(self, name)]
         return fields

@@ -6,7 +6,7 @@ attention block of every down stage and every up stage is left unpruned (supplem
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,7 +75,9 @@ def prune_less_blocks(places: Iterable[BlockPlace], pairing: str = "F-L") -> fro
     return frozenset(place.name for place in places if is_spared(place))
 
 
-def is_prune_less(share: float, schedule: str = "prune-less-early", prune_less_share: float = 0.3) -> bool:
+def is_prune_less(
+    share: float, schedule: str | Callable[[float], bool] = "prune-less-early", prune_less_share: float = 0.3
+) -> bool:
     """Whether a denoising step leaves the `prune_less_blocks` unpruned.
 
     ``"prune-less-early"`` (the paper's) says so while less than ``prune_less_share`` of the run is done: 15 of 50
@@ -84,7 +86,7 @@ def is_prune_less(share: float, schedule: str = "prune-less-early", prune_less_s
 
     Args:
         share: Share of the run done before this step, in [0, 1): step i of n, counted from 0, has i / n.
-        schedule: One of `SCHEDULES`.
+        schedule: One of `SCHEDULES`, or a function that is given ``share`` and says so itself.
         prune_less_share: Where the run changes over, in [0, 1]. The paper's is 15 of 50 steps.
 
     Returns:
@@ -93,10 +95,12 @@ def is_prune_less(share: float, schedule: str = "prune-less-early", prune_less_s
     Raises:
         ValueError: If an argument is out of its range.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {list(SCHEDULES)}, not {schedule!r}")
     if not 0 <= share < 1:
         raise ValueError(f"share must be in [0, 1), not {share}")
+    if callable(schedule):
+        return bool(schedule(share))
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {list(SCHEDULES)}, not {schedule!r}")
     if not 0 <= prune_less_share <= 1:
         raise ValueError(f"prune_less_share must be in [0, 1], not {prune_less_share}")
     if schedule == "constant":
@@ -105,12 +109,14 @@ def is_prune_less(share: float, schedule: str = "prune-less-early", prune_less_s
     return is_early == (schedule == "prune-less-early")
 
 
-def prune_less_steps(steps: int, schedule: str = "prune-less-early", prune_less_share: float = 0.3) -> int:
+def prune_less_steps(
+    steps: int, schedule: str | Callable[[float], bool] = "prune-less-early", prune_less_share: float = 0.3
+) -> int:
     """How many of ``steps`` denoising steps are prune-less: 15 of 50 by default.
 
     Args:
         steps: Steps of the whole run, at least 1.
-        schedule: One of `SCHEDULES`.
+        schedule: As `is_prune_less`.
         prune_less_share: As `is_prune_less`.
 
     Returns:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atedm.choices import BY_MATCH
+from atedm.choices import BY_MATCH, Own
 from atedm.config import PruningConfig
 from atedm.matching import (
     attention_source,
@@ -34,7 +34,23 @@ from atedm.recovery import (
     with_own_update,
     zero_padding,
 )
-from atedm.token_ranking import Ranking
+from atedm.token_ranking import Ranking, check_shape
+
+
+@dataclass(frozen=True)
+class ToRefill:
+    """What a recovery of one's own is given: see docs/extending.md."""
+
+    #: (B, K, C): the kept tokens after the last layer.
+    kept: Tensor
+    #: (B, K, C): the same as they went on from the pruning point.
+    start: Tensor
+    #: (B, N, C): all tokens at the pruning point.
+    before: Tensor
+    #: (B, K) int64, ascending: which were kept.
+    keep: Tensor
+    #: (h, w) of the grid, N = h w, where there is one.
+    size: tuple[int, int]
 
 
 class Choice(NamedTuple):
@@ -169,6 +185,8 @@ def _refill(
     updates: Updates | None,
 ) -> Callable[[Tensor], Tensor]:
     keep, source = choice.keep, choice.source
+    if callable(config.recovery):
+        return partial(_by_own_recovery, start=start, before=tokens, keep=keep, size=size, recovery=config.recovery)
     if config.recovery == "weighted-update":
         assert choice.weights is not None
         return partial(weighted_update, keep=keep, before=tokens, weights=choice.weights)
@@ -184,6 +202,14 @@ def _refill(
     if config.remembers_updates and updates is not None:
         return partial(_by_own_update, start=start, before=tokens, choice=choice, config=config, updates=updates)
     return partial(matched_update, start=start, before=tokens, source=source)
+
+
+def _by_own_recovery(
+    kept: Tensor, start: Tensor, before: Tensor, keep: Tensor, size: tuple[int, int], recovery: Own
+) -> Tensor:
+    filled: Tensor = recovery(ToRefill(kept, start, before, keep, size))
+    check_shape(filled, (*before.shape[:2], kept.shape[2]), "recovery", recovery)
+    return filled.to(kept.dtype)
 
 
 def _by_own_update(

@@ -6,12 +6,14 @@ It knows tensors and a config, nothing of any model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from atedm.attention_map import mean_attention_map
+from atedm.choices import Own, name_of
 from atedm.config import PruningConfig
 from atedm.coverage import cells, facility_location, important_of_cells, lattice, representative
 from atedm.map_modes import Scores, scores_by_flash, scores_by_triton, scores_in_blocks, scores_of_rows
@@ -38,6 +40,24 @@ class QueriesAndKeys(NamedTuple):
 
 #: Makes the queries and keys when they are first needed, because some configs never do.
 Attention: TypeAlias = Callable[[], QueriesAndKeys]
+
+
+@dataclass(frozen=True)
+class ToRank:
+    """What a ranking of one's own is given: see docs/extending.md."""
+
+    #: (B, N, C) at the pruning point, any floating dtype.
+    tokens: Tensor
+    #: Gives q (B, H, N, D), k (B, H, N, D) and the factor on their product, when called.
+    self_attention: Attention
+    #: Gives q (B, H, N, D), k (B, H, words, D) and the factor, of the tokens at the pruning point, when called.
+    cross_attention: Attention
+    #: Index of the denoising step, from 0, a tensor without dimensions under a patch.
+    step: int | Tensor
+    #: (h, w) of the grid, N = h w, where there is one.
+    size: tuple[int, int] | None
+    #: K, how many tokens will be kept.
+    count: int
 
 
 class Ranking(NamedTuple):
@@ -120,7 +140,10 @@ def _rank_each(
         by_attention, attention_map = rank(*self_attention())
     elif config.needs_attention_map:
         attention_map = mean_attention_map(*self_attention())
-    if config.ranking.startswith("cross-attention"):
+    if callable(config.ranking):
+        importance = config.ranking(ToRank(tokens, self_attention, cross_attention, step, size, count))
+        check_shape(importance, tokens.shape[:2], "ranking", config.ranking)
+    elif config.ranks_by_words:
         importance = rank(*cross_attention(), f=_mapping(config)).importance
     elif config.ranking == "attention-received" and attention_map is not None:
         importance = attention_received(attention_map)
@@ -136,14 +159,17 @@ def _rank_each(
 
 
 def _without_whole_map(
-    config: PruningConfig, mode: str, attention: QueriesAndKeys, step: int | Tensor, size: tuple[int, int] | None
+    config: PruningConfig, mode: str | Own, attention: QueriesAndKeys, step: int | Tensor, size: tuple[int, int] | None
 ) -> Scores:
     """Rank by self-attention in one of the modes that do not hold a map."""
     fusion, iterations = config.head_fusion, config.iterations
     if not config.ranks_by_self_attention:  # what attention gives is one iteration on the mean map
         fusion, iterations = "mean-map", int(config.ranking == "attention-received")
-    if mode in _EXACT:
-        return _EXACT[mode](*attention, head_fusion=fusion, iterations=iterations)
+    if callable(mode) or mode in _EXACT:
+        scores_by = mode if callable(mode) else _EXACT[mode]
+        scores: Scores = scores_by(*attention, head_fusion=fusion, iterations=iterations)
+        check_shape(scores.importance, attention.k.shape[:3:2], "map_mode", scores_by)
+        return scores
     tokens, device = attention.k.shape[2], attention.k.device
     if size is not None and size[0] * size[1] == tokens:
         spread = lattice(size, step=step, device=device).unsqueeze(0)
@@ -158,6 +184,13 @@ _EXACT: dict[str, Callable[..., Scores]] = {
     "flash": scores_by_flash,
     "triton": scores_by_triton,
 }
+
+
+def check_shape(found: object, expected: tuple[int, ...], field: str, function: Own) -> None:
+    """Raise a `ValueError` unless a function of the user's own gave a tensor of the shape that is asked of it."""
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != tuple(expected):
+        raise ValueError(f"{field} {name_of(function)} must give a tensor of shape {tuple(expected)}, not {shape}")
 
 
 def _covering(
@@ -211,4 +244,4 @@ def _mapping(config: PruningConfig) -> Mapping:
         "cross-attention-soft-clip": partial(soft_clip, eta=config.eta),
         "cross-attention-power": partial(power, alpha=config.alpha, beta=config.beta),
     }
-    return mappings[config.ranking]
+    return mappings[str(config.ranking)]

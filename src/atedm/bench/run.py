@@ -136,7 +136,7 @@ def share_of_step(model: Any, method: Method, size: tuple[int, int]) -> float:
         method: What is applied.
         size: (width, height) in pixels.
     """
-    if isinstance(method, Pruning):
+    if isinstance(method, Pruning) and not method.config.own_functions:
         return mean_share(model, method.config.replace(schedule="constant"), size=size)
     if isinstance(method, Merging):
         return mean_share(model, replace(method.tome, prune_less_share=0.0), size=size)
@@ -146,7 +146,7 @@ def share_of_step(model: Any, method: Method, size: tuple[int, int]) -> float:
 
 def share_of_image(model: Any, method: Method, size: tuple[int, int], steps: int) -> float:
     """Share of the dense multiply-accumulates of the U-Net that a run of ``steps`` steps takes, as `share_of_step`."""
-    if isinstance(method, Pruning):
+    if isinstance(method, Pruning) and not method.config.own_functions:
         return mean_share(model, method.config, size=size, steps=steps)
     if isinstance(method, Merging):
         return mean_share(model, method.tome, size=size, steps=steps)

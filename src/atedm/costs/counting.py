@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from atedm.choices import Own
 from atedm.costs.architectures import run_once
 from atedm.patching.steps import step_position
 from atedm.patching.survey import find_blocks
@@ -41,10 +42,10 @@ EARLY, LATE = 999, 0
 """Timesteps of the first and the last step of a run, which the patch tells apart by value."""
 
 
-def kinds_of_step(schedule: str, prune_less_share: float) -> dict[str, int]:
+def kinds_of_step(schedule: str | Own, prune_less_share: float) -> dict[str, int]:
     """Map each kind of step that a run has, "normal_step" and "prune_less_step", to a timestep that is one."""
     kinds: dict[str, int] = {}
-    for timestep in (EARLY, LATE):
+    for timestep in (EARLY, LATE, *range(EARLY, LATE, -27)):  # a schedule of one's own may have either anywhere
         less = is_prune_less(step_position(timestep).share, schedule, prune_less_share)
         kinds.setdefault("prune_less_step" if less else "normal_step", timestep)
     return kinds

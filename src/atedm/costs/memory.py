@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from atedm.choices import Own
 from atedm.config import PruningConfig, preset
 from atedm.costs.architectures import architecture
 from atedm.costs.counting import LATE, kinds_of_step
@@ -143,6 +144,7 @@ def memory(
 
     dense = footprint(LATE)
     patched: AbstractContextManager[Any]
+    schedule: str | Own
     if isinstance(method, ToMe):
         schedule, patched = "prune-less-early", with_tomesd(unet, method)
     else:

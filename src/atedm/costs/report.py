@@ -193,6 +193,11 @@ def cost(
     arch = architecture(model)
     method = suiting(model) if method is None else method
     method = preset(method) if isinstance(method, str) else method
+    if isinstance(method, PruningConfig) and method.own_functions:
+        raise ValueError(
+            f"costs are split by formula, and none says what your own {' and '.join(method.own_functions)} takes; "
+            f"atedm bench and atedm evaluate count it as torch does"
+        )
     steps = habits(arch.name).steps if steps is None else steps
     guidance = arch.guidance if guidance is None else guidance
     for name, value in (("batch", batch), ("steps", steps)):

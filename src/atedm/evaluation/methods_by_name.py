@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from atedm.choices import check_name
+from atedm.choices import OWN_FIELDS, Own, check_name
 from atedm.config import PRESETS, PruningConfig
 from atedm.costs.fit import fit_to_budget, mean_share
 from atedm.costs.tome import ToMe
@@ -44,7 +47,8 @@ def method_by_name(
 
     A name, one of `NAMES`, with changes to its fields in brackets; several joined by ``+`` are applied from left to
     right. ``cost=NAME`` in the brackets solves for the rate or ratio at which a run costs what NAME does, ``cost=0.7``
-    for a share of the dense cost; for dense itself that is a share of the steps.
+    for a share of the dense cost; for dense itself that is a share of the steps. A ranking, map mode, recovery or
+    schedule can be a function of one's own, ``paper[ranking=MODULE:NAME]``.
 
         >>> method_by_name("tome[ratio=0.4]")
         Merging(tome=ToMe(ratio=0.4, merge='everything', levels='all', prune_less_share=0.0, unpruned_blocks='F-L'))
@@ -105,6 +109,9 @@ def _fields(text: str) -> dict[str, Any]:
 
 def _build(name: str, fields: dict[str, Any]) -> Method:
     if name in PRESETS:
+        for field in OWN_FIELDS:
+            if ":" in str(fields.get(field, "")):
+                fields[field] = own_function(str(fields[field]))
         return Pruning(PRESETS[name].replace(**fields))
     if name == "tome":
         return Merging(_replace(ToMe(), fields))
@@ -113,6 +120,25 @@ def _build(name: str, fields: dict[str, Any]) -> Method:
         return caching
     dense: Dense = _replace(Dense(), fields)
     return dense
+
+
+def own_function(name: str) -> Own:
+    """Import a function from outside of the package, by MODULE:NAME; the current folder is looked in too.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    module, _, attribute = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:  # as Python itself would, had it been given a script
+        sys.path.insert(0, here)
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"cannot import {name!r}, read as MODULE:NAME: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{name} is a {type(found).__name__}, not a function")
+    function: Own = found
+    return function
 
 
 def _replace(default: Any, fields: dict[str, Any]) -> Any:

@@ -61,7 +61,7 @@ class PruningLayer:
     @property
     def opens(self) -> bool:
         """Whether the layer is run part by part."""
-        by_words = self.recalled is None and self.patch.state.config.ranking.startswith("cross-attention")
+        by_words = self.recalled is None and self.patch.state.config.ranks_by_words
         return self.place != "after-feed-forward" or by_words
 
     @torch.no_grad()  # which tokens are kept has no gradient, and the maps need not wait for one

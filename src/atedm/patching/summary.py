@@ -112,7 +112,7 @@ class PatchSummary:
         """Show one line a block, then what it comes to."""
         name = max(len(shape.place.name) for shape in self.shapes)
         lines = [f"{'attention block':<{name}}  level  layers  tokens    kept  spared"]
-        when = {"prune-less-early": "early", "prune-more-early": "late", "constant": ""}[self.config.schedule]
+        when = {"prune-less-early": "early", "prune-more-early": "late"}.get(str(self.config.schedule), "at times")
         for shape in self.shapes:
             place = shape.place
             kept = f"{self.kept(shape):>6}" if place.name in self.pruned else "   all"
@@ -125,6 +125,8 @@ class PatchSummary:
             f"blocks' arithmetic {self.prunable:.0%} is prunable; a normal step saves {self.saving:.1%}, "
             f"a run of 50 steps {self.mean_saving:.1%}."
         )
+        if self.config.own_functions:
+            lines.append(f"What your own {' and '.join(self.config.own_functions)} takes is not counted.")
         if self.saving < 0:
             lines.append("What pruning adds (the attention map above all) costs more than it saves here.")
         return "\n".join(lines)
