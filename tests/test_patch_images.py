@@ -254,6 +254,19 @@ def test_perturbed_attention_guidance_is_pruned_too() -> None:
     assert torch.equal(draw(pipe, pag_scale=3.0), dense)
 
 
+@pytest.mark.parametrize("guidance_scale", [3.0, 0.0], ids=["guided", "unguided"])
+def test_what_is_perturbed_leaves_attention_that_counts_to_the_others(guidance_scale: float) -> None:
+    """With next to no weight on the perturbed part, the image is the one without it, though it is in the batch."""
+    plain = sdxl_pipeline()
+    perturbed = sdxl_pipeline(kind=StableDiffusionXLPAGPipeline, pag_applied_layers=["down", "mid", "up"])
+    for pipe in (plain, perturbed):
+        atedm.apply(pipe, "matched")
+    options = {"guidance_scale": guidance_scale, "num_images_per_prompt": 2}
+    expected = draw(plain, **options)
+    assert distance(draw(perturbed, pag_scale=1e-9, **options), expected) < 1e-3
+    assert distance(draw(perturbed, pag_scale=1.0, **options), expected) > 0.1
+
+
 def test_grounded_attention_takes_part() -> None:
     unet = sdxl_unet(attention_type="gated").double()
     boxes = {"boxes": torch.rand(2, 4, 4), "masks": torch.ones(2, 4), "positive_embeddings": torch.randn(2, 4, 96)}

@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention as AttentionModule
+from diffusers.models.attention_processor import (
+    PAGCFGIdentitySelfAttnProcessor2_0,
+    PAGIdentitySelfAttnProcessor2_0,
+)
 from torch import Tensor
 
 from atedm.patching.state import BlockObservation, BlockPatch
@@ -120,6 +124,18 @@ def queries_and_keys(
 def text_of(encoder_hidden_states: Any) -> Any:
     """Return the words alone: with an IP-Adapter the image prompts come along in a tuple."""
     return encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
+
+
+def bias_for(attention: AttentionModule, bias: Tensor | None) -> Tensor | None:
+    """Return as much of a bias on self-attention (B, 1, N) as the processor of an attention layer asks for.
+
+    Under perturbed-attention guidance the last part of the batch attends to itself alone, and the processor takes the
+    bias of the others.
+    """
+    if bias is None:
+        return None
+    parts = {PAGCFGIdentitySelfAttnProcessor2_0: 3, PAGIdentitySelfAttnProcessor2_0: 2}.get(type(attention.processor))
+    return bias if parts is None else bias[: len(bias) // parts * (parts - 1)]
 
 
 def attention_bias(weights: Tensor | None, tokens: Tensor) -> Tensor | None:

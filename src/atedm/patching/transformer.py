@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
 from atedm.attention_map import mean_attention_map
-from atedm.patching.pruning_layer import Call, Cut, PruningLayer, attention_bias, queries_and_keys
+from atedm.patching.pruning_layer import Call, Cut, PruningLayer, attention_bias, bias_for, queries_and_keys
 from atedm.patching.state import BlockPatch
 from atedm.pruning import gather_submap
 from atedm.token_pruning import Choice, Dropped
@@ -115,7 +115,7 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
             return self._gradient_checkpointing_func(  # type: ignore[no-any-return]
                 layer,
                 tokens,
-                bias,
+                bias_for(layer.attn1, bias),
                 call.encoder_hidden_states,
                 call.encoder_attention_mask,
                 call.timestep,
@@ -124,7 +124,7 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
             )
         return layer(  # type: ignore[no-any-return]
             tokens,
-            attention_mask=bias,
+            attention_mask=bias_for(layer.attn1, bias),
             encoder_hidden_states=call.encoder_hidden_states,
             encoder_attention_mask=call.encoder_attention_mask,
             timestep=call.timestep,
@@ -158,6 +158,7 @@ def _self_attention(layer: BasicTransformerBlock, tokens: Tensor, call: Call, bi
     """Return what self-attention, and GLIGEN's gated attention where there is any, add to the tokens."""
     kwargs = dict(call.cross_attention_kwargs or {})
     gligen = kwargs.pop("gligen", None)
+    bias = bias_for(layer.attn1, bias)
     update = layer.attn1(layer.norm1(tokens), encoder_hidden_states=None, attention_mask=bias, **kwargs)
     if gligen is not None:
         update = layer.fuser(tokens + update, gligen["objs"]) - tokens

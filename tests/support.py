@@ -1,0 +1,324 @@
+"""What people run, one case each, on real diffusers classes: `python tests/support.py` writes docs/support.md."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    ControlNetModel,
+    EulerAncestralDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLAdapterPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPAGPipeline,
+    T2IAdapter,
+)
+from peft import LoraConfig
+from torch import Tensor
+
+from atedm.config import PRESETS, PruningConfig
+from atedm.evaluation.methods import Caching
+from models import WIDTH, draw, scheduler, sd1_unet, sdxl_pipeline, sdxl_unet, tokenizer
+
+#: A pipeline and what draws with it.
+Made = tuple[Any, Callable[[], Tensor]]
+
+PAGE = Path(__file__).parents[1] / "docs" / "support.md"
+FOURTH = (16, 32, 48)
+"""Channels of what takes a condition to a fourth of its size, as the autoencoder here does."""
+
+SDXL = {"paper": PRESETS["paper"], "matched": PRESETS["matched"]}
+FEW_STEPS = {"turbo": PRESETS["turbo"], "matched": PRESETS["matched"]}
+ONE_LAYER = {
+    "paper, after self-attention": PruningConfig(place="after-self-attention"),
+    "matched": PRESETS["matched"],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A line of the table."""
+
+    #: What users call it.
+    name: str
+    make: Callable[[], Made]
+    presets: dict[str, PruningConfig]
+    note: str = ""
+
+
+def picture(channels: int = 3) -> Tensor:
+    return torch.rand(1, channels, 64, 64, generator=torch.Generator().manual_seed(7))
+
+
+def mask() -> Tensor:
+    half = torch.zeros(1, 1, 64, 64)
+    half[..., 32:] = 1
+    return half
+
+
+def parts_of(pipe: Any, *without: str) -> dict[str, Any]:
+    return {name: part for name, part in pipe.components.items() if name not in ("image_encoder", *without)}
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# --- SDXL -------------------------------------------------------------------------------------------------------------
+
+
+def text_to_image(**options: Any) -> Made:
+    pipe = sdxl_pipeline()
+    return pipe, partial(draw, pipe, **options)
+
+
+def image_to_image() -> Made:
+    pipe = quiet(StableDiffusionXLImg2ImgPipeline(**parts_of(sdxl_pipeline())))
+    return pipe, partial(draw, pipe, image=picture(), strength=0.8)
+
+
+def inpaint() -> Made:
+    pipe = quiet(StableDiffusionXLInpaintPipeline(**parts_of(sdxl_pipeline())))
+    return pipe, partial(draw, pipe, image=picture(), mask_image=mask(), height=64, width=64, strength=0.9)
+
+
+def refiner() -> Made:
+    """Base and refiner, one run in two parts: the refiner is pruned, by where its steps stand in the whole run."""
+    base = sdxl_pipeline()
+    # Its second half of conditions is five numbers, not six.
+    unet = sdxl_unet(seed=1, cross_attention_dim=WIDTH, projection_class_embeddings_input_dim=5 * 8 + WIDTH)
+    parts = parts_of(sdxl_pipeline(unet), "text_encoder", "tokenizer") | {"text_encoder": None, "tokenizer": None}
+    pipe = quiet(StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True))
+
+    def both() -> Tensor:
+        half = draw(base, denoising_end=0.5)
+        return draw(pipe, image=half, denoising_start=0.5)
+
+    return pipe, both
+
+
+def few_steps(plan: Any, steps: int) -> Made:
+    pipe = sdxl_pipeline()
+    pipe.scheduler = plan.from_config(scheduler().config, timestep_spacing="trailing")
+    return pipe, partial(draw, pipe, num_inference_steps=steps, guidance_scale=0.0)
+
+
+def embeddings() -> Made:
+    """What prompt weighting does: embeddings of one's own in place of words."""
+    pipe = sdxl_pipeline()
+    words, without, pooled, without_pooled = pipe.encode_prompt("a red circle")
+    given = {
+        "prompt": None,
+        "prompt_embeds": 1.3 * words,
+        "negative_prompt_embeds": without,
+        "pooled_prompt_embeds": pooled,
+        "negative_pooled_prompt_embeds": without_pooled,
+    }
+    return pipe, partial(draw, pipe, **given)
+
+
+def callbacks() -> Made:
+    """A callback that turns guidance off half way, which halves the batch."""
+    pipe = sdxl_pipeline()
+
+    def end_guidance(pipe: Any, step: int, _: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            given = {name: value.chunk(2)[-1] for name, value in given.items()}
+        return given
+
+    names = ["prompt_embeds", "add_text_embeds", "add_time_ids"]
+    return pipe, partial(draw, pipe, callback_on_step_end=end_guidance, callback_on_step_end_tensor_inputs=names)
+
+
+# --- What is added to it ----------------------------------------------------------------------------------------------
+
+
+def controlnet(kind: Any = StableDiffusionXLControlNetPipeline, **options: Any) -> Made:
+    parts = parts_of(sdxl_pipeline(), "feature_extractor")
+    control = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=FOURTH)
+    for module in (*control.controlnet_down_blocks, control.controlnet_mid_block):
+        torch.nn.init.normal_(module.weight, std=0.3)
+    pipe = quiet(kind(**parts, controlnet=control.eval()))
+    given = {"image": picture(), "height": 64, "width": 64} | options
+    return pipe, partial(draw, pipe, **given)
+
+
+def t2i_adapter() -> Made:
+    parts = parts_of(sdxl_pipeline())
+    torch.manual_seed(4)
+    adapter = T2IAdapter(
+        channels=[16, 32, 48, 48], num_res_blocks=1, downscale_factor=8, adapter_type="full_adapter_xl"
+    )
+    pipe = quiet(StableDiffusionXLAdapterPipeline(**parts, adapter=adapter.eval()))
+    return pipe, partial(draw, pipe, image=picture(), height=64, width=64)
+
+
+def loras(fused: bool) -> Made:
+    """Two LoRAs at once, by weight; fused into the model or not."""
+    pipe = sdxl_pipeline()
+    torch.manual_seed(5)
+    for name in ("style", "subject"):
+        config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights="gaussian")
+        pipe.unet.add_adapter(config, adapter_name=name)
+    for name, parameter in pipe.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    pipe.unet.set_adapters(["style", "subject"], [0.7, 0.4])
+    if fused:
+        pipe.unet.fuse_lora(adapter_names=["style", "subject"])
+    return pipe, partial(draw, pipe)
+
+
+def perturbed_attention() -> Made:
+    pipe = sdxl_pipeline(kind=StableDiffusionXLPAGPipeline, pag_applied_layers="mid")
+    return pipe, partial(draw, pipe, pag_scale=3.0)
+
+
+def freeu() -> Made:
+    pipe = sdxl_pipeline()
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.3, b2=1.4)
+    return pipe, partial(draw, pipe)
+
+
+def deepcache() -> Made:
+    pipe = sdxl_pipeline()
+
+    def cached() -> Tensor:
+        with Caching(2).applied(pipe):
+            return draw(pipe)
+
+    return pipe, cached
+
+
+# --- Others -----------------------------------------------------------------------------------------------------------
+
+
+def stable_diffusion(kind: Any = StableDiffusionPipeline, unet: Any = None, **options: Any) -> Made:
+    parts = sdxl_pipeline()
+    pipe = kind(
+        vae=parts.vae,
+        text_encoder=copy.deepcopy(parts.text_encoder),
+        tokenizer=tokenizer(),
+        unet=sd1_unet(cross_attention_dim=48) if unet is None else unet,
+        scheduler=parts.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **{name: value for name, value in options.items() if name == "controlnet"},
+    )
+    given = {name: value for name, value in options.items() if name != "controlnet"}
+    return quiet(pipe), partial(draw, pipe, **given)
+
+
+def stable_diffusion_2() -> Made:
+    pipe, _ = stable_diffusion(
+        unet=sd1_unet(cross_attention_dim=48, use_linear_projection=True, attention_head_dim=(1, 2, 2))
+    )
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    return pipe, partial(draw, pipe)
+
+
+def sd1_controlnet() -> Made:
+    unet = sd1_unet(cross_attention_dim=48)
+    control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=FOURTH)
+    for module in (*control.controlnet_down_blocks, control.controlnet_mid_block):
+        torch.nn.init.normal_(module.weight, std=0.3)
+    return stable_diffusion(
+        StableDiffusionControlNetPipeline, unet, controlnet=control.eval(), image=picture(), height=64, width=64
+    )
+
+
+def auto_pipeline() -> Made:
+    pipe = quiet(AutoPipelineForImage2Image.from_pipe(sdxl_pipeline()))
+    return pipe, partial(draw, pipe, image=picture(), strength=0.8)
+
+
+TWO_PROMPTS = {"prompt": ["a red circle", "a blue ring"], "num_images_per_prompt": 2}
+CASES = (
+    Case("SDXL, text to image", text_to_image, SDXL),
+    Case("SDXL, image to image", image_to_image, SDXL),
+    Case("SDXL, inpainting", inpaint, SDXL),
+    Case("SDXL, base and refiner", refiner, SDXL, "Apply to either or both; steps count within the whole run."),
+    Case("SDXL by `AutoPipeline`", auto_pipeline, SDXL),
+    Case("SDXL-Turbo, Lightning", partial(few_steps, EulerAncestralDiscreteScheduler, 2), FEW_STEPS),
+    Case("SDXL with LCM", partial(few_steps, LCMScheduler, 4), FEW_STEPS),
+    Case("Several prompts, several images each", partial(text_to_image, **TWO_PROMPTS), SDXL),
+    Case("Embeddings in place of prompts (prompt weighting)", embeddings, SDXL),
+    Case("Callbacks that change guidance on the way", callbacks, SDXL),
+    Case("ControlNet", controlnet, SDXL, "The ControlNet itself is not pruned."),
+    Case(
+        "ControlNet, inpainting",
+        partial(
+            controlnet,
+            StableDiffusionXLControlNetInpaintPipeline,
+            control_image=picture(),
+            mask_image=mask(),
+            strength=0.9,
+        ),
+        SDXL,
+    ),
+    Case("T2I-Adapter", t2i_adapter, SDXL),
+    Case("Several LoRAs", partial(loras, False), SDXL),
+    Case("Several LoRAs, fused", partial(loras, True), SDXL),
+    Case("Perturbed attention guidance", perturbed_attention, SDXL),
+    Case("FreeU", freeu, SDXL),
+    Case("DeepCache on top", deepcache, SDXL, "Apply pruning first."),
+    Case("SD 1.5", stable_diffusion, ONE_LAYER, "One layer a block: the paper's place saves nothing."),
+    Case(
+        "SD 1.5, image to image",
+        partial(stable_diffusion, StableDiffusionImg2ImgPipeline, image=picture(), strength=0.8),
+        ONE_LAYER,
+    ),
+    Case("SD 1.5 with ControlNet", sd1_controlnet, ONE_LAYER),
+    Case("SD 2.1", stable_diffusion_2, ONE_LAYER),
+)
+
+
+def table() -> str:
+    """Return docs/support.md."""
+    lines = [
+        "# What it works with",
+        "",
+        "Every line is a test on the diffusers class named, with small random weights in the model's own shape",
+        "([the cases](../tests/support.py)): with each of the presets the image is pruned in every block it should be,",
+        "is the same when it is drawn again, and after `atedm.remove` is the dense one bit for bit.",
+        "",
+        "| what | pipeline | presets | |",
+        "|---|---|---|---|",
+    ]
+    for case in CASES:
+        pipe, _ = case.make()
+        lines.append(f"| {case.name} | `{type(pipe).__name__}` | {'; '.join(case.presets)} | {case.note} |")
+    lines += [
+        "",
+        "Tests of their own have [IP-Adapter](../tests/test_patch_models.py), whose masks are refused; offload, fused",
+        "projections, 8-bit layers, copies and pickles of pipelines; [every scheduler](../tests/test_patch_steps.py);",
+        "[`torch.compile`](../tests/test_patch_compile.py), whole and by regions; GLIGEN.",
+        "[Refused](../tests/test_patch_refusals.py), with the reason, are diffusion transformers, U-Nets without",
+        "cross-attention blocks, and attention masks over tokens.",
+        "",
+        "```bash",
+        "PYTHONPATH=tests .venv/bin/python tests/support.py",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(table())
