@@ -1,10 +1,11 @@
 """Switching on and off: what `apply` and its kin do to a model, and that they undo it."""
 
+import logging
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import LCMScheduler, UNet2DConditionModel
 
 import atedm
 from atedm.choices import PLACES
@@ -329,3 +330,23 @@ def test_in_one_layer_the_map_costs_more_than_it_saves_unless_none_is_needed(pla
     assert f"a normal step saves {by_attention.saving:.1%}" in str(by_attention)
     assert "costs more than it saves" in str(by_attention)
     assert "costs more" not in str(summary)
+
+
+def test_few_step_models_are_given_the_preset_for_few_steps_and_told_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = sdxl_pipeline(small_unet())
+    assert atedm.apply(pipe).config == PRESETS["paper"]
+    atedm.remove(pipe)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    with caplog.at_level(logging.WARNING, "atedm"):
+        for _ in range(2):
+            with atedm.pruned(pipe) as summary:
+                assert summary.config == PRESETS["turbo"]
+    assert [record.message.split()[0] for record in caplog.records] == ["LCMScheduler"]
+    with atedm.pruned(pipe, "paper") as summary:
+        assert summary.config == PRESETS["paper"]
+    unet = small_unet()
+    unet.register_to_config(_name_or_path="somewhere/sdxl-lightning")
+    assert atedm.apply(unet).config == PRESETS["turbo"]
+    elsewhere = small_unet()
+    elsewhere.register_to_config(_name_or_path="turbo-folder/sdxl-base")
+    assert atedm.apply(elsewhere).config == PRESETS["paper"]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +23,7 @@ from atedm.patching.transformer import PrunedTransformer2DModel
 from atedm.schedule import is_prune_less
 
 
-def apply(target: Any, config: PruningConfig | str = "paper", *, budget: float | None = None) -> PatchSummary:
+def apply(target: Any, config: PruningConfig | str | None = None, *, budget: float | None = None) -> PatchSummary:
     """Make a diffusers pipeline prune tokens while it denoises. No weights change and no image is made.
 
         pipe = StableDiffusionXLPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")
@@ -30,7 +34,7 @@ def apply(target: Any, config: PruningConfig | str = "paper", *, budget: float |
     Args:
         target: A pipeline with a `UNet2DConditionModel`, or such a U-Net, compiled or not.
         config: A `PruningConfig`, or the name of a preset: the paper's "paper", "dagger" and "turbo", or our own
-            "matched".
+            "matched". By default the one that `suiting_preset` names: "paper", or "turbo" for few-step models.
         budget: What the mean step of a run may cost, as a share of the dense step, at the size the model was trained
             for; its pruning rate takes the place of the config's. `atedm.PruningConfig.for_budget` has more choices.
 
@@ -42,6 +46,7 @@ def apply(target: Any, config: PruningConfig | str = "paper", *, budget: float |
         ValueError: If there is nothing to prune, the U-Net is patched already, a name is unknown, the budget cannot be
             kept, or the model is set up in a way pruning cannot honour. Nothing has been changed then.
     """
+    config = suiting_preset(target) if config is None else config
     config = preset(config) if isinstance(config, str) else config
     if not isinstance(config, PruningConfig):
         raise TypeError(f"config must be a PruningConfig or the name of a preset, not a {type(config).__name__}")
@@ -64,6 +69,31 @@ def apply(target: Any, config: PruningConfig | str = "paper", *, budget: float |
     return summary
 
 
+def suiting_preset(target: Any) -> str:
+    """Return the preset that suits a pipeline or U-Net by its name and scheduler.
+
+    "turbo" for few-step models, whose steps are too few to tell early from late (supplement E), which is logged once;
+    else "paper".
+    """
+    unet = find_unet(target)
+    names = [str(getattr(part.config, "_name_or_path", "")) for part in (target, unet) if hasattr(part, "config")]
+    names.append(type(getattr(target, "scheduler", None)).__name__)
+    few = next((name for name in names if _FEW_STEPS.search(Path(name).name)), None)
+    if few is None:
+        return "paper"
+    _say_once(f"{Path(few).name} draws in few steps, too few to tell early from late: preset 'turbo', not 'paper'")
+    return "turbo"
+
+
+_FEW_STEPS = re.compile("turbo|lightning|hyper|lcm|tcd", re.IGNORECASE)
+_LOGGER = logging.getLogger("atedm")
+
+
+@functools.cache
+def _say_once(what: str) -> None:
+    _LOGGER.warning(what)
+
+
 def remove(target: Any) -> None:
     """Undo `apply`: the U-Net is exactly as before.
 
@@ -84,7 +114,7 @@ def remove(target: Any) -> None:
 
 @contextmanager
 def pruned(
-    target: Any, config: PruningConfig | str = "paper", *, budget: float | None = None
+    target: Any, config: PruningConfig | str | None = None, *, budget: float | None = None
 ) -> Iterator[PatchSummary]:
     """Apply for the length of a ``with`` block, and remove even if it raises."""
     unet = find_unet(target)
