@@ -333,7 +333,7 @@ def test_in_one_layer_the_map_costs_more_than_it_saves_unless_none_is_needed(pla
 
 
 def test_few_step_models_are_given_the_preset_for_few_steps_and_told_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    pipe = sdxl_pipeline(small_unet())
+    pipe = sdxl_pipeline(sdxl_unet())
     assert atedm.apply(pipe).config == PRESETS["paper"]
     atedm.remove(pipe)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
@@ -344,9 +344,9 @@ def test_few_step_models_are_given_the_preset_for_few_steps_and_told_so_once(cap
     assert [record.message.split()[0] for record in caplog.records] == ["LCMScheduler"]
     with atedm.pruned(pipe, "paper") as summary:
         assert summary.config == PRESETS["paper"]
-    unet = small_unet()
+    unet = sdxl_unet()
     unet.register_to_config(_name_or_path="somewhere/sdxl-lightning")
     assert atedm.apply(unet).config == PRESETS["turbo"]
-    elsewhere = small_unet()
+    elsewhere = sdxl_unet()
     elsewhere.register_to_config(_name_or_path="turbo-folder/sdxl-base")
     assert atedm.apply(elsewhere).config == PRESETS["paper"]
