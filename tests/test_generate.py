@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -146,3 +147,25 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
 def test_bad_requests_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         request_for(**change)
+
+
+def test_a_region_is_protected_and_kept_beside_the_images(pipe: Any, tmp_path: Path) -> None:
+    half = Image.new("L", (8, 8))
+    half.paste(255, (0, 0, 2, 8))
+    half.save(tmp_path / "half.png")
+    request = request_for(protect=str(tmp_path / "half.png"), steps=2)
+    generate(pipe, request, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["request"]["protect"] == str(tmp_path / "half.png")
+    assert (np.array(Image.open(tmp_path / "out" / "protect.png")) == np.array(half)).all()
+    generate(pipe, request_for(steps=2), tmp_path / "without")
+    images = [np.array(Image.open(tmp_path / folder / "pruned-0.png")) for folder in ("out", "without")]
+    assert (images[0] != images[1]).any()
+
+
+def test_a_mask_that_cannot_be_read_is_said_before_anything_is_drawn(pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
+        generate(pipe, request_for(protect="nowhere.png"), tmp_path)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"text\.png is no picture"):
+        generate(pipe, request_for(protect=str(tmp_path / "text.png")), tmp_path)
+    assert not list(tmp_path.glob("pruned-*"))

@@ -15,7 +15,7 @@ from typing import Any
 
 import diffusers
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 import atedm
 from atedm.config import PRESETS, PruningConfig, preset
@@ -43,6 +43,8 @@ class Request:
     seed: int = 0
     #: What to show beside it where images are compared.
     beside: PruningConfig | None = None
+    #: A picture, white where nothing is to be dropped.
+    protect: str | None = None
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -99,15 +101,19 @@ def generate(
 
     Raises:
         TypeError: If the pipeline has no U-Net.
-        ValueError: If there is nothing to prune in it.
+        FileNotFoundError: If the mask of ``request.protect`` is not there.
+        ValueError: If there is nothing to prune in it, or the mask is no picture.
     """
     out.mkdir(parents=True, exist_ok=True)
+    mask = None if request.protect is None else _picture(Path(request.protect))
+    if mask is not None:
+        save_image(mask, out / "protect.png")
     ways = {"pruned": request.config}
     if compare and request.beside is not None:
         ways["beside"] = request.beside
     summaries = {}
     for way, config in ways.items():
-        with pruned(pipe, config) as summaries[way]:
+        with pruned(pipe, config, protect=mask) as summaries[way]:
             pass  # before any work: refuses what cannot be pruned
     summary = summaries["pruned"]
     names = {way: _name_with_cost(pipe, request, config) for way, config in ways.items()} if compare else {}
@@ -121,7 +127,7 @@ def generate(
         drawn: dict[str, Made] = {}
         shown: list[Pruned] = []
         for way, config in ways.items():
-            with pruned(pipe, config), recorded(pipe) as recording:
+            with pruned(pipe, config, protect=mask), recorded(pipe) as recording:
                 image, seconds = _make(pipe, request, index, f"{way} {index}", progress)
             save_image(image, out / f"{way}-{index}.png")
             if dense is not None:
@@ -180,6 +186,20 @@ def shown_beside(pipe: Any, request: Request, name: str = "") -> Request:
     with suppress(CostOutOfReach):
         other = PruningConfig.for_budget(pipe, share=share, config=other, size=size, steps=request.steps)
     return dataclasses.replace(request, beside=other)
+
+
+def _picture(file: Path) -> Image.Image:
+    """Read a mask.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it is no picture.
+    """
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("L")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{file} is no picture; give a PNG, white where nothing is to be dropped") from error
 
 
 def _size(pipe: Any, request: Request) -> tuple[int, int]:

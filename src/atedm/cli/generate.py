@@ -30,6 +30,10 @@ def generate(
     preset: PresetOption = None,
     pruning_rate: RateOption = None,
     budget: BudgetOption = None,
+    protect: Annotated[
+        Path | None,
+        typer.Option(help="A picture, white where no token is to be dropped.", rich_help_panel="Pruning"),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps; 50, or 4 for few-step models.", rich_help_panel="Image")
     ] = None,
@@ -93,6 +97,7 @@ def generate(
         width=width,
         height=height,
         seed=seed,
+        protect=None if protect is None else str(protect),
     )
     console = Console(stderr=True)
     quiet_libraries()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor
 
 from atedm.config import PruningConfig, preset
 from atedm.patching.state import BlockObservation, BlockPatch, UNetState
@@ -20,10 +22,17 @@ from atedm.patching.steps import step_position
 from atedm.patching.summary import PatchSummary
 from atedm.patching.survey import choose_blocks, find_blocks, find_unet, refuse_chunking
 from atedm.patching.transformer import PrunedTransformer2DModel
+from atedm.protection import protected_tokens, region
 from atedm.schedule import is_prune_less
 
 
-def apply(target: Any, config: PruningConfig | str | None = None, *, budget: float | None = None) -> PatchSummary:
+def apply(
+    target: Any,
+    config: PruningConfig | str | None = None,
+    *,
+    budget: float | None = None,
+    protect: Any = None,
+) -> PatchSummary:
     """Make a diffusers pipeline prune tokens while it denoises. No weights change and no image is made.
 
         pipe = StableDiffusionXLPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")
@@ -37,6 +46,8 @@ def apply(target: Any, config: PruningConfig | str | None = None, *, budget: flo
             "matched". By default the one that `suiting_preset` names: "paper", or "turbo" for few-step models.
         budget: What the mean step of a run may cost, as a share of the dense step, at the size the model was trained
             for; its pruning rate takes the place of the config's. `atedm.PruningConfig.for_budget` has more choices.
+        protect: A mask over the image of what is never dropped, as `atedm.protection.region` reads it. That many of
+            the others are dropped in its place; where they are too few, the first step says so.
 
     Returns:
         What was patched; printing it shows every block, the tokens it keeps, and the share of the work that is saved.
@@ -50,6 +61,9 @@ def apply(target: Any, config: PruningConfig | str | None = None, *, budget: flo
     config = preset(config) if isinstance(config, str) else config
     if not isinstance(config, PruningConfig):
         raise TypeError(f"config must be a PruningConfig or the name of a preset, not a {type(config).__name__}")
+    mask = None if protect is None else region(protect)
+    if mask is not None and len(config.gradual) > 1:
+        raise ValueError("protect needs a whole grid of tokens, so it allows one pruning layer a block")
     unet = find_unet(target)
     if is_applied(unet):
         raise ValueError("this U-Net is patched already; call atedm.remove(...) first, then apply the other config")
@@ -57,7 +71,7 @@ def apply(target: Any, config: PruningConfig | str | None = None, *, budget: flo
         config = PruningConfig.for_budget(target, share=budget, config=config)
     blocks = find_blocks(unet)
     chosen = choose_blocks(blocks, config)
-    state = UNetState(config, tuple(chosen))
+    state = UNetState(config, tuple(chosen), protect=mask)
     # A stage counts all its attention blocks, so First and Last do not depend on which of them are pruned.
     spared = config.spared(place for place, _ in blocks.values())
     summary = PatchSummary.of(unet, config, [place for place, _ in blocks.values()], frozenset(chosen), spared)
@@ -114,11 +128,11 @@ def remove(target: Any) -> None:
 
 @contextmanager
 def pruned(
-    target: Any, config: PruningConfig | str | None = None, *, budget: float | None = None
+    target: Any, config: PruningConfig | str | None = None, *, budget: float | None = None, protect: Any = None
 ) -> Iterator[PatchSummary]:
     """Apply for the length of a ``with`` block, and remove even if it raises."""
     unet = find_unet(target)
-    summary = apply(target, config, budget=budget)
+    summary = apply(target, config, budget=budget, protect=protect)
     try:
         yield summary
     finally:
@@ -183,6 +197,29 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
             block._atedm.memory.begin_step(follows, state.config.refresh_every)
     state.step = torch.tensor(position.step, device="cpu")
     state.prune_less = is_prune_less(position.share, state.config.schedule, state.config.prune_less_share)
+    if state.protect is not None and isinstance(given.get("sample"), Tensor):
+        _make_room(unet, state, given["sample"])
+
+
+def _make_room(unet: UNet2DConditionModel, state: UNetState, sample: Tensor) -> None:
+    """See that no block keeps fewer tokens than are protected, and bring the mask to where the sample is."""
+    assert state.protect is not None
+    state.protect = state.protect.to(sample.device)
+    height, width = sample.shape[-2:]
+    if (height, width, state.prune_less) in state.roomy:
+        return
+    for name in state.blocks:
+        patch: BlockPatch = unet.get_submodule(name)._atedm
+        grid = tuple(-(-side // 2 ** (patch.place.level - 1)) for side in (height, width))
+        tokens = grid[0] * grid[1]
+        protected = int(protected_tokens(state.protect, (grid[0], grid[1])).sum())
+        for left in patch.counts(tokens).values():
+            if left < protected:
+                raise ValueError(
+                    f"{protected} of the {tokens} tokens of {name} are protected, and only {left} are kept; "
+                    f"protect less, or give a pruning_rate of {math.floor(100 * (1 - protected / tokens)) / 100}"
+                )
+    state.roomy.add((height, width, state.prune_less))
 
 
 _FORWARD = (

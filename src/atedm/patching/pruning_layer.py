@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import (
 from torch import Tensor
 
 from atedm.patching.state import BlockObservation, BlockPatch
+from atedm.protection import protected_tokens, with_protected
 from atedm.token_pruning import Choice, Dropped, choose_tokens, drop_tokens, match_tokens
 from atedm.token_ranking import QueriesAndKeys, Ranking, rank_tokens
 
@@ -83,6 +84,9 @@ class PruningLayer:
             size=self.size,
             count=self.count,
         )
+        if state.protect is not None:
+            protected = protected_tokens(state.protect, self.size)
+            ranking = ranking._replace(importance=with_protected(ranking.importance, protected))
         return ranking if self.first_map is None else ranking._replace(attention_map=self.first_map, source=None)
 
     def drop(self, tokens: Tensor, ranking: Ranking | None) -> tuple[Tensor, Cut]:

@@ -42,6 +42,10 @@ class UNetState:
     #: Index of the denoising step. A tensor of the host, because `torch.compile` takes an int here for a constant.
     step: Tensor = field(default_factory=partial(torch.tensor, 0, device="cpu"))
     observers: list[Any] = field(default_factory=list)
+    #: What is never dropped, (H, W) of zeros and ones over the image.
+    protect: Tensor | None = None
+    #: Sizes of latents, and whether steps prune less, for which that was found to leave room.
+    roomy: set[tuple[int, int, bool]] = field(default_factory=set)
     #: For configs that remember.
     run: Run = field(default_factory=Run)
 

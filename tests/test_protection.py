@@ -1,0 +1,133 @@
+"""Regions that are never pruned: how masks are read, and that their tokens stay whatever the ranking says."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+import atedm
+from atedm.config import PRESETS, PruningConfig
+from atedm.protection import protected_tokens, region, with_protected
+from atedm.pruning import keep_most_important
+from models import EARLY, LATE, run, sdxl_unet, small_unet, snapshot
+
+CORNER = torch.zeros(32, 32, dtype=torch.bool)
+CORNER[:10, :7] = True
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        CORNER,
+        CORNER.float().expand(1, 1, 32, 32),
+        255 * CORNER.byte(),
+        CORNER.numpy(),
+        Image.fromarray(255 * CORNER.numpy().astype(np.uint8)),
+        Image.fromarray(255 * CORNER.numpy().astype(np.uint8)).convert("RGB"),
+    ],
+    ids=["bool", "float with axes", "bytes", "array", "picture", "picture in colour"],
+)
+def test_a_mask_may_be_given_in_many_ways(mask: Any) -> None:
+    assert torch.equal(region(mask), CORNER.float())
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        ([1, 2], TypeError, "not a list"),
+        (torch.ones(2, 8, 8), ValueError, "one for all images"),
+        (torch.ones(8), ValueError, r"must be \(H, W\)"),
+        (torch.ones(0, 8), ValueError, r"must be \(H, W\)"),
+    ],
+)
+def test_what_is_no_mask_is_said(mask: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        atedm.apply(sdxl_unet(), protect=mask)
+
+
+@given(
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    h=st.integers(1, 12),
+    w=st.integers(1, 12),
+    seed=st.integers(0, 9),
+)
+def test_a_token_is_protected_if_some_of_its_place_is(height: int, width: int, h: int, w: int, seed: int) -> None:
+    mask = (torch.rand(height, width, generator=torch.Generator().manual_seed(seed)) < 0.1).float()
+    tokens = protected_tokens(mask, (h, w)).reshape(h, w)
+    for y in range(h):
+        for x in range(w):
+            # The pixels that the place touches, in whole numbers.
+            rows = range(y * height // h, -(-(y + 1) * height // h))
+            columns = range(x * width // w, -(-(x + 1) * width // w))
+            assert tokens[y, x] == max(float(mask[i, j]) for i in rows for j in columns)
+
+
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=30), st.data())
+def test_protected_ones_come_first_and_the_others_stay(values: list[float], data: st.DataObject) -> None:
+    which = data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
+    importance, protected = torch.tensor([values], dtype=torch.float64), torch.tensor(which).float()
+    ranked = with_protected(importance, protected)
+    others = [i for i, is_one in enumerate(which) if not is_one]
+    assert torch.equal(ranked[0, others], importance[0, others])
+    count = sum(which)
+    if count:
+        assert set(keep_most_important(ranked, count)[0].tolist()) == {i for i, is_one in enumerate(which) if is_one}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PruningConfig(),
+        PruningConfig(ranking="cross-attention-entropy"),
+        PRESETS["matched"],
+        PRESETS["matched"].replace(refresh_every=2),
+    ],
+    ids=["paper", "cross-attention", "matched", "refreshed"],
+)
+@pytest.mark.parametrize("size", [(16, 16), (24, 10)])
+def test_protected_tokens_are_kept_in_every_block_and_step(config: PruningConfig, size: tuple[int, int]) -> None:
+    unet = sdxl_unet()
+    before = snapshot(unet)
+    steps = torch.tensor([EARLY, 800, LATE, 0])
+    seen: list[atedm.BlockObservation] = []
+    with atedm.pruned(unet, config, protect=CORNER), atedm.observed(unet, seen.append):
+        for step in steps:
+            run(unet, step, size=size)
+    assert seen
+    for one in seen:
+        protected = protected_tokens(CORNER.float(), one.size).nonzero().flatten().tolist()
+        for keep in one.keep.tolist():
+            assert len(keep) < one.size[0] * one.size[1]
+            assert set(protected) <= set(keep)
+    assert snapshot(unet) == before
+
+
+def test_a_compiled_unet_keeps_them_too() -> None:
+    unet = small_unet()
+    with atedm.pruned(unet, PruningConfig(schedule="constant"), protect=CORNER):
+        expected = run(unet)
+        compiled = torch.compile(unet, backend="eager", fullgraph=True)
+        torch.testing.assert_close(run(compiled), expected, rtol=1e-4, atol=1e-4)
+    with atedm.pruned(unet, PruningConfig(schedule="constant")):
+        assert (run(unet) - expected).abs().max() > 0.01
+
+
+def test_more_than_is_kept_is_refused_by_the_first_step_and_a_lower_rate_would_do() -> None:
+    unet = sdxl_unet()
+    most: Tensor = torch.ones(8, 8)
+    most[:, 4:] = 0
+    atedm.apply(unet, PruningConfig(schedule="constant"), protect=most)
+    with pytest.raises(ValueError, match=r"32 of the 64 tokens of .* and only 24 are kept; .* pruning_rate of 0\.5$"):
+        run(unet)
+    atedm.remove(unet)
+    with atedm.pruned(unet, PruningConfig(0.5, schedule="constant"), protect=most):
+        run(unet)
+    with pytest.raises(ValueError, match="one pruning layer"):
+        atedm.apply(unet, PruningConfig(gradual=((0, 0.3), (1, 0.3))), protect=most)
+    assert not atedm.is_applied(unet)
