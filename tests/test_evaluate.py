@@ -27,7 +27,7 @@ from atedm.evaluation.report import markdown, write_html
 from atedm.evaluation.reproduce import markdown_of, reproduce
 from atedm.evaluation.scores import Metrics, Scores, distances
 from atedm.evaluation.statistics import Interval
-from atedm.pictures.quality_chart import cost_chart
+from atedm.pictures.quality_chart import cost_chart, rows_chart
 from atedm.pipelines import TINY, load_pipeline
 from models import draw, sdxl_pipeline, snapshot
 
@@ -482,3 +482,11 @@ def test_a_chart_joins_methods_of_one_kind_where_they_differ_in_cost() -> None:
     alone, joined = cost_chart(figures, "it"), cost_chart(figures, "it", kinds=kinds)
     assert alone.size == joined.size
     assert alone.tobytes() != joined.tobytes()
+
+
+def test_a_chart_of_rows_grows_with_them_and_shows_what_each_has() -> None:
+    one = {"dense": {"captions": (Interval(0.9, 0.8, 1.0), 100.0)}}
+    two = one | {"paper": {"captions": (Interval(0.1, 0.0, 0.2), 100.0), "distance": (Interval(20, 19, 21), 1.0)}}
+    assert rows_chart(two).size > rows_chart(one).size
+    other = two | {"paper": two["paper"] | {"distance": (Interval(30, 29, 31), 1.0)}}
+    assert rows_chart(two).tobytes() != rows_chart(other).tobytes()

@@ -29,6 +29,7 @@ from atedm.cli.options import DeviceOption, ModelOption
 if TYPE_CHECKING:
     from PIL import Image
 
+    from atedm.evaluation.evaluate import Result
     from atedm.evaluation.experiments import Experiment
     from atedm.evaluation.methods import Method
     from atedm.evaluation.reproduce import Outcome
@@ -99,8 +100,8 @@ def reproduce(
 
 
 def _chart(experiment: Experiment, outcomes: list[Outcome]) -> Image.Image | None:
-    """Draw FID against CLIP score where guidance varies, else what the experiment has of quality against cost."""
-    from atedm.pictures.quality_chart import cost_chart, curve_chart
+    """Draw FID against CLIP score where guidance varies, quality against cost where that does, else a row a method."""
+    from atedm.pictures.quality_chart import cost_chart, curve_chart, rows_chart
 
     if experiment.guidance:
         curves: dict[str, list[tuple[float, float, float]]] = {}
@@ -111,30 +112,46 @@ def _chart(experiment: Experiment, outcomes: list[Outcome]) -> Image.Image | Non
                     point = (outcome.drawing.guidance, figures["clip"].mean, figures["fid"].mean)
                     curves.setdefault(result.name, []).append(point)
         return curve_chart(curves, experiment.title) if curves else None
-    known = [
-        ("accuracy", "captions right in everything, %", 100.0),
-        ("psnr", "distance to dense, dB", 1.0),
-        ("clip", "CLIP score", 1.0),
-    ]
-    if experiment.joins_kinds:  # where good methods have every caption right, the distance still tells them apart
-        known.insert(0, known.pop(1))
+    if not experiment.joins_kinds:
+        rows = {
+            _row_name(experiment, outcome, result): {
+                what: (result.scores.intervals()[name], factor)
+                for name, what, factor in _FIGURES
+                if name in result.scores.intervals()
+            }
+            for outcome in outcomes
+            for result in outcome.results
+        }
+        return rows_chart(rows, experiment.title) if any(rows.values()) else None
+    # Where good methods have every caption right, the distance still tells them apart.
     name, what, factor = next(
-        (entry for entry in known if all(entry[0] in result.scores.intervals() for result in outcomes[-1].results[1:])),
+        (
+            entry
+            for entry in _FIGURES
+            if all(entry[0] in result.scores.intervals() for result in outcomes[-1].results[1:])
+        ),
         ("", "", 1.0),
     )
     points = {
-        f"{result.name}, {outcome.drawing.steps} steps" if experiment.steps else result.name: (
-            result.cost,
-            result.scores.intervals()[name],
-        )
-        for outcome in outcomes
-        for result in outcome.results
-        if name and name in result.scores.intervals()
+        result.name: (result.cost, result.scores.intervals()[name])
+        for result in outcomes[0].results
+        if name in result.scores.intervals()
     }
-    if not points:
-        return None
-    kinds = {result.name: _kind(result.method) for outcome in outcomes for result in outcome.results}
-    return cost_chart(points, what, factor, experiment.title, kinds if experiment.joins_kinds else None)
+    kinds = {result.name: _kind(result.method) for result in outcomes[0].results}
+    return cost_chart(points, what, factor, experiment.title, kinds) if points else None
+
+
+_FIGURES = (
+    ("psnr", "distance to dense, dB", 1.0),
+    ("accuracy", "captions right in everything, %", 100.0),
+    ("clip", "CLIP score", 1.0),
+)
+"""What charts show, where it was asked for."""
+
+
+def _row_name(experiment: Experiment, outcome: Outcome, result: Result) -> str:
+    steps = f"{outcome.drawing.steps} steps, " if experiment.steps else ""
+    return f"{steps}{result.name}, cost {result.cost:.2f}"
 
 
 def _kind(method: Method) -> str:

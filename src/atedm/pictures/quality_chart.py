@@ -52,6 +52,36 @@ def cost_chart(
     return picture_of(figure)
 
 
+def rows_chart(rows: Mapping[str, Mapping[str, tuple[Interval, float]]], title: str = "") -> Image.Image:
+    """Draw a row a method and a panel a figure, each with its interval: for methods whose cost is much the same.
+
+    Args:
+        rows: By method and name of the figure: the figure, and what it is multiplied by. A method may lack some.
+        title: Headline.
+    """
+    panels = list(dict.fromkeys(what for figures in rows.values() for what in figures))
+    figure, _ = new_chart(3.2 + 3.0 * len(panels), 1.3 + 0.3 * len(rows))
+    figure.clear()
+    colour = colormaps["viridis"](0.35)
+    for place, (axes, what) in enumerate(
+        zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True)
+    ):
+        for row, figures in enumerate(rows.values()):
+            if what in figures:
+                mean, low, high = (figures[what][1] * end for end in figures[what][0])
+                axes.errorbar([mean], [row], xerr=[[mean - low], [high - mean]], fmt="o", ms=5, capsize=3, color=colour)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel(what, color=INK_HEX)
+        axes.tick_params(colors=INK_HEX, width=0.6)
+        axes.tick_params(axis="y", length=0, labelleft=place == 0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(FAINT_HEX)
+        axes.grid(color=FAINT_HEX, alpha=0.15)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK_HEX)
+    return picture_of(figure)
+
+
 def curve_chart(curves: Mapping[str, Sequence[tuple[float, float, float]]], title: str = "") -> Image.Image:
     """Draw FID against CLIP score over guidance scales, a line a method (supplement Fig. 5).
 
