@@ -108,6 +108,14 @@ def test_a_pruned_unet_gives_the_same_by_blocks_and_by_all_rows(config: PruningC
         torch.testing.assert_close(run(unet), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("changes", [{}, {"head_fusion": "mean-map"}, {"ranking": "attention-received"}], ids=str)
+def test_what_kernels_take_is_what_plain_products_in_their_place_take(changes: dict[str, Any]) -> None:
+    config = PruningConfig(map_mode="triton", **changes)
+    triton = atedm.cost("tiny", config)  # which refuses to report what torch does not count
+    blocked = atedm.cost("tiny", config.replace(map_mode="blocked"))
+    assert triton.figures().normal_step > blocked.figures().normal_step
+
+
 def test_few_rows_make_another_image_that_moves_with_the_step() -> None:
     unet = sdxl_unet()
     steps = torch.full((4,), 500)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -59,8 +60,14 @@ app.command()(accuracy)
 app.command()(ablate)
 
 
+_LOGS = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""Notes of torch's profiler, which go past Python to the terminal; read when torch is first imported."""
+
+
 def main() -> None:
     """Run the command line; what the user got wrong ends in one line and status 2."""
+    for name, level in _LOGS.items():
+        os.environ.setdefault(name, level)
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError) as error:

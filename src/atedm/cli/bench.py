@@ -15,7 +15,6 @@ from atedm.cli.options import (
     SizeOption,
     TimedDtypeOption,
     TimedGuidanceOption,
-    TimedModelOption,
     parse_size,
 )
 
@@ -28,7 +27,14 @@ def bench(
         str,
         typer.Argument(help="As `atedm evaluate` takes them: presets, **tome**, **deepcache**, changes in brackets."),
     ] = "dense,paper,paper[refresh_every=1000],dagger,matched,tome[cost=matched],deepcache",
-    model: TimedModelOption = "tiny",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="**tiny**, the model that ships; **sdxl**, **sdxl-turbo**, **sd15**, **sd21** or a hub id, whose "
+            "steps are timed with random weights; a folder or a file, whose own weights draw images.",
+            rich_help_panel="Model",
+        ),
+    ] = "tiny",
     device: DeviceOption = None,
     dtype: TimedDtypeOption = None,
     size: SizeOption = None,
