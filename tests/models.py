@@ -88,14 +88,15 @@ def inputs(
 ) -> dict[str, Any]:
     """What one call of a U-Net takes besides the timestep, in the U-Net's own precision."""
     generator = torch.Generator().manual_seed(seed)
+    device = unet.device if unet.device.type == "cuda" else torch.device("cpu")  # an offloaded U-Net is on neither
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(unet.device, unet.dtype)
+        return torch.randn(*shape, generator=generator).to(device, unet.dtype)
 
     call = {"sample": normal(batch, 4, *size), "encoder_hidden_states": normal(batch, words, TEXT_WIDTH)}
     if unet.config.addition_embed_type == "text_time":
         times = torch.tensor([[128.0, 128.0, 0.0, 0.0, 128.0, 128.0]]).repeat(batch, 1)
-        call["added_cond_kwargs"] = {"text_embeds": normal(batch, WIDTH), "time_ids": times.to(unet.device)}
+        call["added_cond_kwargs"] = {"text_embeds": normal(batch, WIDTH), "time_ids": times.to(device)}
     return call
 
 
