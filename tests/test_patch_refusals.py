@@ -102,7 +102,7 @@ def test_a_unet_without_attention_is_refused() -> None:
 
 
 def test_a_config_of_another_type_is_refused() -> None:
-    for config in (None, 0.63, {"pruning_rate": 0.5}):
+    for config in (0.63, {"pruning_rate": 0.5}, PruningConfig):
         assert_refused(
             small_unet(), config, TypeError, "config must be a PruningConfig or the name of a preset, not a "
         )
