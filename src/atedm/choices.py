@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from atedm.schedule import BlockPlace
@@ -55,15 +57,6 @@ BY_SIMILARITY = ("similarity-copy", "matched-update", "weighted-update", "last-u
 BY_MATCH = ("similarity-copy", "matched-update", "last-update")
 #: Those that add an update to a token's own value.
 UPDATES = ("matched-update", "weighted-update", "last-update")
-#: What says which kept token a dropped one is refilled from: the attention map down the dropped token's column (the
-#: paper's), along its row, the cosine or the Euclidean distance of features, or the distance in the grid.
-SIMILARITIES = ("attention", "attention-transposed", "cosine", "euclidean", "distance")
-#: Those that refill from other tokens.
-BY_SIMILARITY = ("similarity-copy", "matched-update", "weighted-update", "last-update")
-#: Those that refill from one other token.
-BY_MATCH = ("similarity-copy", "matched-update", "last-update")
-#: Those that add an update to a token's own value.
-UPDATES = ("matched-update", "weighted-update", "last-update")
 #: Those that add the token's own update of the step before; in the first step there is only that of its match.
 OWN_UPDATES = ("last-update",)
 #: Ways to what the self-attention map is wanted for: see `atedm.map_modes`. "auto" goes by the number of tokens.
@@ -100,6 +93,11 @@ WHERES: dict[str, Where] = {
     "not-second-level": not_second_level,
     "only-second-level": only_second_level,
 }
+
+
+def draws_in_few_steps(model: str) -> bool:
+    """Whether a model is made for few steps, by the last part of its name."""
+    return bool(re.search("turbo|lightning|hyper|lcm|tcd", Path(model).name, re.IGNORECASE))
 
 
 def name_of(function: Own) -> str:

@@ -87,7 +87,7 @@ def match_by_features(
     if by == "cosine":
         features = functional.normalize(features, dim=-1)
     kept = gather_tokens(features, keep)
-    squares = 0.5 * kept.square().sum(-1).unsqueeze(1) if by == "euclidean" else None
+    squares = 0.5 * kept.square().sum(-1).unsqueeze(1) if by == "euclidean" and not in_16_bits else None
     other_side = _distance_columns(gather_tokens(tokens, keep), of_kept=True).mT if in_16_bits else kept.mT
     rows = max(1, _CHUNK // (keep.shape[0] * keep.shape[1]))
     best, similarity = [dropped[:, :0]], [features[:, :0, 0]]
@@ -96,7 +96,7 @@ def match_by_features(
         side = _distance_columns(gather_tokens(tokens, part), of_kept=False) if in_16_bits else of_part
         with without_autocast(tokens.device):
             alike = side @ other_side
-        if squares is not None and not in_16_bits:
+        if squares is not None:
             alike = alike - squares  # what a . b - |b|^2 / 2 is largest for is nearest to a
         if window is not None and size is not None:
             alike = alike.masked_fill(_is_outside(part, keep, size, window), float("-inf"))

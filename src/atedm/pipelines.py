@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from atedm.choices import draws_in_few_steps
 
 TINY = "tiny"
 """Name of the model that ships with the package."""
@@ -43,7 +44,7 @@ def habits(model: str) -> Habits:
     if model == TINY:
         # Its second level does not bear the paper's ranking: docs/ablation.md has the figures.
         return Habits(guidance=3.0, steps=50, preset="dagger", prompts=tuple(s.replace("plain ", "") for s in _SCENES))
-    if re.search("turbo|lightning|hyper", model, re.IGNORECASE):
+    if draws_in_few_steps(model):
         return Habits(guidance=0.0, steps=4, preset="turbo", prompts=_PICTURES)
     return Habits(guidance=7.0, steps=50, preset="paper", prompts=_PICTURES)
 

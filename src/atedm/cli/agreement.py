@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.evaluation_options import BatchOption, DtypeOption, GuidanceOption, SeedOption, StepsOption
+from atedm.cli.evaluation_options import BatchOption, DtypeOption, GuidanceOption, SeedOption, StepsOption, opened_alone
 from atedm.cli.options import DeviceOption, JsonOption
 from atedm.cli.progress import rounds_shown
 
@@ -40,19 +40,15 @@ def agreement(
     """
     from json import dumps
 
-    import torch
     from rich.console import Console
 
-    from atedm.choices import check_name
     from atedm.config import PruningConfig
     from atedm.evaluation.agreement import map_agreement
-    from atedm.pipelines import habits, load_pipeline, quiet_libraries
+    from atedm.pipelines import habits
     from atedm.tiny.scenes import held_out_scenes
 
     if captions < 1:
         raise ValueError(f"captions must be at least 1, not {captions}")
-    if dtype is not None:
-        check_name("dtype", dtype, ("float32", "bfloat16", "float16"))
     configs = {}
     for name in modes.split(","):
         mode, _, rows = name.strip().partition("/")
@@ -60,10 +56,8 @@ def agreement(
             raise ValueError(f"a number of rows follows the slash, as in sampled/64, not {rows!r}")
         config = PruningConfig(map_mode=mode)
         configs[name.strip()] = config.replace(sampled_rows=int(rows)) if rows else config
-    quiet_libraries()
     console = Console(stderr=True)
-    with console.status("opening tiny"):
-        pipe = load_pipeline("tiny", device=device, dtype=getattr(torch, dtype) if dtype else None)
+    pipe = opened_alone("tiny", device, dtype, console)
     with rounds_shown(console, -(-captions // batch)) as on_call:
         report = map_agreement(
             pipe,

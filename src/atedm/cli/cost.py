@@ -56,6 +56,14 @@ def cost(
             rich_help_panel="Pruning",
         ),
     ] = None,
+    map_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="Way to the attention map: **auto**, **full** (the paper's), **blocked**, **flash**, **triton** or "
+            "**sampled**.",
+            rich_help_panel="Pruning",
+        ),
+    ] = None,
     budget: BudgetOption = None,
     tmacs: Annotated[
         float | None, typer.Option(help="A budget in T MACs for one image's step.", rich_help_panel="Pruning")
@@ -127,7 +135,7 @@ def cost(
     width, height = parse_size(size)
     pixels = None if width is None or height is None else (width, height)
     tome = ToMe(ratio, merge, levels)
-    chosen: PruningConfig | ToMe = tome if method == "tome" else _config(model, preset, pruning_rate, place)
+    chosen: PruningConfig | ToMe = tome if method == "tome" else _config(model, preset, pruning_rate, place, map_mode)
     if budget_share(budget, pruning_rate) is not None or tmacs is not None:
         from atedm.costs.fit import fit_to_budget
         from atedm.pipelines import habits
@@ -158,12 +166,14 @@ def cost(
             typer.echo(str(plot))
 
 
-def _config(model: str, preset_name: str | None, pruning_rate: float | None, place: str | None) -> PruningConfig:
+def _config(
+    model: str, preset_name: str | None, pruning_rate: float | None, place: str | None, map_mode: str | None
+) -> PruningConfig:
     from atedm.config import preset
     from atedm.costs.report import suiting
 
     config = suiting(model) if preset_name is None else preset(preset_name)
-    changes: dict[str, Any] = {"pruning_rate": pruning_rate, "place": place}
+    changes: dict[str, Any] = {"pruning_rate": pruning_rate, "place": place, "map_mode": map_mode}
     return config.replace(**{name: value for name, value in changes.items() if value is not None})
 
 

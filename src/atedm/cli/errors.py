@@ -14,6 +14,7 @@ from atedm.cli.evaluation_options import (
     PromptsOption,
     SeedOption,
     StepsOption,
+    opened_alone,
 )
 from atedm.cli.options import DeviceOption, ModelOption
 from atedm.cli.progress import rounds_shown
@@ -68,22 +69,18 @@ def errors(
     """
     from json import dumps
 
-    import torch
     from rich.console import Console
 
-    from atedm.choices import check_name
     from atedm.evaluation.errors import find_errors
     from atedm.evaluation.methods import Pruning
     from atedm.evaluation.methods_by_name import method_by_name, parse_methods
     from atedm.evaluation.prompts import read_prompts
     from atedm.generate import save_image
     from atedm.pictures.errors_chart import errors_chart
-    from atedm.pipelines import habits, load_pipeline, quiet_libraries
+    from atedm.pipelines import habits
 
     if captions < 1:
         raise ValueError(f"captions must be at least 1, not {captions}")
-    if dtype is not None:
-        check_name("dtype", dtype, ("float32", "bfloat16", "float16"))
     configs = {}
     asked = METHODS if methods is None else {spec: spec for spec in parse_methods(methods)}
     for name, spec in asked.items():
@@ -92,10 +89,8 @@ def errors(
             raise ValueError(f"errors are looked for where tokens are pruned, not with {spec!r}")
         configs[name] = method.config
     texts = [prompt.text for prompt in read_prompts(prompts, captions, seed)]
-    quiet_libraries()
     console = Console(stderr=True)
-    with console.status(f"opening {model}"):
-        pipe = load_pipeline(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
+    pipe = opened_alone(model, device, dtype, console)
     with rounds_shown(console, -(-len(texts) // batch)) as on_step:
         report = find_errors(
             pipe,

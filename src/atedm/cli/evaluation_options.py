@@ -15,6 +15,7 @@ from atedm.cli.options import parse_size
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+    from rich.console import Console
 
     from atedm.evaluation.evaluate import Progress
     from atedm.evaluation.images import Drawing
@@ -75,6 +76,20 @@ FidFeaturesOption = Annotated[
 FolderOption = Annotated[
     Path, typer.Option(help="Folder; a run that was stopped goes on there.", rich_help_panel="Output")
 ]
+
+
+def opened_alone(model: str, device: str | None, dtype: str | None, console: Console) -> Any:
+    """Open a pipeline for one process, and say so while it lasts."""
+    import torch
+
+    from atedm.choices import check_name
+    from atedm.pipelines import load_pipeline, quiet_libraries
+
+    if dtype is not None:
+        check_name("dtype", dtype, ("float32", "bfloat16", "float16"))
+    quiet_libraries()
+    with console.status(f"opening {model}"):
+        return load_pipeline(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
 
 
 class Asked(NamedTuple):

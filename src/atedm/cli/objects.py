@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.evaluation_options import BatchOption, DtypeOption, GuidanceOption, SeedOption, StepsOption
+from atedm.cli.evaluation_options import BatchOption, DtypeOption, GuidanceOption, SeedOption, StepsOption, opened_alone
 from atedm.cli.options import DeviceOption
 from atedm.cli.progress import rounds_shown
 
@@ -40,24 +40,18 @@ def objects(
     """
     from json import dumps
 
-    import torch
     from rich.console import Console
 
-    from atedm.choices import check_name
     from atedm.evaluation.objects import find_objects
     from atedm.generate import save_image
     from atedm.pictures.objects_chart import objects_chart
-    from atedm.pipelines import habits, load_pipeline, quiet_libraries
+    from atedm.pipelines import habits
     from atedm.tiny.scenes import held_out_scenes
 
     if captions < 1:
         raise ValueError(f"captions must be at least 1, not {captions}")
-    if dtype is not None:
-        check_name("dtype", dtype, ("float32", "bfloat16", "float16"))
-    quiet_libraries()
     console = Console(stderr=True)
-    with console.status("opening tiny"):
-        pipe = load_pipeline("tiny", device=device, dtype=getattr(torch, dtype) if dtype else None)
+    pipe = opened_alone("tiny", device, dtype, console)
     with rounds_shown(console, -(-captions // batch)) as on_call:
         report = find_objects(
             pipe,

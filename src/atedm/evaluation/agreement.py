@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from atedm.config import PruningConfig
-from atedm.evaluation.dense_runs import FirstLayer, dense_blocks, watched
+from atedm.evaluation.dense_runs import FirstLayer, dense_blocks, draw_watched
 from atedm.generate import Progress
 from atedm.matching import attention_source
 from atedm.pruning import keep_count, keep_most_important
@@ -88,23 +88,20 @@ def map_agreement(
             found = _compared(whole, _ranked(layer, config, count), count)
             values[name, blocks[layer.block][0].level].append(found)
 
-    for start in range(0, len(prompts), batch):
-        group = prompts[start : start + batch]
-
-        def end_call(_: Any, call: int, __: Any, kwargs: dict[str, Any], start: int = start) -> dict[str, Any]:
-            if progress is not None:
-                progress(f"images from {start}", call + 1, steps)
-            return kwargs
-
-        with watched({name: module for name, (_, module) in blocks.items()}, len(group), compare):
-            pipe(
-                list(group),
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=[torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(group))],
-                output_type="latent",
-                callback_on_step_end=end_call,
-            )
+    drawn = draw_watched(
+        pipe,
+        blocks,
+        prompts,
+        compare,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        batch=batch,
+        output_type="latent",
+        progress=progress,
+    )
+    for _ in drawn:
+        pass  # the images are not looked at
     rows = tuple(
         Agreement(mode, level, *(float(mean) for mean in torch.tensor(found).mean(0)))
         for (mode, level), found in sorted(values.items(), key=lambda item: (list(modes).index(item[0][0]), item[0][1]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from atedm.generate import Progress
 from atedm.patching.apply import is_applied
 from atedm.patching.pruning_layer import queries_and_keys
 from atedm.patching.survey import find_blocks, find_unet
@@ -46,6 +47,57 @@ def dense_blocks(pipe: Any) -> dict[str, tuple[BlockPlace, Any]]:
     if is_applied(unet) or unet is not pipe.unet:
         raise ValueError("this U-Net is patched or compiled, and rankings are looked at dense; use it as it was before")
     return find_blocks(unet)
+
+
+def draw_watched(
+    pipe: Any,
+    blocks: Mapping[str, tuple[BlockPlace, Any]],
+    prompts: Sequence[str],
+    on_layer: OnLayer,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    batch: int,
+    output_type: str,
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """Draw dense, a batch at a time, and look into every block on the way.
+
+    Args:
+        pipe: A text-to-image pipeline.
+        blocks: From `dense_blocks`.
+        prompts: What to draw; image i has the noise of seed ``seed + i``.
+        on_layer: Told of every block in every call of the U-Net.
+        steps: Denoising steps, each one call of the U-Net.
+        guidance: Guidance scale.
+        seed: Of the first image.
+        batch: Images drawn at once.
+        output_type: As pipelines take it.
+        progress: Told of every step of every batch.
+
+    Returns:
+        An iterator over the batches: the number of the first image, and the images.
+    """
+    modules = {name: module for name, (_, module) in blocks.items()}
+    for start in range(0, len(prompts), batch):
+        group = list(prompts[start : start + batch])
+
+        def end_call(_: Any, call: int, __: Any, kwargs: dict[str, Any], start: int = start) -> dict[str, Any]:
+            if progress is not None:
+                progress(f"images from {start}", call + 1, steps)
+            return kwargs
+
+        with watched(modules, len(group), on_layer):
+            images = pipe(
+                group,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=[torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(group))],
+                output_type=output_type,
+                callback_on_step_end=end_call,
+            ).images
+        yield start, images
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from atedm.config import PruningConfig
-from atedm.evaluation.dense_runs import FirstLayer, dense_blocks, watched
+from atedm.evaluation.dense_runs import FirstLayer, dense_blocks, draw_watched
 from atedm.generate import Progress
 from atedm.matching import attention_source, match_by_features
 from atedm.pruning import gather_tokens, keep_count, keep_most_important
@@ -173,28 +173,25 @@ def find_objects(
     blocks = dense_blocks(pipe)
     configs = {name: PruningConfig(pruning_rate, ranking=name, map_mode="full") for name in rankings}
     values: defaultdict[tuple[str, int, str], list[tuple[float, float, float]]] = defaultdict(list)
-    for start in range(0, len(scenes), batch):
+    seen: dict[tuple[str, int, str], _Seen] = {}
+
+    def rank(layer: FirstLayer) -> None:
+        seen.update(((name, layer.step, layer.block), _rank(layer, config)) for name, config in configs.items())
+
+    drawn = draw_watched(
+        pipe,
+        blocks,
+        [scene.caption for scene in scenes],
+        rank,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        batch=batch,
+        output_type="pt",
+        progress=progress,
+    )
+    for start, images in drawn:
         group = scenes[start : start + batch]
-        seen: dict[tuple[str, int, str], _Seen] = {}
-
-        def rank(layer: FirstLayer, seen: dict[tuple[str, int, str], _Seen] = seen) -> None:
-            seen.update(((name, layer.step, layer.block), _rank(layer, config)) for name, config in configs.items())
-
-        with watched({name: module for name, (_, module) in blocks.items()}, len(group), rank):
-
-            def end_call(_: Any, call: int, __: Any, kwargs: dict[str, Any], start: int = start) -> dict[str, Any]:
-                if progress is not None:
-                    progress(f"images from {start}", call + 1, steps)
-                return kwargs
-
-            images = pipe(
-                [scene.caption for scene in group],
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=[torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(group))],
-                output_type="pt",
-                callback_on_step_end=end_call,
-            ).images
         masks = torch.stack([object_mask(image.cpu(), scene) for image, scene in zip(images, group, strict=True)])
         for where, one in seen.items():
             is_object = functional.adaptive_avg_pool2d(masks.float(), one.size).flatten(1) > 0.5
@@ -202,6 +199,7 @@ def find_objects(
                 if mask.any() and not mask.all():
                     found = (area_under_curve(importance, mask), one.best_match, one.attention_match)
                     values[where].append(found)
+        seen.clear()
     findings = tuple(
         Finding(ranking, step, block, blocks[block][0].level, *(float(mean) for mean in torch.tensor(found).mean(0)))
         for (ranking, step, block), found in values.items()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
+from atedm.choices import draws_in_few_steps
 from atedm.config import PruningConfig, preset
 from atedm.patching.state import BlockObservation, BlockPatch, UNetState
 from atedm.patching.steps import step_position
@@ -92,14 +92,13 @@ def suiting_preset(target: Any) -> str:
     unet = find_unet(target)
     names = [str(getattr(part.config, "_name_or_path", "")) for part in (target, unet) if hasattr(part, "config")]
     names.append(type(getattr(target, "scheduler", None)).__name__)
-    few = next((name for name in names if _FEW_STEPS.search(Path(name).name)), None)
+    few = next(filter(draws_in_few_steps, names), None)
     if few is None:
         return "paper"
     _say_once(f"{Path(few).name} draws in few steps, too few to tell early from late: preset 'turbo', not 'paper'")
     return "turbo"
 
 
-_FEW_STEPS = re.compile("turbo|lightning|hyper|lcm|tcd", re.IGNORECASE)
 _LOGGER = logging.getLogger("atedm")
 
 
