@@ -24,10 +24,13 @@ from atedm.costs.fit import mean_share
 from atedm.patching.apply import pruned
 from atedm.pictures.comparison import Comparison, Pruned, comparison_sheet, psnr
 from atedm.pictures.maps import maps_sheet
-from atedm.recording import recorded
+from atedm.recording import Recording, recorded
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being made, the step that is done, and the number of steps."""
+
+Watch = Callable[[str, Image.Image, Recording | None], None]
+"""Called with "dense", "pruned" or "beside", the image, and what was kept while it was made."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def generate(
     maps: bool = False,
     model: str = "",
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> list[Made]:
     """Make one pruned image a prompt and write PNGs, sheets and ``run.json`` to a folder.
 
@@ -97,7 +101,8 @@ def generate(
             each way to prune the image, its difference to dense, and the kept tokens.
         maps: Draw ``maps-N.png``: importance and kept tokens over each image, per block and step.
         model: Name of the model, for ``run.json``.
-        progress: Told of every step.
+        progress: Told of every step. What it raises ends the run.
+        watch: Given every image as soon as it is made.
 
     Raises:
         TypeError: If the pipeline has no U-Net.
@@ -124,12 +129,16 @@ def generate(
         if compare:
             dense, dense_seconds = _make(pipe, request, index, f"dense {index}", progress)
             save_image(dense, out / f"dense-{index}.png")
+            if watch is not None:
+                watch("dense", dense, None)
         drawn: dict[str, Made] = {}
         shown: list[Pruned] = []
         for way, config in ways.items():
             with pruned(pipe, config, protect=mask), recorded(pipe) as recording:
                 image, seconds = _make(pipe, request, index, f"{way} {index}", progress)
             save_image(image, out / f"{way}-{index}.png")
+            if watch is not None:
+                watch(way, image, recording)
             if dense is not None:
                 shown.append(Pruned(names[way], image, recording))
             if maps and way == "pruned" and recording.observations:

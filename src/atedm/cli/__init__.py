@@ -20,6 +20,7 @@ from atedm.cli.objects import objects
 from atedm.cli.reproduce import reproduce
 from atedm.cli.scaling import scaling
 from atedm.cli.variance import variance
+from atedm.cli.web import web
 
 app = typer.Typer(
     name="atedm",
@@ -46,6 +47,7 @@ def about(
 
 
 app.command()(generate)
+app.command()(web)
 app.command()(cost)
 app.command()(scaling)
 app.command()(latency)

@@ -1,0 +1,109 @@
+"""One picture drawn dense and pruned in a thread of its own, told of while it lasts, stopped when asked."""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from atedm.generate import Made, Request, generate
+from atedm.recording import Recording
+
+
+@dataclass(frozen=True)
+class Step:
+    """A denoising step is done."""
+
+    #: "dense" or "pruned".
+    way: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An image is done."""
+
+    way: str
+    image: Image.Image
+    recording: Recording | None
+
+
+@dataclass(frozen=True)
+class Done:
+    """Everything is done, and in the folder."""
+
+    made: Made
+    folder: Path
+
+
+Event = Step | Drawn | Done
+
+
+class Stopped(Exception):
+    """The job was stopped; nothing of it is left."""
+
+
+def run_job(pipe: Any, request: Request, folder: Path, model: str, stop: threading.Event) -> Iterator[Event]:
+    """Draw one prompt dense and pruned into ``folder``, and yield what happens.
+
+    Whether it is stopped, raises, or nobody listens any more, the thread ends with the step it is in, the pipeline is
+    as before, and the folder is gone.
+
+    Args:
+        pipe: A text-to-image pipeline, not patched.
+        request: Of one prompt.
+        folder: Made for this job.
+        model: Name of the model, for the run file.
+        stop: Set from another thread to end it.
+
+    Raises:
+        Stopped: If ``stop`` was set.
+        TypeError: As `generate`.
+        ValueError: As `generate`.
+    """
+    events: queue.Queue[Event | BaseException] = queue.Queue()
+
+    def on_step(what: str, step: int, steps: int) -> None:
+        if stop.is_set():
+            raise Stopped(f"stopped at step {step} of {steps}, {what.split()[0]}")
+        events.put(Step(what.split()[0], step, steps))
+
+    def work() -> None:
+        try:
+            made = generate(
+                pipe,
+                request,
+                folder,
+                compare=True,
+                model=model,
+                progress=on_step,
+                watch=lambda way, image, recording: events.put(Drawn(way, image, recording)),
+            )
+            if stop.is_set():
+                raise Stopped("stopped after the last step")
+            events.put(Done(made[0], folder))
+        except BaseException as error:
+            events.put(error)
+
+    thread = threading.Thread(target=work, name="atedm-job", daemon=True)
+    thread.start()
+    finished = False
+    try:
+        while not finished:
+            event = events.get()
+            if isinstance(event, BaseException):
+                raise event
+            finished = isinstance(event, Done)
+            yield event
+    finally:
+        if not finished:
+            stop.set()
+            thread.join()
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,245 @@
+"""The page: what happens when something on it is pressed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from atedm.generate import Made
+from atedm.patching.state import BlockObservation
+from atedm.pictures.maps import importance_overlay, kept_overlay
+from atedm.recording import Recording
+from atedm.web.job import Drawn, Step, Stopped
+from atedm.web.layout import KEPT, Controls, Results, build_controls, build_results, cost_slider
+from atedm.web.messages import complaint, figures, hint, message, progress
+from atedm.web.studio import MAX_SEED, Studio
+
+GALLERY = 24
+"""Images of a visitor that are shown again."""
+QUEUE = 16
+"""Visitors that may wait."""
+
+
+LARGE = 512
+"""Pixels a side up to which small pictures are enlarged."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The picture that a visitor looks at, and what was kept while it was drawn."""
+
+    image: Image.Image
+    recording: Recording
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of the run."""
+        return 1 + max(seen.step for seen in self.recording.observations)
+
+    def seen(self, block: str, step: int) -> BlockObservation | None:
+        """What one block did in one step; None where it was spared."""
+        found = (seen for seen in self.recording.observations if seen.block == block and seen.step == step)
+        return next(found, None)
+
+
+@dataclass(frozen=True)
+class Page:
+    """The components, and what is kept of each visitor."""
+
+    studio: Studio
+    controls: Controls
+    results: Results
+    #: `Shown`, or None.
+    shown: gr.State
+    #: (file, caption) of every image, newest first.
+    drawn: gr.State
+
+    def draw(
+        self,
+        prompt: str,
+        model: str,
+        method: str,
+        cost: int,
+        steps: int,
+        guidance: float,
+        seed: int,
+        drawn: list[tuple[str, str]],
+        request: gr.Request,
+    ) -> Iterator[dict[Any, Any]]:
+        """Draw, and yield what changes on the page."""
+        controls, results = self.controls, self.results
+        idle = {controls.draw: gr.Button(interactive=True), controls.cancel: gr.Button(interactive=False)}
+        dense: Image.Image | None = None
+        try:
+            asked = self.studio.request(model, prompt, method, cost, steps, guidance, seed)
+            busy = {controls.draw: gr.Button(interactive=False), controls.cancel: gr.Button(interactive=True)}
+            yield busy | {controls.status: progress(Step("dense", 0, asked.steps))}
+            for event in self.studio.draw(_visitor(request), model, asked):
+                if isinstance(event, Step):
+                    yield {controls.status: progress(event)}
+                elif isinstance(event, Drawn):
+                    image = _large(event.image)
+                    dense = dense or image
+                    yield {results.compared: (dense, image)}
+                    if event.recording is not None:
+                        yield self._scrubbed(Shown(image, event.recording))
+                else:
+                    drawn = [*_entries(event.made, event.folder), *drawn][:GALLERY]
+                    yield idle | {
+                        controls.status: message("Done."),
+                        results.figures: figures(event.made, cost),
+                        results.gallery: drawn,
+                        results.run_file: gr.DownloadButton(value=str(event.folder / "run.json"), interactive=True),
+                        self.drawn: drawn,
+                    }
+        except Stopped as reason:
+            yield idle | {controls.status: message(f"Cancelled: {reason}.")}
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
+            yield idle | {controls.status: complaint(str(error))}
+
+    def _scrubbed(self, shown: Shown) -> dict[Any, Any]:
+        results = self.results
+        block, last = shown.recording.blocks[0], shown.steps - 1
+        return {
+            results.block: gr.Dropdown([*shown.recording.blocks], value=block),
+            results.step: gr.Slider(0, max(1, last), last, label=f"Step, from 0 to {last}"),
+            results.overlay: overlay(shown, block, last, KEPT),
+            results.overlay_of: KEPT,
+            self.shown: shown,
+        }
+
+    def choose_model(self, model: str) -> dict[Any, Any]:
+        """Change what the controls offer to what suits another model."""
+        controls = self.controls
+        try:
+            suits, methods = self.studio.habits(model), self.studio.methods(model)
+            method = next(iter(methods.values()))
+            slider = cost_slider(self.studio, model, method, suits.steps)
+        except (ValueError, OSError) as error:
+            return {controls.status: complaint(str(error))}
+        return {
+            controls.prompt: suits.prompts[0],
+            controls.method: gr.Radio([*methods.items()], value=method),
+            controls.steps: suits.steps,
+            controls.guidance: suits.guidance,
+            controls.cost: slider,
+            controls.status: hint(model),
+        }
+
+    def choose_method(self, model: str, method: str, steps: int) -> dict[Any, Any]:
+        """Change the slider to the costs that a method can be had at."""
+        try:
+            return {self.controls.cost: cost_slider(self.studio, model, method, steps)}
+        except (ValueError, OSError) as error:
+            return {self.controls.status: complaint(str(error))}
+
+    def cancel(self, request: gr.Request) -> None:
+        """End what this visitor is drawing."""
+        self.studio.stop(_visitor(request))
+
+    def wire(self) -> None:
+        """Say what happens when."""
+        on, results = self.controls, self.results
+        private: dict[str, Any] = {"api_visibility": "private"}
+        asked = [on.prompt, on.model, on.method, on.cost, on.steps, on.guidance, on.seed, self.drawn]
+        told = [on.draw, on.cancel, on.status, self.shown, self.drawn, *vars(results).values()]
+        for trigger in (on.draw.click, on.prompt.submit):
+            trigger(
+                self.draw,
+                asked,
+                told,
+                concurrency_limit=1,
+                concurrency_id="drawing",  # one image at a time, whoever asks; the others see their place in the queue
+                show_progress_on=[on.status],
+                **private,
+            )
+        on.cancel.click(self.cancel, None, None, queue=False, **private)
+        offered = [on.prompt, on.method, on.steps, on.guidance, on.cost, on.status]
+        on.model.input(self.choose_model, on.model, offered, **private)
+        for control in (on.method, on.steps):
+            control.input(
+                self.choose_method,
+                [on.model, on.method, on.steps],
+                [on.cost, on.status],
+                show_progress="hidden",
+                trigger_mode="always_last",
+                **private,
+            )
+        on.another_seed.click(_another_seed, None, on.seed, **private)
+        results.wipe.input(
+            lambda position: gr.ImageSlider(slider_position=position),
+            results.wipe,
+            results.compared,
+            show_progress="hidden",
+            trigger_mode="always_last",
+            **private,
+        )
+        for scrubbed in (results.block, results.step, results.overlay_of):
+            scrubbed.input(
+                overlay,
+                [self.shown, results.block, results.step, results.overlay_of],
+                results.overlay,
+                show_progress="hidden",
+                trigger_mode="always_last",
+                **private,
+            )
+
+
+def build_page(studio: Studio) -> gr.Blocks:
+    """Return the page of a studio, not launched.
+
+    Raises:
+        ValueError: If its first model cannot be opened, or has nothing to prune.
+    """
+    model = studio.models[0]
+    blocks: gr.Blocks
+    with gr.Blocks(title="atedm", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        gr.Markdown(
+            "# atedm\nThe same noise twice: dense, and with tokens pruned. Choose what a run may cost, and compare."
+        )
+        shown, drawn = gr.State(None), gr.State([])
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                controls = build_controls(studio, model)
+            with gr.Column(scale=3, min_width=300):
+                results = build_results()
+        page = Page(studio, controls, results, shown, drawn)
+        page.wire()
+        blocks.unload(page.cancel)
+    blocks.queue(max_size=QUEUE)
+    return blocks
+
+
+def overlay(shown: Shown | None, block: str, step: int, what: str) -> Image.Image | None:
+    """Lay over the picture what one block kept in one step, or how important it found each token."""
+    if shown is None:
+        return None
+    seen = shown.seen(block, step)
+    if seen is None:
+        return shown.image  # spared: all was kept
+    return kept_overlay(shown.image, seen) if what == KEPT else importance_overlay(shown.image, seen)
+
+
+def _large(image: Image.Image) -> Image.Image:
+    """Enlarge a small picture by a whole factor, so that its tokens can be seen."""
+    factor = max(1, LARGE // max(image.size))
+    return image.resize((factor * image.width, factor * image.height), Image.Resampling.BICUBIC)
+
+
+def _entries(made: Made, folder: Path) -> list[tuple[str, str]]:
+    pruned = f"pruned, seed {made.seed}: {made.prompt}"
+    return [(str(folder / made.file), pruned), (str(folder / str(made.dense_file)), f"dense, seed {made.seed}")]
+
+
+def _visitor(request: gr.Request) -> str:
+    return str(request.session_hash)
+
+
+def _another_seed() -> int:
+    return random.randint(0, MAX_SEED)

@@ -1,0 +1,102 @@
+"""Serve the page: on this machine alone, or elsewhere behind a password."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when it is imported: nobody is told of visitors
+
+import gradio as gr
+
+from atedm.web.page import build_page
+from atedm.web.studio import Studio, checked_models
+
+USER = "atedm"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A page that is up."""
+
+    page: gr.Blocks
+    url: str
+    #: What visitors are asked for, if anything.
+    password: str | None
+
+    def wait(self) -> None:
+        """Serve until it is interrupted."""
+        self.page.block_thread()
+
+    def close(self) -> None:
+        """Take it down."""
+        self.page.close(verbose=False)
+
+
+def serve(
+    models: Sequence[str],
+    out: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    password: str | None = None,
+    device: str | None = None,
+) -> Served:
+    """Open the page and return once it is up.
+
+    Args:
+        models: Names as `atedm.load_pipeline`; visitors choose among these. The first one is opened at once.
+        out: Where runs are kept, a folder each; nothing else is served.
+        host: Address to listen at.
+        port: None is the first free one from 7860.
+        password: What visitors are asked for. None asks for none on this machine, and makes one up elsewhere.
+        device: Where models go.
+
+    Raises:
+        OSError: If the port is taken.
+        ValueError: If no model is named, or the first one cannot be opened.
+    """
+    studio = Studio(checked_models(models), out.resolve(), device)
+    studio.folder.mkdir(parents=True, exist_ok=True)
+    if password is None and not is_loopback(host):
+        password = secrets.token_urlsafe(12)
+    page = build_page(studio)
+    options: dict[str, Any] = {"theme": gr.themes.Base(), "css": _CSS, "footer_links": []}
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        auth=None if password is None else (USER, password),
+        allowed_paths=[str(studio.folder)],
+        max_file_size=0,
+        prevent_thread_lock=True,
+        ssr_mode=False,
+        share=False,
+        show_error=False,
+        quiet=True,
+        **options,
+    )
+    return Served(page, url, password)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+_CSS = """
+#figures table { width: 100%; }
+#status { padding: 0 .25rem; }
+.bar { height: .5rem; border-radius: .25rem; background: var(--border-color-primary); overflow: hidden; }
+.bar > div { height: 100%; background: var(--color-accent); transition: width .2s; }
+@media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
+"""
