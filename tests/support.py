@@ -57,6 +57,8 @@ class Case:
     make: Callable[[], Made]
     presets: dict[str, PruningConfig]
     note: str = ""
+    #: Which part of the pipeline is pruned in place of the U-Net.
+    part: str = "unet"
 
 
 def picture(channels: int = 3) -> Tensor:
@@ -260,7 +262,8 @@ CASES = (
     Case("Several prompts, several images each", partial(text_to_image, **TWO_PROMPTS), SDXL),
     Case("Embeddings in place of prompts (prompt weighting)", embeddings, SDXL),
     Case("Callbacks that change guidance on the way", callbacks, SDXL),
-    Case("ControlNet", controlnet, SDXL, "The ControlNet itself is not pruned."),
+    Case("ControlNet", controlnet, SDXL),
+    Case("The ControlNet itself", controlnet, SDXL, "`atedm.apply(pipe.controlnet)`.", part="controlnet"),
     Case(
         "ControlNet, inpainting",
         partial(

@@ -155,6 +155,8 @@ def architecture(model: Any) -> Architecture:
 
 def _of_object(target: Any) -> Architecture:
     unet = find_unet(target)
+    if not isinstance(unet, UNet2DConditionModel):
+        raise TypeError(f"costs are counted for a U-Net, not for a {type(unet).__name__}; give a pruning_rate there")
     factor = getattr(target, "vae_scale_factor", 8)
     text = getattr(getattr(target, "text_encoder", None), "config", None)
     words = getattr(text, "max_position_embeddings", WORDS)

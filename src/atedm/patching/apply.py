@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -41,7 +42,8 @@ def apply(
         atedm.remove(pipe)
 
     Args:
-        target: A pipeline with a `UNet2DConditionModel`, or such a U-Net, compiled or not.
+        target: A pipeline with a `UNet2DConditionModel`, or such a U-Net, compiled or not. A `ControlNetModel` is
+            pruned only if it is given itself: ``apply(pipe.controlnet)``.
         config: A `PruningConfig`, or the name of a preset: the paper's "paper", "dagger" and "turbo", or our own
             "matched". By default the one that `suiting_preset` names: "paper", or "turbo" for few-step models.
         budget: What the mean step of a run may cost, as a share of the dense step, at the size the model was trained
@@ -175,7 +177,8 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
     It is a plain function that finds its state on the module it is called with, so that copies of a patched U-Net,
     pickled or not, use their own. `torch.compile` must leave it alone, or it would compile it again at every step.
     """
-    given = dict(zip(_FORWARD, args, strict=False)) | kwargs
+    names = [*inspect.signature(type(unet).forward).parameters][1:]
+    given = dict(zip(names, args, strict=False)) | kwargs
     if "timestep" not in given:
         return  # the call fails at once, and diffusers says why
     if given.get("attention_mask") is not None:
@@ -219,15 +222,3 @@ def _make_room(unet: UNet2DConditionModel, state: UNetState, sample: Tensor) -> 
                     f"protect less, or give a pruning_rate of {math.floor(100 * (1 - protected / tokens)) / 100}"
                 )
     state.roomy.add((height, width, state.prune_less))
-
-
-_FORWARD = (
-    "sample",
-    "timestep",
-    "encoder_hidden_states",
-    "class_labels",
-    "timestep_cond",
-    "attention_mask",
-    "cross_attention_kwargs",
-)
-"""The first positional arguments of `UNet2DConditionModel.forward`."""

@@ -42,7 +42,7 @@ class PatchSummary:
     ) -> PatchSummary:
         """Describe a patch of ``unet`` at a latent size, by default the one it was trained for."""
         if size is None:
-            default = unet.config.sample_size or 64
+            default = unet.config.get("sample_size") or 64  # a ControlNet does not say
             size = (default, default) if isinstance(default, int) else tuple(default)
         shapes = tuple(block_shape(unet, place, size) for place in places)
         return cls(config, shapes, pruned, spared & pruned, size)

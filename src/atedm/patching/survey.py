@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
@@ -20,12 +20,14 @@ KNOWN_NORM = "layer_norm"
 def find_unet(target: Any) -> UNet2DConditionModel:
     """Return the U-Net of a pipeline, or ``target`` itself if it is one, without a `torch.compile` wrapper.
 
+    A ControlNet, which is the first half of a U-Net, counts as one where it is handed over itself.
+
     Raises:
         TypeError: If there is no `UNet2DConditionModel`; the message names what was found.
     """
     model = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
     model = getattr(model, "_orig_mod", model)
-    if type(model) is UNet2DConditionModel:
+    if type(model) in (UNet2DConditionModel, ControlNetModel):
         return model
     if model is None:
         parts = getattr(target, "components", None)
@@ -38,18 +40,18 @@ def find_unet(target: Any) -> UNet2DConditionModel:
         what = f"found a {type(model).__name__}"
     raise TypeError(
         f"{what}; AT-EDM prunes the attention blocks of a UNet2DConditionModel, so it works on pipelines such as "
-        "StableDiffusionXLPipeline or StableDiffusionPipeline, or on their .unet"
+        "StableDiffusionXLPipeline or StableDiffusionPipeline, on their .unet, or on a ControlNetModel"
     )
 
 
 def find_blocks(unet: UNet2DConditionModel) -> dict[str, tuple[BlockPlace, Transformer2DModel]]:
     """Map the name of every attention block to its place and module, in the order they run."""
     stages: list[tuple[Any, int, str, nn.Module]] = []
-    levels = len(unet.down_blocks)
+    levels, up_blocks = len(unet.down_blocks), getattr(unet, "up_blocks", ())  # a ControlNet has none
     stages += [("down", i + 1, f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
     if unet.mid_block is not None:
         stages += [("mid", levels, "mid_block", unet.mid_block)]
-    stages += [("up", levels - i, f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
+    stages += [("up", levels - i, f"up_blocks.{i}", block) for i, block in enumerate(up_blocks)]
     found = {}
     for stage, level, prefix, parent in stages:
         blocks = [(name, m) for name, m in parent.named_modules() if isinstance(m, Transformer2DModel)]

@@ -95,6 +95,7 @@ def is_loopback(host: str) -> bool:
 
 _CSS = """
 #figures table { width: 100%; }
+#figures th, #figures td:not(:first-child) { white-space: nowrap; }
 #status { padding: 0 .25rem; }
 .bar { height: .5rem; border-radius: .25rem; background: var(--border-color-primary); overflow: hidden; }
 .bar > div { height: 100%; background: var(--color-accent); transition: width .2s; }

@@ -1,0 +1,30 @@
+"""What the site needs beyond Markdown: pages link to files beside docs/, which are copied into it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+OUTSIDE = re.compile(r"\]\(\.\./((?:src|tests|benchmarks)/[^)#]+)\)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add every file outside of docs/ that a page links to."""
+    for page in Path(config.docs_dir).glob("*.md"):
+        for name in set(OUTSIDE.findall(page.read_text())):
+            if files.get_file_from_path(_inside(name)) is None:
+                files.append(File.generated(config, _inside(name), abs_src_path=str(ROOT / name)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Point links at the copies."""
+    return OUTSIDE.sub(lambda link: f"]({_inside(link[1])})", markdown)
+
+
+def _inside(name: str) -> str:
+    return f"files/{name}.txt" if name.endswith(".py") else f"files/{name}"
