@@ -19,6 +19,8 @@ from models import sdxl_pipeline, sdxl_unet
 
 CIRCLE = "a red circle above a blue square"
 
+pytestmark = pytest.mark.xdist_group("web")  # two pages at once would look for the same port
+
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:

@@ -13,6 +13,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from atedm.web.serve import Served, serve
 
+pytestmark = pytest.mark.xdist_group("web")  # two pages at once would look for the same port
+
 LONG = 60_000
 """Milliseconds that drawing may take on a busy machine."""
 
