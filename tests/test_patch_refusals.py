@@ -1,10 +1,12 @@
 """What cannot be honoured is refused with a message that says why, before any work, and nothing has been changed."""
 
 import functools
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -357,3 +359,24 @@ def test_a_model_is_a_unet_by_its_class_and_no_subclass() -> None:
     unet.__class__ = Mine
     with pytest.raises(TypeError, match=r"^found a Mine"):
         atedm.apply(unet)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "now", "says"),
+    [
+        (Transformer2DModel, "forward", lambda self, hidden_states, rope=None: None, "rope"),
+        (BasicTransformerBlock, "forward", lambda self, hidden_states: None, "attention_mask"),
+        (Transformer2DModel, "_operate_on_continuous_inputs", None, "hidden_states"),
+    ],
+    ids=["one more argument", "arguments gone", "a method gone"],
+)
+def test_another_diffusers_than_the_patch_was_written_for_is_refused_with_its_version(
+    monkeypatch: pytest.MonkeyPatch, kind: type, name: str, now: Any, says: str
+) -> None:
+    unet = sdxl_unet()
+    before = snapshot(unet)
+    monkeypatch.setattr(kind, name, now)
+    with pytest.raises(TypeError, match=rf"diffusers {re.escape(diffusers.__version__)} has another .*{says}"):
+        atedm.apply(unet)
+    monkeypatch.undo()
+    assert snapshot(unet) == before

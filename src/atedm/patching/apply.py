@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from atedm.choices import draws_in_few_steps
 from atedm.config import PruningConfig, preset
+from atedm.patching.drift import refuse_drift
 from atedm.patching.state import BlockObservation, BlockPatch, UNetState
 from atedm.patching.steps import step_position
 from atedm.patching.summary import PatchSummary
 from atedm.patching.survey import choose_blocks, find_blocks, find_unet, refuse_chunking
+from atedm.patching.threads import PATCHING, refuse_another_thread
 from atedm.patching.transformer import PrunedTransformer2DModel
 from atedm.protection import protected_tokens, region
 from atedm.schedule import is_prune_less
@@ -55,7 +58,8 @@ def apply(
         What was patched; printing it shows every block, the tokens it keeps, and the share of the work that is saved.
 
     Raises:
-        TypeError: If there is no such U-Net, or an attention block is of a class not known here.
+        TypeError: If there is no such U-Net, an attention block is of a class not known here, or diffusers has changed
+            what the patch takes over.
         ValueError: If there is nothing to prune, the U-Net is patched already, a name is unknown, the budget cannot be
             kept, or the model is set up in a way pruning cannot honour. Nothing has been changed then.
     """
@@ -67,8 +71,8 @@ def apply(
     if mask is not None and len(config.gradual) > 1:
         raise ValueError("protect needs a whole grid of tokens, so it allows one pruning layer a block")
     unet = find_unet(target)
-    if is_applied(unet):
-        raise ValueError("this U-Net is patched already; call atedm.remove(...) first, then apply the other config")
+    refuse_drift()
+    _refuse_applied(unet)
     if budget is not None:
         config = PruningConfig.for_budget(target, share=budget, config=config)
     blocks = find_blocks(unet)
@@ -77,12 +81,19 @@ def apply(
     # A stage counts all its attention blocks, so First and Last do not depend on which of them are pruned.
     spared = config.spared(place for place, _ in blocks.values())
     summary = PatchSummary.of(unet, config, [place for place, _ in blocks.values()], frozenset(chosen), spared)
-    for name, (place, module) in chosen.items():
-        module._atedm = BlockPatch(place, state, name in spared)
-        module.__class__ = PrunedTransformer2DModel
-    unet._atedm = state
-    unet._atedm_hook = unet.register_forward_pre_hook(before_forward, with_kwargs=True)
+    with PATCHING:
+        _refuse_applied(unet)  # another thread may have been quicker
+        for name, (place, module) in chosen.items():
+            module._atedm = BlockPatch(place, state, name in spared)
+            module.__class__ = PrunedTransformer2DModel
+        unet._atedm = state
+        unet._atedm_hook = unet.register_forward_pre_hook(before_forward, with_kwargs=True)
     return summary
+
+
+def _refuse_applied(unet: UNet2DConditionModel) -> None:
+    if is_applied(unet):
+        raise ValueError("this U-Net is patched already; call atedm.remove(...) first, then apply the other config")
 
 
 def suiting_preset(target: Any) -> str:
@@ -115,16 +126,19 @@ def remove(target: Any) -> None:
     Raises:
         TypeError: If there is no U-Net.
         ValueError: If it is not patched.
+        RuntimeError: If another thread is in the middle of a step of it.
     """
     unet = find_unet(target)
-    if not is_applied(unet):
-        raise ValueError("this U-Net is not patched, so there is nothing to remove")
-    for module in unet.modules():
-        if isinstance(module, PrunedTransformer2DModel):
-            module.__class__ = Transformer2DModel
-            del module._atedm
-    unet._atedm_hook.remove()
-    del unet._atedm_hook, unet._atedm
+    with PATCHING:
+        if not is_applied(unet):
+            raise ValueError("this U-Net is not patched, so there is nothing to remove")
+        refuse_another_thread(unet, unet._atedm.caller)
+        for module in unet.modules():
+            if isinstance(module, PrunedTransformer2DModel):
+                module.__class__ = Transformer2DModel
+                del module._atedm
+        unet._atedm_hook.remove()
+        del unet._atedm_hook, unet._atedm
 
 
 @contextmanager
@@ -189,6 +203,9 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
             "call atedm.remove first, or leave the masks out"
         )
     state: UNetState = unet._atedm
+    with PATCHING:
+        refuse_another_thread(unet, state.caller)
+        state.caller = threading.get_ident()
     position = step_position(given["timestep"])
     remembers = state.config.refresh_every > 1 or state.config.remembers_updates
     follows = remembers and state.run.follows(given["timestep"], position)

@@ -48,6 +48,8 @@ class UNetState:
     roomy: set[tuple[int, int, bool]] = field(default_factory=set)
     #: For configs that remember.
     run: Run = field(default_factory=Run)
+    #: The thread of the last call, see `atedm.patching.threads`.
+    caller: int | None = None
 
 
 @dataclass

@@ -1,0 +1,250 @@
+"""Contract: whatever is done, in any order, pruned calls are those of a fresh patch, and removal leaves no trace.
+
+Hypothesis makes up sequences of what people do to a U-Net, on one that is patched and unpatched on the way and on a
+twin that never is. `ATEDM_SEQUENCES=2000 pytest -n 0 -s tests/test_contract.py` runs more of them than CI does, and
+says what was done.
+"""
+
+import copy
+import io
+import os
+import pickle
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from peft import LoraConfig
+from torch import Tensor
+
+import atedm
+from atedm.config import PRESETS, PruningConfig
+from atedm.patching.survey import find_blocks
+from models import run, sd1_unet, sdxl_unet, small_unet, snapshot
+
+SEQUENCES = int(os.environ.get("ATEDM_SEQUENCES", "100"))
+DONE: Counter[str] = Counter()
+"""What was done, over all sequences."""
+
+SHAPES = {
+    "small": small_unet,
+    "SDXL": lambda: sdxl_unet(block_out_channels=(16, 16, 16), attention_head_dim=(1, 2, 2)),
+    "SD 1": sd1_unet,
+    "five heads, odd width": lambda: small_unet(block_out_channels=(16, 40), attention_head_dim=(1, 5)),
+}
+SIZES = st.sampled_from([(16, 16), (8, 24), (10, 14), (20, 12)])
+RUNS = st.sampled_from([(999,), (1,), (999, 500, 1), (801, 601, 401, 201), (999, 1)])
+RATES = st.sampled_from([0.0, 0.2, 0.5, 0.63, 0.9])
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> PruningConfig:
+    """Return any preset, some of it changed."""
+    config = draw(st.sampled_from([*PRESETS.values()])).replace(pruning_rate=draw(RATES))
+    if config.recovery != "similarity-copy":
+        return config.replace(
+            own_update_share=draw(st.sampled_from([0.0, 0.5])), refresh_every=draw(st.sampled_from([1, 2]))
+        )
+    return config.replace(
+        where="everywhere",
+        place=draw(st.sampled_from(["after-feed-forward", "after-self-attention", "before-feed-forward"])),
+        ranking=draw(st.sampled_from(["self-attention", "uniform-random", "cross-attention-entropy", "lattice"])),
+        recovery=draw(st.sampled_from(["similarity-copy", "direct-copy", "zero-padding", "bicubic"])),
+        schedule=draw(st.sampled_from(["prune-less-early", "constant", "prune-more-early"])),
+        map_mode=draw(st.sampled_from(["full", "blocked", "sampled"])),
+    )
+
+
+class Interrupted(BaseException):
+    """Like Ctrl+C in the middle of a step."""
+
+
+@contextmanager
+def raising(unet: UNet2DConditionModel, error: BaseException) -> Iterator[None]:
+    """Raise in the last transformer layer, when some blocks have run and some have not."""
+    layers = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    hook = layers[-1].attn2.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def drawn(unet: UNet2DConditionModel, timesteps: tuple[int, ...], size: tuple[int, int], batch: int) -> list[Tensor]:
+    """Every step of a run, its timesteps views of one list, as pipelines hand them over."""
+    return [run(unet, timestep, size=size, batch=batch) for timestep in torch.tensor(timesteps)]
+
+
+class Contract(RuleBasedStateMachine):
+    """One U-Net that all is done to, and its twin."""
+
+    unet: UNet2DConditionModel
+    twin: UNet2DConditionModel
+    config: PruningConfig | None
+
+    @initialize(shape=st.sampled_from([*SHAPES]), double=st.booleans(), config=st.none() | configs())
+    def begin(self, shape: str, double: bool, config: PruningConfig | None) -> None:
+        self.unet = SHAPES[shape]().to(torch.float64 if double else torch.float32)
+        self.twin = copy.deepcopy(self.unet)
+        self.config, self.loras = None, 0
+        if config is not None:
+            self.apply_or_be_refused(config)
+
+    def note(self, what: str) -> None:
+        DONE[what] += 1
+
+    # --- on and off
+
+    @precondition(lambda self: self.config is None)
+    @rule(config=configs())
+    def apply(self, config: PruningConfig) -> None:
+        self.apply_or_be_refused(config)
+
+    def apply_or_be_refused(self, config: PruningConfig) -> None:
+        before = snapshot(self.unet)
+        if any(config.prunes(place) and config.rates_in(place) for place, _ in find_blocks(self.unet).values()):
+            atedm.apply(self.unet, config)
+            self.config = config
+            self.note("apply")
+            return
+        with pytest.raises(ValueError, match="nothing to prune"):  # one layer a block, and a place after it
+            atedm.apply(self.unet, config)
+        assert snapshot(self.unet) == before
+        self.note("refused")
+
+    @precondition(lambda self: self.config is not None)
+    @rule()
+    def apply_twice_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="patched already"):
+            atedm.apply(self.unet, "matched")
+        self.note("apply twice")
+
+    @precondition(lambda self: self.config is not None)
+    @rule()
+    def remove(self) -> None:
+        atedm.remove(self.unet)
+        self.config = None
+        assert all("atedm" not in name for module in self.unet.modules() for name in vars(module))
+        assert {type(a) for a in self.unet.modules()} == {type(a) for a in self.twin.modules()}
+        self.note("remove")
+
+    # --- use
+
+    @rule(timesteps=RUNS, size=SIZES, batch=st.sampled_from([1, 2, 3]))
+    def draw(self, timesteps: tuple[int, ...], size: tuple[int, int], batch: int) -> None:
+        fresh = copy.deepcopy(self.twin)
+        if self.config is not None:
+            atedm.apply(fresh, self.config)
+        ours, theirs = (drawn(unet, timesteps, size, batch) for unet in (self.unet, fresh))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        self.note("draw pruned" if self.config is not None else "draw dense")
+
+    @rule(error=st.sampled_from([ValueError("in the middle"), Interrupted()]), timesteps=RUNS)
+    def raise_in_the_middle(self, error: BaseException, timesteps: tuple[int, ...]) -> None:
+        with raising(self.unet, error), pytest.raises(type(error)):
+            drawn(self.unet, timesteps, (16, 16), 2)
+        self.note("raise")
+
+    @precondition(lambda self: self.config is not None)
+    @rule(timesteps=RUNS)
+    def look_on(self, timesteps: tuple[int, ...]) -> None:
+        with atedm.recorded(self.unet) as recording:
+            drawn(self.unet, timesteps, (16, 16), 2)
+        assert recording.evaluations == len(timesteps)
+        self.note("look on")
+
+    @rule(size=SIZES)
+    def leave_a_run_unfinished(self, size: tuple[int, int]) -> None:
+        drawn(self.unet, (999, 800, 600, 400, 200)[: 1 + size[0] % 3], size, 1)
+        self.note("leave unfinished")
+
+    # --- what else is done to models
+
+    @rule()
+    def copy(self) -> None:
+        self.unet = copy.deepcopy(self.unet)
+        self.note("copy")
+
+    @precondition(lambda self: self.loras == 0)
+    @rule()
+    def pickle(self) -> None:
+        file = io.BytesIO(pickle.dumps(self.unet))
+        self.unet = pickle.load(file)
+        self.note("pickle")
+
+    @rule(fused=st.booleans())
+    def set_the_processor(self, fused: bool) -> None:
+        for unet in (self.unet, self.twin):
+            unet.set_attn_processor(AttnProcessor2_0() if fused else AttnProcessor())
+        self.note("processor")
+
+    @precondition(lambda self: self.loras < 2)
+    @rule()
+    def add_a_lora(self) -> None:
+        for unet in (self.unet, self.twin):
+            torch.manual_seed(self.loras)
+            target = ["to_q", "to_k", "to_v"]
+            unet.add_adapter(LoraConfig(r=2, target_modules=target, init_lora_weights=False), f"lora{self.loras}")
+            unet.to(next(unet.parameters()).dtype)
+        self.loras += 1
+        self.note("LoRA on")
+
+    @precondition(lambda self: self.loras > 0)
+    @rule(on=st.booleans())
+    def switch_loras(self, on: bool) -> None:
+        for unet in (self.unet, self.twin):
+            unet.enable_adapters() if on else unet.disable_adapters()
+        self.note("LoRA switched")
+
+    @rule(on=st.booleans())
+    def free_u(self, on: bool) -> None:
+        for unet in (self.unet, self.twin):
+            unet.enable_freeu(0.9, 0.2, 1.3, 1.4) if on else unet.disable_freeu()
+        self.note("FreeU")
+
+    # --- always
+
+    @invariant()
+    def no_weight_ever_changes(self) -> None:
+        if hasattr(self, "unet"):
+            ours, theirs = self.unet.state_dict(), self.twin.state_dict()
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "unet"):
+            return
+        if self.config is not None:
+            atedm.remove(self.unet)
+        ours, theirs = (drawn(unet, (999, 1), (16, 16), 2) for unet in (self.unet, self.twin))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        self.note("sequences")
+
+
+ContractTest = Contract.TestCase
+ContractTest.settings = settings(
+    max_examples=SEQUENCES,
+    stateful_step_count=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[*HealthCheck],
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def said() -> Iterator[None]:
+    yield
+    print("\n" + ", ".join(f"{what}: {count}" for what, count in sorted(DONE.items())))

@@ -1,0 +1,152 @@
+"""Threads and service: pipelines draw what they draw alone, a U-Net serves one thread at a time, memory is flat."""
+
+import copy
+import gc
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor
+
+import atedm
+from models import draw, inputs, run, sdxl_pipeline, sdxl_unet, small_unet, snapshot
+
+PRESETS = ("paper", "dagger", "matched", None)
+
+
+def pruned_pipeline(preset: str | None) -> Any:
+    pipe = sdxl_pipeline(sdxl_unet(seed=1))
+    if preset is not None:
+        atedm.apply(pipe, preset)
+    return pipe
+
+
+def test_pipelines_in_several_threads_draw_what_they_draw_alone() -> None:
+    pipes = [pruned_pipeline(preset) for preset in PRESETS]
+    alone = [[draw(pipe, seed) for seed in range(3)] for pipe in pipes]
+    assert len({float(images[0].sum()) for images in alone}) == len(PRESETS)
+    start = threading.Barrier(len(pipes))
+
+    def serve(pipe: Any) -> list[Tensor]:
+        start.wait()
+        return [draw(pipe, seed) for seed in range(3)]
+
+    with ThreadPoolExecutor(len(pipes)) as threads:
+        together = [*threads.map(serve, pipes)]
+    for ours, theirs in zip(together, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+class Held:
+    """A U-Net in the middle of a step in another thread, until it is let go."""
+
+    def __init__(self, unet: Any) -> None:
+        self.inside, self.go = threading.Event(), threading.Event()
+        layer = next(module for module in unet.modules() if isinstance(module, BasicTransformerBlock))
+        self.owner: int | None = None
+        self.hook = layer.register_forward_pre_hook(self.wait)
+        self.thread = ThreadPoolExecutor(1)
+        self.drawn = self.thread.submit(self.draw, unet)
+        assert self.inside.wait(60)
+
+    def draw(self, unet: Any) -> Tensor:
+        self.owner = threading.get_ident()
+        with torch.no_grad():
+            return run(unet)
+
+    def wait(self, *_: Any) -> None:
+        if threading.get_ident() == self.owner:
+            self.inside.set()
+            assert self.go.wait(60)
+
+    def let_go(self) -> Tensor:
+        self.go.set()
+        drawn = self.drawn.result(60)
+        self.hook.remove()
+        self.thread.shutdown()
+        return drawn
+
+
+@pytest.mark.parametrize("intrude", [run, atedm.remove], ids=["call", "remove"])
+def test_a_unet_in_the_middle_of_a_step_is_refused_to_other_threads(intrude: Callable[[Any], Any]) -> None:
+    unet = small_unet()
+    atedm.apply(unet, "matched")
+    with torch.no_grad():
+        alone = run(unet)
+    held = Held(unet)
+    with pytest.raises(RuntimeError, match="in the middle of a step in another thread"):
+        intrude(unet)
+    assert torch.equal(held.let_go(), alone)
+    with torch.no_grad():
+        assert torch.equal(run(unet), alone)
+    atedm.remove(unet)
+
+
+def test_a_copy_serves_another_thread_meanwhile() -> None:
+    unet = small_unet()
+    atedm.apply(unet)
+    with torch.no_grad():
+        alone = run(unet)
+        twin = copy.deepcopy(unet)
+        held = Held(unet)
+        assert torch.equal(run(twin), alone)
+    held.let_go()
+
+
+def test_a_step_that_was_interrupted_in_one_thread_keeps_no_other_out() -> None:
+    unet = small_unet()
+    atedm.apply(unet)
+    layer = next(module for module in unet.modules() if isinstance(module, BasicTransformerBlock))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = layer.register_forward_pre_hook(interrupt)
+    with ThreadPoolExecutor(1) as thread:
+        with pytest.raises(KeyboardInterrupt):
+            thread.submit(run, unet).result()
+        hook.remove()
+        assert torch.isfinite(run(unet)).all()  # while the interrupted thread is alive
+    atedm.remove(unet)
+
+
+def test_of_two_threads_that_patch_at_once_one_is_refused() -> None:
+    for _ in range(10):
+        unet = small_unet()
+        before = snapshot(unet)
+        start = threading.Barrier(2)
+
+        def patch(preset: str, unet: Any = unet, start: threading.Barrier = start) -> bool:
+            start.wait()
+            try:
+                atedm.apply(unet, preset)
+            except ValueError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(2) as threads:
+            assert sorted(threads.map(patch, ("paper", "matched"))) == [False, True]
+        atedm.remove(unet)
+        assert snapshot(unet) == before
+
+
+@pytest.mark.parametrize("preset", ["paper", "matched"])
+def test_tensors_do_not_pile_up_over_many_runs(preset: str) -> None:
+    unet = small_unet()
+    atedm.apply(unet, preset)
+    call = inputs(unet)
+
+    def serve(runs: int) -> int:
+        with torch.no_grad():
+            for _ in range(runs):
+                for timestep in torch.tensor([999, 500, 1]):
+                    unet(**call, timestep=timestep)
+        gc.collect()
+        return sum(1 for one in gc.get_objects() if isinstance(one, Tensor))
+
+    serve(2)
+    assert serve(2) == serve(30)
