@@ -16,6 +16,7 @@ from atedm.choices import PLACES
 from atedm.config import PruningConfig
 from atedm.costs.architectures import architecture
 from atedm.costs.budget import BUDGETS_OF, solve_pruning_rate
+from atedm.costs.counting import flop_counter
 from atedm.costs.formula import CONVENTIONS, BlockShape, block_macs, mean_macs, step_macs
 from atedm.costs.tome import LEVELS, MERGES, ToMe, tome_macs, tome_mean_macs, tome_step_macs
 from atedm.costs.tomesd_patch import with_tomesd
@@ -28,7 +29,7 @@ from models import EARLY, LATE, inputs, sd1_unet, sdxl_unet, snapshot
 
 def count(unet: UNet2DConditionModel, timestep: int, call: dict[str, Any]) -> FlopCounterMode:
     """Let torch count one call; the plain attention shows it every product."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with flop_counter() as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         rest = dict(call)
         unet(rest.pop("sample"), timestep, **rest)  # by place, because tomesd reads the size off the first argument
     return counter

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import atedm
 from atedm.config import PRESETS, PruningConfig
+from atedm.costs.counting import flop_counter
 from atedm.costs.formula import BlockShape, block_macs, block_steps, mean_macs
 from atedm.patching.memory import BlockMemory, Run
 from atedm.patching.steps import step_position
@@ -349,7 +349,7 @@ def test_the_mean_over_a_run_is_what_torch_counts(config: PruningConfig, steps: 
     def counted(timesteps: Tensor) -> list[int]:
         macs = []
         for t in timesteps:
-            with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            with flop_counter() as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
                 unet(**call, timestep=t)
             macs.append(counter.get_total_flops() // 2)
         return macs

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,14 @@ def test_stopping_one_visitor_leaves_the_others(studio: Studio) -> None:
     job = studio.draw("someone", "tiny", asked(studio, steps=1))
     next(job)
     assert not studio.stop("another")
+    assert isinstance(list(job)[-1], Done)
+
+
+def test_costs_are_told_while_another_visitor_draws(studio: Studio) -> None:
+    job = studio.draw("someone", "tiny", asked(studio, steps=2))
+    next(job)
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(studio.cost_range, "tiny", "dagger", 2).result(timeout=20).usual < 100
     assert isinstance(list(job)[-1], Done)
 
 

@@ -13,8 +13,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from atedm.costs.counting import flop_counter
 from atedm.costs.memory_measured import peak_of
 from atedm.costs.stopwatch import Stopwatch
 from atedm.evaluation.methods import Caching, Dense, Method, Pruning, Stacked
@@ -149,7 +149,7 @@ def counted_share(unet: UNet2DConditionModel, call: dict[str, Any], method: Meth
     """
 
     def count(of: Method, steps: int, before: int = 0) -> int:
-        counter = FlopCounterMode(display=False)
+        counter = flop_counter()
         with run_of_steps(unet, call, of, steps, before=before) as run, sdpa_kernel(SDPBackend.MATH), counter:
             _several(run, steps)
         return int(counter.get_total_flops())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from atedm.choices import Own
 from atedm.costs.architectures import run_once
@@ -51,6 +51,17 @@ def kinds_of_step(schedule: str | Own, prune_less_share: float) -> dict[str, int
     return kinds
 
 
+def flop_counter() -> FlopCounterMode:
+    """Return torch's counter, which does not know the CPU's fused attention before torch 2.15."""
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={fused: _attention_flop})
+
+
+def _attention_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Operations of fused attention, from shapes; torch hands over the other arguments as well."""
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
 def count_macs(unet: UNet2DConditionModel, call: Mapping[str, Any], timestep: int) -> Counted:
     """Let torch count one call. On the meta device nothing is computed, and the largest U-Net takes seconds.
 
@@ -59,8 +70,7 @@ def count_macs(unet: UNet2DConditionModel, call: Mapping[str, Any], timestep: in
         call: Its arguments but for the timestep, see `atedm.costs.architectures.Architecture.call`.
         timestep: Of 999 down to 0, which tells the early steps of a run from the late ones.
     """
-    # The counter does not see into the CPU's fused attention.
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with flop_counter() as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         run_once(unet, call, timestep)
     by_module = {
         name.partition(".")[2]: sum(counts.values()) // 2 for name, counts in counter.get_flop_counts().items()

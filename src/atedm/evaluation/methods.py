@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from atedm.config import PruningConfig
+from atedm.costs.counting import flop_counter
 from atedm.costs.tome import ToMe
 from atedm.costs.tomesd_patch import with_tomesd
 from atedm.patching.apply import pruned
@@ -200,7 +201,7 @@ def counted_run(
     counters: list[FlopCounterMode] = []
 
     def start(*_: Any) -> None:
-        counters.append(FlopCounterMode(display=False))
+        counters.append(flop_counter())
         counters[-1].__enter__()  # type: ignore[no-untyped-call]
 
     def stop(*_: Any) -> None:
@@ -208,7 +209,7 @@ def counted_run(
 
     hooks = [pipe.unet.register_forward_pre_hook(start), pipe.unet.register_forward_hook(stop)]
     try:
-        with method.applied(pipe), sdpa_kernel(SDPBackend.MATH):  # the counter does not see into fused attention
+        with method.applied(pipe), sdpa_kernel(SDPBackend.MATH):
             pipe(
                 prompt,
                 num_inference_steps=method.steps_of(steps),

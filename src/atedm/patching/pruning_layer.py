@@ -69,11 +69,16 @@ class PruningLayer:
         by_words = self.recalled is None and self.patch.state.config.ranks_by_words
         return self.place != "after-feed-forward" or by_words
 
-    @torch.no_grad()  # which tokens are kept has no gradient, and the maps need not wait for one
     def rank(self, tokens: Tensor, start: Tensor) -> Ranking | None:
         """Rank ``tokens``, which entered the layer as ``start``; None where that is settled."""
         if self.recalled is not None:
             return None
+        # Which tokens are kept has no gradient, and the maps need not wait for one. Not a decorator, which torch 2.14
+        # does not compile over a method of an object that is made on the way.
+        with torch.no_grad():
+            return self._rank(tokens, start)
+
+    def _rank(self, tokens: Tensor, start: Tensor) -> Ranking:
         state, layer = self.patch.state, self.layer
         ranking = rank_tokens(
             state.config,

@@ -88,6 +88,8 @@ class Studio:
             ValueError: If the page was not opened with it, or it cannot be opened.
         """
         check_name("model", model, self.models)
+        if model in self._pipes:  # without waiting for whoever draws
+            return self._pipes[model]
         with self._busy:
             if model not in self._pipes:
                 self._pipes.clear()  # one at a time: two large ones rarely fit
