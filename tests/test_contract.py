@@ -127,13 +127,6 @@ class Contract(RuleBasedStateMachine):
 
     @precondition(lambda self: self.config is not None)
     @rule()
-    def apply_twice_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="patched already"):
-            atedm.apply(self.unet, "matched")
-        self.note("apply twice")
-
-    @precondition(lambda self: self.config is not None)
-    @rule()
     def remove(self) -> None:
         atedm.remove(self.unet)
         self.config = None
@@ -145,6 +138,14 @@ class Contract(RuleBasedStateMachine):
 
     @rule(timesteps=RUNS, size=SIZES, batch=st.sampled_from([1, 2, 3]))
     def draw(self, timesteps: tuple[int, ...], size: tuple[int, int], batch: int) -> None:
+        self.draws_as_a_fresh_one(timesteps, size, batch)
+
+    @precondition(lambda self: self.config is not None)
+    @rule(timesteps=RUNS, size=SIZES, batch=st.sampled_from([1, 2, 3]))
+    def draw_pruned(self, timesteps: tuple[int, ...], size: tuple[int, int], batch: int) -> None:
+        self.draws_as_a_fresh_one(timesteps, size, batch)
+
+    def draws_as_a_fresh_one(self, timesteps: tuple[int, ...], size: tuple[int, int], batch: int) -> None:
         fresh = copy.deepcopy(self.twin)
         if self.config is not None:
             atedm.apply(fresh, self.config)

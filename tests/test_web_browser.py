@@ -74,7 +74,6 @@ def test_it_draws_compares_scrubs_and_gives_the_run_file(page: Page) -> None:
     set_steps(page, 4)
     set_number(page, "#cost", 72)
     page.click("#draw")
-    status(page).to_contain_text("Drawing pruned", timeout=LONG)
     status(page).to_contain_text("Done.", timeout=LONG)
     expect(page.locator("#figures")).to_contain_text("72 %")
     expect(page.locator("#compared img")).to_have_count(2)
@@ -123,7 +122,7 @@ def test_it_works_by_keyboard(page: Page) -> None:
 def test_cancel_ends_it_and_the_next_one_draws(page: Page) -> None:
     set_steps(page, 100)
     page.click("#draw")
-    status(page).to_contain_text("step 2 of 100", timeout=LONG)
+    status(page).to_contain_text(re.compile(r"step [1-9]\d* of 100"), timeout=LONG)
     page.click("#cancel")
     status(page).to_contain_text("Cancelled: stopped at step", timeout=LONG)
     expect(page.locator("#cancel")).to_be_disabled()
