@@ -44,7 +44,7 @@ def refuse_drift() -> None:
         method: Callable[..., Any] | None = getattr(kind, name, None)
         found = frozenset() if method is None else frozenset(inspect.signature(method).parameters) - {"self"}
         if found != known:
-            changed = ", ".join(sorted(found ^ known)) or "it is gone"
+            changed = ", ".join(sorted(found ^ known))
             raise TypeError(
                 f"diffusers {diffusers.__version__} has another {kind.__name__}.{name} ({changed}) than atedm was "
                 f"written for; install diffusers {WRITTEN_FOR}, or a newer atedm"
