@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoPipelineForImage2Image,
     ControlNetModel,
     EulerAncestralDiscreteScheduler,
@@ -28,10 +30,18 @@ from diffusers import (
 )
 from peft import LoraConfig
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from atedm.config import PRESETS, PruningConfig
 from atedm.evaluation.methods import Caching
-from models import WIDTH, draw, scheduler, sd1_unet, sdxl_pipeline, sdxl_unet, tokenizer
+from models import TEXT_WIDTH, WIDTH, draw, scheduler, sd1_unet, sdxl_pipeline, sdxl_unet, tokenizer
+from single_file import save_as_single_file
 
 #: A pipeline and what draws with it.
 Made = tuple[Any, Callable[[], Tensor]]
@@ -170,6 +180,34 @@ def t2i_adapter() -> Made:
     return pipe, partial(draw, pipe, image=picture(), height=64, width=64)
 
 
+def ip_adapter() -> Made:
+    """A picture as a prompt, by the pipeline's own loader."""
+    pipe = sdxl_pipeline()
+    torch.manual_seed(6)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seer = CLIPVisionConfig(**shape, image_size=32, patch_size=16, projection_dim=12)
+    pipe.register_modules(
+        image_encoder=CLIPVisionModelWithProjection(seer).eval(),
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    )
+    words = 4
+    projection = {
+        "proj.weight": torch.randn(words * TEXT_WIDTH, 12),
+        "proj.bias": torch.randn(words * TEXT_WIDTH),
+        "norm.weight": torch.ones(TEXT_WIDTH),
+        "norm.bias": torch.zeros(TEXT_WIDTH),
+    }
+    keys = {}
+    cross = [name for name in pipe.unet.attn_processors if name.endswith("attn2.processor")]
+    for number, name in enumerate(cross):
+        channels = pipe.unet.get_submodule(name.removesuffix(".processor")).query_dim
+        for part in ("to_k_ip", "to_v_ip"):
+            keys[f"{2 * number + 1}.{part}.weight"] = torch.randn(channels, TEXT_WIDTH) * TEXT_WIDTH**-0.5
+    weights = {"image_proj": projection, "ip_adapter": keys}
+    pipe.load_ip_adapter(weights, subfolder="", weight_name="")
+    return pipe, partial(draw, pipe, ip_adapter_image=to_pil_image(picture()[0]))
+
+
 def loras(fused: bool) -> Made:
     """Two LoRAs at once, by weight; fused into the model or not."""
     pipe = sdxl_pipeline()
@@ -205,6 +243,52 @@ def deepcache() -> Made:
             return draw(pipe)
 
     return pipe, cached
+
+
+# --- Checkpoints of one file ------------------------------------------------------------------------------------------
+
+
+def autoencoder() -> AutoencoderKL:
+    """The kind of autoencoder that such files hold."""
+    torch.manual_seed(8)
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=4,
+        layers_per_block=2,
+    ).eval()
+
+
+def sdxl_of_one_file_parts() -> Any:
+    """SDXL whose second text encoder is the wider and has ten layers at least, by which diffusers knows it."""
+    wide = 64
+    torch.manual_seed(9)
+    pipe = sdxl_pipeline(
+        sdxl_unet(cross_attention_dim=WIDTH + wide, projection_class_embeddings_input_dim=6 * 8 + wide)
+    )
+    config = copy.deepcopy(pipe.text_encoder_2.config)
+    config.update({"hidden_size": wide, "projection_dim": wide, "num_hidden_layers": 10, "num_attention_heads": 4})
+    pipe.register_modules(text_encoder_2=CLIPTextModelWithProjection(config).eval(), vae=autoencoder())
+    return pipe
+
+
+def sd1_of_one_file_parts() -> Any:
+    pipe, _ = stable_diffusion()
+    pipe.register_modules(vae=autoencoder())
+    return pipe
+
+
+def single_file(parts: Callable[[], Any]) -> Made:
+    """One ``.safetensors`` file in the original layout, opened with the configuration of its kind of model."""
+    made = parts()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        save_as_single_file(made, file)
+        made.save_pretrained(Path(folder) / "configuration")
+        pipe = type(made).from_single_file(str(file), config=str(Path(folder) / "configuration"))
+    return quiet(pipe), partial(draw, pipe)
 
 
 # --- Others -----------------------------------------------------------------------------------------------------------
@@ -276,11 +360,13 @@ CASES = (
         SDXL,
     ),
     Case("T2I-Adapter", t2i_adapter, SDXL),
+    Case("IP-Adapter", ip_adapter, SDXL, "Its masks are refused."),
     Case("Several LoRAs", partial(loras, False), SDXL),
     Case("Several LoRAs, fused", partial(loras, True), SDXL),
     Case("Perturbed attention guidance", perturbed_attention, SDXL),
     Case("FreeU", freeu, SDXL),
     Case("DeepCache on top", deepcache, SDXL, "Apply pruning first."),
+    Case("SDXL of one `.safetensors` file", partial(single_file, sdxl_of_one_file_parts), SDXL),
     Case("SD 1.5", stable_diffusion, ONE_LAYER, "One layer a block: the paper's place saves nothing."),
     Case(
         "SD 1.5, image to image",
@@ -288,6 +374,7 @@ CASES = (
         ONE_LAYER,
     ),
     Case("SD 1.5 with ControlNet", sd1_controlnet, ONE_LAYER),
+    Case("SD 1.5 of one `.safetensors` file", partial(single_file, sd1_of_one_file_parts), ONE_LAYER),
     Case("SD 2.1", stable_diffusion_2, ONE_LAYER),
 )
 
@@ -309,9 +396,10 @@ def table() -> str:
         lines.append(f"| {case.name} | `{type(pipe).__name__}` | {'; '.join(case.presets)} | {case.note} |")
     lines += [
         "",
-        "Tests of their own have [IP-Adapter](../tests/test_patch_models.py), whose masks are refused; offload, fused",
-        "projections, 8-bit layers, copies and pickles of pipelines; [every scheduler](../tests/test_patch_steps.py);",
-        "[`torch.compile`](../tests/test_patch_compile.py), whole and by regions; GLIGEN.",
+        "[Tests of their own](../tests/test_patch_models.py) have IP-Adapters loaded before and after pruning is",
+        "applied, offload, fused projections, 8-bit layers, copies and pickles of pipelines, GLIGEN;",
+        "[every scheduler](../tests/test_patch_steps.py); [`torch.compile`](../tests/test_patch_compile.py), whole and",
+        "by regions; [files in the original layout](../tests/test_single_file.py), given to the command line.",
         "[Refused](../tests/test_patch_refusals.py), with the reason, are diffusion transformers, U-Nets without",
         "cross-attention blocks, and attention masks over tokens.",
         "",

@@ -133,9 +133,28 @@ def _from_file(file: Path, dtype: torch.dtype) -> Any:
         raise FileNotFoundError(f"no model file at {str(file)!r}")
     try:
         with safe_open(file, framework="pt") as tensors:
-            two_encoders = any(key.startswith("conditioner.embedders.1.") for key in tensors.keys())  # noqa: SIM118
-        kind = StableDiffusionXLPipeline if two_encoders else StableDiffusionPipeline
+            names = list(tensors.keys())
+    except Exception as error:
+        raise ValueError(f"cannot open {file}: {_first_line(error)}") from error
+    if not any(name.startswith("model.diffusion_model.") for name in names):
+        raise ValueError(
+            f"{file} holds no U-Net as shared checkpoints do, but {', '.join(sorted(names)[:2]) or 'nothing'}; "
+            "a LoRA or a single part of a model cannot be opened alone"
+        )
+    two_encoders = any(name.startswith("conditioner.embedders.1.") for name in names)
+    kind = StableDiffusionXLPipeline if two_encoders else StableDiffusionPipeline
+    try:
         return kind.from_single_file(str(file), torch_dtype=dtype)
+    except OSError as error:
+        base = (
+            "stabilityai/stable-diffusion-xl-base-1.0"
+            if two_encoders
+            else "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        )
+        raise ValueError(
+            f"cannot open {file}: {_first_line(error)} (diffusers reads the configuration of such a file from the hub, "
+            f"as a rule that of {base}, once; after that its cache will do)"
+        ) from error
     except Exception as error:
         raise ValueError(f"cannot open {file}: {_first_line(error)}") from error
 
