@@ -1,5 +1,6 @@
 """The docs hold: the tutorial runs as written, Python blocks run, commands are understood, no link is dead."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -13,12 +14,14 @@ import pytest
 import typer
 from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
 from nbclient import NotebookClient
+from typer.testing import CliRunner
 
 import atedm
 from atedm.cli import app
 from atedm.evaluation.methods_by_name import method_by_name, parse_methods
 from models import sdxl_pipeline, sdxl_unet
 from support import FOURTH
+from test_evaluate import coco_folder
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -137,6 +140,58 @@ def test_commands_are_understood(page: str, words: list[str]) -> None:
 
 def test_there_are_commands() -> None:
     assert len(commands()) > 40
+
+
+SMALL = {"--captions": "2", "--repeats": "1", "--device": "cpu", "--dtype": "float32", "--workers": "1"}
+"""What commands are given that take it, so that they end today on any machine."""
+STEPS = 3
+
+
+def made_small(words: list[str]) -> tuple[str, ...]:
+    """Return a command that does the same to fewer and smaller things."""
+    known: Any = typer.main.get_command(app)
+    options = {option for parameter in known.commands[words[0]].params for option in parameter.opts}
+    draws = words[0] not in {"cost", "scaling"}
+    small = {option: value for option, value in SMALL.items() if option in options and draws}
+    if "--steps" in options and draws:
+        small["--steps"] = str(STEPS)
+    if draws and "--model" in words:
+        small["--model"] = "tiny"
+    if draws and "--size" in words:
+        small["--size"] = "128x128"
+    kept = list(words)
+    for option in small:
+        if option in kept:
+            del kept[kept.index(option) : kept.index(option) + 2]
+    return (*kept, *(word for pair in small.items() for word in pair))
+
+
+def commands_made_small() -> list[tuple[str, ...]]:
+    named = {"$model": ("sd15", "sd21", "sdxl"), "$name": ("place", "rankings", "recovery")}
+    found: dict[tuple[str, ...], None] = {}
+    for _, words in commands():
+        meant = next((word for word in named if word in words), None)
+        for name in named.get(meant or "", ("",)):
+            if words[0] != "web":  # tests/test_web.py starts it
+                found[made_small([name if word == meant else word for word in words])] = None
+    return list(found)
+
+
+@pytest.mark.skipif(
+    "ATEDM_COMMANDS" not in os.environ,
+    reason="every command takes half an hour; ATEDM_COMMANDS=1 runs them, as do nights",
+)
+@pytest.mark.parametrize("words", commands_made_small(), ids=lambda words: "-".join(words)[:80])
+def test_commands_run(words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = next(code for code in blocks(ROOT / "docs" / "extending.md", "python") if code.startswith("# mine.py"))
+    (tmp_path / "mine.py").write_text(own)
+    (tmp_path / "COCO_FOLDER").mkdir()
+    coco_folder(tmp_path / "COCO_FOLDER")
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() or list(tmp_path.rglob("*.png"))
 
 
 # --- The site ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from PIL import Image
 
 import atedm
 from atedm.costs.fit import mean_share
-from atedm.generate import Request, generate, save_image, shown_beside
+from atedm.files import save_image
+from atedm.generate import Request, generate, shown_beside
 from atedm.patching.survey import find_unet
 from atedm.pipelines import load_pipeline
 

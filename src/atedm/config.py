@@ -228,10 +228,14 @@ class PruningConfig:
 
     def map_mode_for(self, tokens: int) -> str | Own:
         """Return ``map_mode``, "auto" decided for so many tokens, but "full" where nothing else gives what is asked."""
-        weighs = self.recovery == "weighted-update" or self.similarity == "attention-transposed"
-        whole = self.tolerance is not None or (self.copies_by_attention and weighs)
         by_size = "sampled" if tokens > AUTO_FULL_TOKENS else "full"
-        return "full" if whole else by_size if self.map_mode == "auto" else self.map_mode
+        return "full" if self.needs_whole_map else by_size if self.map_mode == "auto" else self.map_mode
+
+    @property
+    def needs_whole_map(self) -> bool:
+        """Whether something is asked for that no map mode but "full" gives."""
+        weighs = self.recovery == "weighted-update" or self.similarity == "attention-transposed"
+        return self.tolerance is not None or (self.copies_by_attention and weighs)
 
     @property
     def needs_first_map(self) -> bool:

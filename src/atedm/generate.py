@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +19,7 @@ import atedm
 from atedm.config import PRESETS, PruningConfig, preset
 from atedm.costs.budget import CostOutOfReach
 from atedm.costs.fit import mean_share
+from atedm.files import save_image, save_json
 from atedm.patching.apply import pruned
 from atedm.pictures.comparison import Comparison, Pruned, comparison_sheet, psnr
 from atedm.pictures.maps import maps_sheet
@@ -207,8 +206,10 @@ def _picture(file: Path) -> Image.Image:
     try:
         with Image.open(file) as picture:
             return picture.convert("L")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{file} is no picture; give a PNG, white where nothing is to be dropped") from error
+    except FileNotFoundError:
+        raise
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} is no picture ({error}); give a PNG, white where nothing is to be dropped") from error
 
 
 def _size(pipe: Any, request: Request) -> tuple[int, int]:
@@ -265,17 +266,3 @@ def _run_file(
         "attention_block_saving": {"normal_step": round(saving, 4), "mean_of_50_steps": round(mean_saving, 4)},
         "images": [asdict(image) for image in made],
     }
-
-
-def save_image(image: Image.Image, file: Path) -> None:
-    """Write a PNG under its final name only once it is whole."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    image.save(partial, format="PNG")
-    partial.replace(file)
-
-
-def save_json(content: Any, file: Path) -> None:
-    """Write JSON under its final name only once it is whole."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(file)

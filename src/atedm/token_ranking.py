@@ -16,10 +16,12 @@ from atedm.attention_map import mean_attention_map
 from atedm.choices import Own, name_of
 from atedm.config import PruningConfig
 from atedm.coverage import cells, facility_location, important_of_cells, lattice, representative
+from atedm.map_fallback import with_memory_there_is
 from atedm.map_modes import Scores, scores_by_flash, scores_by_triton, scores_in_blocks, scores_of_rows
 from atedm.pruning import keep_most_important
 from atedm.ranking import (
     Mapping,
+    RankedMap,
     attention_received,
     entropy,
     hard_clip,
@@ -128,23 +130,17 @@ def _rank_each(
     size: tuple[int, int] | None,
     count: int,
 ) -> Ranking:
-    rank = partial(
-        rank_by_attention, head_fusion=config.head_fusion, iterations=config.iterations, tolerance=config.tolerance
-    )
-    by_attention, attention_map = None, None
-    source: Callable[[Tensor], Tensor] | None = None
     mode = config.map_mode_for(tokens.shape[1])
-    if config.needs_attention_map and mode != "full":
-        by_attention, source = _without_whole_map(config, mode, self_attention(), step, size)
-    elif config.ranks_by_self_attention:
-        by_attention, attention_map = rank(*self_attention())
-    elif config.needs_attention_map:
-        attention_map = mean_attention_map(*self_attention())
+    by_attention, attention_map, source = with_memory_there_is(
+        partial(_by_self_attention, config, self_attention, step, size),
+        mode,
+        can_be_smaller=not config.needs_whole_map,
+    )
     if callable(config.ranking):
         importance = config.ranking(ToRank(tokens, self_attention, cross_attention, step, size, count))
         check_shape(importance, tokens.shape[:2], "ranking", config.ranking)
     elif config.ranks_by_words:
-        importance = rank(*cross_attention(), f=_mapping(config)).importance
+        importance = _rank(config)(*cross_attention(), f=_mapping(config)).importance
     elif config.ranking == "attention-received" and attention_map is not None:
         importance = attention_received(attention_map)
     elif config.ranking in ("self-attention", "self-attention-reversed", "attention-received"):
@@ -156,6 +152,27 @@ def _rank_each(
         assert by_attention is not None
         importance = preferred(importance, by_attention, round(config.importance_share * count))
     return Ranking(importance, attention_map, source)
+
+
+def _by_self_attention(
+    config: PruningConfig, self_attention: Attention, step: int | Tensor, size: tuple[int, int] | None, mode: str | Own
+) -> tuple[Tensor | None, Tensor | None, Callable[[Tensor], Tensor] | None]:
+    """Importance (B, N) by self-attention, the map (B, N, N) and whom to copy from by it: of these what is needed."""
+    if config.needs_attention_map and mode != "full":
+        importance, source = _without_whole_map(config, mode, self_attention(), step, size)
+        return importance, None, source
+    if config.ranks_by_self_attention:
+        importance, attention_map = _rank(config)(*self_attention())
+        return importance, attention_map, None
+    if config.needs_attention_map:
+        return None, mean_attention_map(*self_attention()), None
+    return None, None, None
+
+
+def _rank(config: PruningConfig) -> Callable[..., RankedMap]:
+    return partial(
+        rank_by_attention, head_fusion=config.head_fusion, iterations=config.iterations, tolerance=config.tolerance
+    )
 
 
 def _without_whole_map(

@@ -31,6 +31,7 @@ def ablate(
     from rich.console import Console
 
     from atedm.evaluation.ablation import Settings, markdown, measure
+    from atedm.files import save_text
     from atedm.pipelines import quiet_libraries
 
     settings = Settings(captions=captions, steps=steps, guidance=guidance, seed=seed)
@@ -45,5 +46,5 @@ def ablate(
             report=lambda row: console.print(f"{row.name}: all right {row.accuracy['all'].text(100)} %"),
         )
     table = markdown(rows)
-    (out / "table.md").write_text(table + "\n")
+    save_text(table + "\n", out / "table.md")
     typer.echo(table)

@@ -33,7 +33,7 @@ def accuracy(
     from atedm.evaluation.captions import columns, judge_images, make_scenes
     from atedm.evaluation.sheets import judged_sheet
     from atedm.evaluation.statistics import ratio_interval
-    from atedm.generate import save_image
+    from atedm.files import save_image
     from atedm.patching.apply import pruned
     from atedm.pipelines import TINY, load_pipeline, quiet_libraries, tiny_folder
     from atedm.tiny.classifier import load_classifier

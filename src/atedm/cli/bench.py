@@ -77,7 +77,7 @@ def bench(
     from atedm.bench import bench as measure
     from atedm.choices import check_name
     from atedm.evaluation.methods_by_name import method_by_name, parse_methods
-    from atedm.generate import save_image, save_json
+    from atedm.files import save_image, save_json
     from atedm.pictures.bench_chart import bench_chart
     from atedm.pipelines import quiet_libraries
 

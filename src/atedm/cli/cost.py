@@ -199,7 +199,7 @@ def _memory(report: CostReport, kind: str, dtype: str, attention: str) -> Memory
 
 
 def _draw(report: CostReport, file: Path) -> None:
-    from atedm.generate import save_image
+    from atedm.files import save_image
     from atedm.pictures.cost_chart import stage_chart
 
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ def errors(
     from atedm.evaluation.methods import Pruning
     from atedm.evaluation.methods_by_name import method_by_name, parse_methods
     from atedm.evaluation.prompts import read_prompts
-    from atedm.generate import save_image
+    from atedm.files import save_image
     from atedm.pictures.errors_chart import errors_chart
     from atedm.pipelines import habits
 

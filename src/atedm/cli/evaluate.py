@@ -67,7 +67,7 @@ def evaluate(
     from atedm.evaluation.evaluate import evaluate as run
     from atedm.evaluation.methods_by_name import method_by_name, parse_methods
     from atedm.evaluation.report import image_sheet, markdown, write_html
-    from atedm.generate import save_image
+    from atedm.files import save_image
     from atedm.pipelines import quiet_libraries
 
     quiet_libraries()

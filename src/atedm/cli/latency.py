@@ -54,7 +54,7 @@ def latency(
 
     from atedm.choices import check_name
     from atedm.costs.latency import latency as measure
-    from atedm.generate import save_image
+    from atedm.files import save_image
     from atedm.pictures.latency_chart import latency_chart
     from atedm.pipelines import habits, quiet_libraries
 

@@ -43,7 +43,7 @@ def objects(
     from rich.console import Console
 
     from atedm.evaluation.objects import find_objects
-    from atedm.generate import save_image
+    from atedm.files import save_image
     from atedm.pictures.objects_chart import objects_chart
     from atedm.pipelines import habits
     from atedm.tiny.scenes import held_out_scenes

@@ -74,7 +74,7 @@ def reproduce(
     from atedm.evaluation.report import image_sheet
     from atedm.evaluation.reproduce import markdown_of
     from atedm.evaluation.reproduce import reproduce as run
-    from atedm.generate import save_image, save_json
+    from atedm.files import save_image, save_json, save_text
     from atedm.pipelines import quiet_libraries
 
     quiet_libraries()
@@ -90,7 +90,7 @@ def reproduce(
         return
     text = f"## {what.title} ({what.source})\n\n{markdown_of(what, outcomes)}\n"
     save_json([outcome.as_dict() for outcome in outcomes], out / f"{experiment}.json")
-    (out / f"{experiment}.md").write_text(text)
+    save_text(text, out / f"{experiment}.md")
     chart = _chart(what, outcomes)
     if chart is not None:
         save_image(chart, out / f"{experiment}.png")

@@ -39,7 +39,7 @@ def scaling(
 
     from atedm.cli.options import pruning_config
     from atedm.costs.scaling import scaling as scale
-    from atedm.generate import save_image
+    from atedm.files import save_image
     from atedm.pictures.cost_chart import scaling_chart
     from atedm.pipelines import quiet_libraries
 

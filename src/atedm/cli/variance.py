@@ -53,7 +53,7 @@ def variance(
     from rich.console import Console
 
     from atedm.costs.variance import attention_variance
-    from atedm.generate import save_image
+    from atedm.files import save_image
     from atedm.pictures.variance_chart import variance_chart
     from atedm.pipelines import habits, load_pipeline, quiet_libraries
 

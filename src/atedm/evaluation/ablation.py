@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import multiprocessing
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from atedm.config import PruningConfig
 from atedm.evaluation.captions import columns, judge_images, make_scenes, psnr_each
 from atedm.evaluation.statistics import Interval, mean_interval, ratio_interval
 from atedm.evaluation.variants import DENSE, variants
-from atedm.generate import save_json
+from atedm.files import read_json, save_json, written_whole
 from atedm.patching.apply import pruned
 from atedm.pipelines import TINY, load_pipeline, quiet_libraries, tiny_folder
 from atedm.tiny.classifier import ATTRIBUTES, load_classifier
@@ -84,9 +83,8 @@ def measure_row(name: str, settings: Settings, folder: Path) -> Row:
     )
     if config is None:
         images, cost = draw(), 1.0
-        partial = folder / ".dense.partial.npy"
-        np.save(partial, images.numpy())
-        partial.replace(dense_file)
+        with written_whole(dense_file) as partial, partial.open("wb") as stream:
+            np.save(stream, images.numpy())
         psnr = None
     else:
         with pruned(pipe, config) as summary:
@@ -157,7 +155,7 @@ def _variants(pipe: Any, settings: Settings) -> dict[str, PruningConfig | None]:
 def _read(file: Path, settings: Settings, config: PruningConfig | None) -> Row | None:
     if not file.exists():
         return None
-    stored = json.loads(file.read_text())
+    stored = read_json(file)
     if stored["settings"] != asdict(settings) or stored["config"] != (config and config.as_dict()):
         return None
     return Row(

@@ -6,7 +6,6 @@ Layout of the folder: ``images/METHOD/00000.png`` and so on with what was drawn 
 
 from __future__ import annotations
 
-import json
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from atedm.evaluation.methods import Dense, Method, counted_run
 from atedm.evaluation.prompts import Prompt, write_references
 from atedm.evaluation.scores import DISTANCE, FID, LPIPS, Metrics, Scores, check_metrics, score
 from atedm.evaluation.sharing import shared_work
-from atedm.generate import save_json
+from atedm.files import read_json, save_json
 
 REFERENCE = "reference"
 
@@ -210,7 +209,7 @@ def _cost(pipe: Any, method: Method, drawing: Drawing, folder: Path | None) -> i
     """MACs of a run of one image, kept beside the images, because counting takes a run."""
     file = None if folder is None else folder / "macs.json"
     if file is not None and file.exists():
-        return int(json.loads(file.read_text()))
+        return int(read_json(file, int))
     macs = counted_run(
         pipe,
         method,

@@ -6,7 +6,6 @@ matter how often a run was stopped or how many processes it was shared among.
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from PIL import Image
 
 from atedm.evaluation.methods import Method, completed
 from atedm.evaluation.prompts import Prompt
-from atedm.generate import save_image, save_json
+from atedm.files import read_json, remove_partials, save_image, save_json
 
 SETTINGS = "settings.json"
 
@@ -76,15 +75,15 @@ def claim_folder(folder: Path, method: Method, drawing: Drawing, prompts: Sequen
         weights: A checksum of the model.
 
     Raises:
-        ValueError: If images of something else are there.
+        ValueError: If images of something else are there, or of nobody knows what.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    remove_partials(folder)
     asked: dict[str, Any] = {"method": method.as_dict(), "drawing": asdict(drawing), "weights": weights}
     asked["prompts"] = [zlib.crc32(prompt.text.encode()) for prompt in prompts]
     file = folder / SETTINGS
     if file.exists():
-        stored = json.loads(file.read_text())
-        stored["method"] = completed(stored["method"])
+        stored = _settings(file)
         for key in ("method", "drawing", "weights"):
             if stored.get(key) != asked[key]:
                 raise ValueError(f"{folder} holds images of another {key}; give another --out, or remove it")
@@ -93,7 +92,19 @@ def claim_folder(folder: Path, method: Method, drawing: Drawing, prompts: Sequen
             raise ValueError(f"{folder} holds images of other prompts; give another --out, or remove it")
         if len(stored["prompts"]) >= len(asked["prompts"]):
             return
+    elif any(folder.glob("*.png")):
+        raise ValueError(f"{folder} holds images, but no {SETTINGS} says of what; give another --out, or remove it")
     save_json(asked, file)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        stored: dict[str, Any] = read_json(file)
+        return stored | {"method": completed(stored["method"]), "prompts": list(stored["prompts"])}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} does not say what is drawn in its folder; give another --out, or remove the folder"
+        ) from error
 
 
 def draw_groups(

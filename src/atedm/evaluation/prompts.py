@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from atedm.generate import save_image
+from atedm.files import save_image
 from atedm.tiny.scenes import Scene, held_out_scenes, render
 
 SCENES = "scenes"

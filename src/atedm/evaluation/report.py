@@ -13,6 +13,7 @@ from PIL import Image
 from atedm.evaluation.evaluate import Result, image_of
 from atedm.evaluation.prompts import Prompt
 from atedm.evaluation.statistics import Interval
+from atedm.files import save_text
 from atedm.pictures.canvas import Cell, draw_sheet
 
 COLUMNS = {
@@ -88,9 +89,7 @@ def write_html(results: Sequence[Result], prompts: Sequence[Prompt], title: str,
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     page = _PAGE.format(title=html.escape(title), note=html.escape(note), head=cells, body=body, picture=encoded)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(file)
+    save_text(page, file)
 
 
 _PAGE = """<!doctype html>

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from atedm.evaluation.images import image_file
 from atedm.evaluation.pixels import read_pixels
 from atedm.evaluation.prompts import Prompt
 from atedm.evaluation.statistics import Interval, mean_interval, ratio_interval
-from atedm.generate import save_json
+from atedm.files import read_json, save_json
 from atedm.pipelines import tiny_folder
 from atedm.tiny.classifier import load_classifier
 
@@ -180,7 +179,7 @@ def _clip(files: Sequence[Path], prompts: Sequence[Prompt], metrics: Metrics, fo
     texts = [prompt.text for prompt in prompts]
     terms = {"model": metrics.clip_model, "pretrained": metrics.clip_pretrained, "files": _checksums(files)}
     cache = folder / "clip.json"
-    stored = json.loads(cache.read_text()) if cache.exists() else {}
+    stored = read_json(cache) if cache.exists() else {}
     if stored.get("terms") == terms:
         return list(stored["scores"])
     scores = clip_scores(files, texts, model=metrics.clip_model, pretrained=metrics.clip_pretrained, device=device)
@@ -201,7 +200,7 @@ def _features(folder: Path, count: int, extractor: str, device: str) -> Any:
     files = sorted(folder.glob("*.png"))[:count]
     terms = {"extractor": extractor, "files": _checksums(files)}
     cache = folder / "features.json"
-    stored = json.loads(cache.read_text()) if cache.exists() else {}
+    stored = read_json(cache) if cache.exists() else {}
     if stored.get("terms") == terms:
         return np.asarray(stored["features"])
     features = folder_features(folder, extractor, device=device)[:count]

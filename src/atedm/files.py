@@ -1,0 +1,92 @@
+"""Files appear under their name whole or not at all, and one that is broken is called by its name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+@contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """Give a path to write to, which becomes ``file`` at the end; whatever goes wrong on the way leaves nothing.
+
+    The folder is made if missing. A process that is killed leaves a hidden file that ends in ".partial".
+
+    Raises:
+        OSError: If it cannot be written; the message names ``file``.
+    """
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(file)
+    except BaseException as error:
+        # Where the folder itself is at fault there is nothing to remove, and the first error is the one to tell.
+        _remove(partial)
+        if isinstance(error, OSError):
+            raise OSError(f"cannot write {file}: {error.strerror or error}") from error
+        raise
+
+
+def save_image(image: Image.Image, file: Path) -> None:
+    """Write a PNG.
+
+    Raises:
+        OSError: As `written_whole`.
+    """
+    with written_whole(file) as partial:
+        image.save(partial, format="PNG")
+
+
+def save_json(content: Any, file: Path) -> None:
+    """Write JSON.
+
+    Raises:
+        OSError: As `written_whole`.
+    """
+    save_text(json.dumps(content, indent=2) + "\n", file)
+
+
+def save_text(text: str, file: Path) -> None:
+    """Write text in UTF-8.
+
+    Raises:
+        OSError: As `written_whole`.
+    """
+    with written_whole(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def read_json(file: Path, kind: type[Any] = dict) -> Any:
+    """Read a file that a run of ours wrote and that holds a ``kind``.
+
+    Raises:
+        ValueError: If it is something else; the message names it.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON ({error}); remove it, and the next run makes it again") from error
+    if not isinstance(content, kind):
+        found = type(content).__name__
+        raise ValueError(f"{file} holds a {found}, not what a run writes; remove it, and the next run makes it again")
+    return content
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder; nobody else may be writing there."""
+    for partial in folder.glob(".*.partial"):
+        _remove(partial)
+
+
+def _remove(partial: Path) -> None:
+    try:
+        partial.unlink()
+    except OSError:
+        return
