@@ -59,18 +59,18 @@ def check_config(config: PruningConfig) -> None:
     if config.prune_less_factor is not None:
         _check_share("prune_less_factor", config.prune_less_factor)
     for name in ("iterations", "refresh_every", "sampled_rows"):
-        if not _is_whole(getattr(config, name)) or getattr(config, name) < 1:
+        if not is_whole(getattr(config, name)) or getattr(config, name) < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(config, name)!r}")
-    if config.match_window is not None and (not _is_whole(config.match_window) or config.match_window < 1):
+    if config.match_window is not None and (not is_whole(config.match_window) or config.match_window < 1):
         raise ValueError(f"match_window must be a whole number of at least 1, not {config.match_window!r}")
     for name in ("tolerance", "beta"):
         value = getattr(config, name)
-        if value is not None and not (_is_number(value) and value > 0):
+        if value is not None and not (is_number(value) and value > 0):
             raise ValueError(f"{name} must be a number above 0 or None, not {value!r}")
     for name in ("eta", "alpha"):
-        if not (_is_number(getattr(config, name)) and getattr(config, name) > 0):
+        if not (is_number(getattr(config, name)) and getattr(config, name) > 0):
             raise ValueError(f"{name} must be a number above 0, not {getattr(config, name)!r}")
-    if not _is_whole(config.seed):
+    if not is_whole(config.seed):
         raise ValueError(f"seed must be a whole number, not {config.seed!r}")
     _check_grid(config)
     _check_refill(config)
@@ -93,11 +93,11 @@ def checked_pairs(name: str, pairs: object) -> tuple[tuple[int, float], ...]:
 def _check_rates(config: PruningConfig) -> None:
     _check_rate("pruning_rate", config.pruning_rate)
     for layer, rate in config.gradual:
-        if not _is_whole(layer) or layer < 0:
+        if not is_whole(layer) or layer < 0:
             raise ValueError(f"a layer of gradual must be a whole number from 0, not {layer!r}")
         _check_rate("a rate of gradual", rate)
     for level, factor in config.level_factors:
-        if not _is_whole(level) or level < 1:
+        if not is_whole(level) or level < 1:
             raise ValueError(f"a level of level_factors must be a whole number from 1, not {level!r}")
         _check_share("a factor of level_factors", factor)
     for name, what, pairs in (("gradual", "layers", config.gradual), ("level_factors", "levels", config.level_factors)):
@@ -145,19 +145,21 @@ def _check_memory(config: PruningConfig) -> None:
         raise ValueError(f"own_update_share is for recovery 'matched-update', not for {config.recovery!r}; set it to 0")
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether it is an integer, which True is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, which True is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_rate(what: str, rate: object) -> None:
-    if not (_is_number(rate) and 0 <= rate < 1):  # type: ignore[operator]
+    if not (is_number(rate) and 0 <= rate < 1):  # type: ignore[operator]
         raise ValueError(f"{what} must be in [0, 1), the share of tokens to drop, not {rate!r}")
 
 
 def _check_share(what: str, share: object) -> None:
-    if not (_is_number(share) and 0 <= share <= 1):  # type: ignore[operator]
+    if not (is_number(share) and 0 <= share <= 1):  # type: ignore[operator]
         raise ValueError(f"{what} must be in [0, 1], not {share!r}")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from PIL import Image, UnidentifiedImageError
 
-import atedm
+from atedm.checks import is_number, is_whole
 from atedm.config import PRESETS, PruningConfig, preset
 from atedm.costs.budget import CostOutOfReach
 from atedm.costs.fit import mean_share
@@ -24,6 +22,7 @@ from atedm.patching.apply import pruned
 from atedm.pictures.comparison import Comparison, Pruned, comparison_sheet, psnr
 from atedm.pictures.maps import maps_sheet
 from atedm.recording import Recording, recorded
+from atedm.run_file import NAME, run_file
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being made, the step that is done, and the number of steps."""
@@ -50,15 +49,19 @@ class Request:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        if not self.prompts or any(not prompt.strip() for prompt in self.prompts):
+        if not self.prompts or any(not isinstance(prompt, str) or not prompt.strip() for prompt in self.prompts):
             raise ValueError("a prompt is empty; give a line of text for each image")
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, not {self.steps}")
-        if not 0 <= self.guidance < 1000:
-            raise ValueError(f"guidance must be 0 or more, not {self.guidance}")
+        if not is_whole(self.steps) or self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps!r}")
+        if not is_number(self.guidance) or not 0 <= self.guidance < 1000:
+            raise ValueError(f"guidance must be 0 or more, not {self.guidance!r}")
+        if not is_whole(self.seed) or not -(2**63) <= self.seed < 2**63 - len(self.prompts):
+            raise ValueError(f"seed must be a whole number of 63 bits and a sign, not {self.seed!r}")
         for name, side in (("width", self.width), ("height", self.height)):
-            if side is not None and (side < 32 or side % 8):
-                raise ValueError(f"{name} must be a multiple of 8 pixels from 32 up, not {side}")
+            if side is not None and (not is_whole(side) or side < 32 or side % 8):
+                raise ValueError(f"{name} must be a multiple of 8 pixels from 32 up, not {side!r}")
+        if self.protect is not None and not isinstance(self.protect, str):
+            raise ValueError(f"protect must be the name of a picture, not {self.protect!r}")
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def generate(
     if comparisons:
         headline = f"Same noise, {request.steps} steps; cost is the share of the dense arithmetic"
         save_image(comparison_sheet(comparisons, headline), out / "comparison.png")
-    save_json(_run_file(pipe, request, model, summary.saving, summary.mean_saving, made), out / "run.json")
+    save_json(run_file(pipe, request, model, summary, made), out / NAME)
     return made
 
 
@@ -240,29 +243,3 @@ def _make(pipe: Any, request: Request, index: int, what: str, progress: Progress
         callback_on_step_end=on_step,
     ).images
     return images[0], time.perf_counter() - started
-
-
-def _run_file(
-    pipe: Any, request: Request, model: str, saving: float, mean_saving: float, made: Sequence[Made]
-) -> dict[str, Any]:
-    return {
-        "atedm": atedm.__version__,
-        "model": model,
-        "pipeline": type(pipe).__name__,
-        "scheduler": type(pipe.scheduler).__name__,
-        "request": {
-            **asdict(request),
-            "config": request.config.as_dict(),
-            "beside": None if request.beside is None else request.beside.as_dict(),
-        },
-        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
-        "device": str(pipe.unet.device),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
-        "attention_block_saving": {"normal_step": round(saving, 4), "mean_of_50_steps": round(mean_saving, 4)},
-        "images": [asdict(image) for image in made],
-    }

@@ -66,6 +66,10 @@ def generate(
         bool,
         typer.Option("--maps", help="Draw importance and kept tokens per block and step.", rich_help_panel="Output"),
     ] = False,
+    again: Annotated[
+        Path | None,
+        typer.Option(help="A run.json: draw that run again, from its model to its seed.", rich_help_panel="Image"),
+    ] = None,
     out: OutOption = Path("out"),
 ) -> None:
     """Make images with tokens pruned.
@@ -78,6 +82,8 @@ def generate(
     `atedm generate --budget 0.9 --compare` prunes as much as it takes for a run to cost 90 % of the dense one.
 
     `atedm generate "a fox in snow" --model stabilityai/stable-diffusion-xl-base-1.0 --compare`
+
+    `atedm generate --again out/run.json --out out/again` draws a run again.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -85,27 +91,38 @@ def generate(
     from atedm.generate import Request, shown_beside, within_budget
     from atedm.generate import generate as make
     from atedm.pipelines import habits, load_pipeline, quiet_libraries
+    from atedm.run_file import read_run_file
 
-    suits = habits(model)
+    if again is not None:
+        named = {
+            "prompts": prompts, "--model": model != "tiny", "--preset": preset, "--protect": protect, "--size": size,
+            "--pruning-rate": pruning_rate is not None, "--budget": budget is not None, "--steps": steps is not None,
+            "--guidance": guidance is not None, "--seed": seed != 0, "--beside": beside,
+        }  # fmt: skip
+        if extra := [name for name, given in named.items() if given]:
+            raise ValueError(f"--again draws a run as it was; leave out {', '.join(extra)}")
+        model, request = read_run_file(again)
+    else:
+        suits = habits(model)
+        width, height = parse_size(size)
+        request = Request(
+            prompts=tuple(prompts or suits.prompts),
+            config=pruning_config(preset or suits.preset, pruning_rate),
+            steps=suits.steps if steps is None else steps,
+            guidance=suits.guidance if guidance is None else guidance,
+            width=width,
+            height=height,
+            seed=seed,
+            protect=None if protect is None else str(protect),
+        )
     share = budget_share(budget, pruning_rate)
-    width, height = parse_size(size)
-    request = Request(
-        prompts=tuple(prompts or suits.prompts),
-        config=pruning_config(preset or suits.preset, pruning_rate),
-        steps=suits.steps if steps is None else steps,
-        guidance=suits.guidance if guidance is None else guidance,
-        width=width,
-        height=height,
-        seed=seed,
-        protect=None if protect is None else str(protect),
-    )
     console = Console(stderr=True)
     quiet_libraries()
     with console.status(f"opening {model}"):
         pipe = load_pipeline(model, device=device)
         if share is not None:
             request = within_budget(pipe, request, share)
-        if compare and beside != "none":
+        if compare and beside != "none" and request.beside is None:
             request = shown_beside(pipe, request, beside or "")
     ways = 1 + compare + (request.beside is not None)
     total = len(request.prompts) * ways * request.steps

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from atedm.checks import is_number
 from atedm.choices import check_name
 from atedm.costs.formula import BlockShape, Macs, block_macs, layer_macs
 from atedm.schedule import PAIRINGS, prune_less_blocks, prune_less_steps
@@ -42,11 +43,11 @@ class ToMe:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        if not 0 <= self.ratio <= 0.75:
+        if not is_number(self.ratio) or not 0 <= self.ratio <= 0.75:
             raise ValueError(f"ratio must be from 0 to 0.75, the most that ToMe can merge, not {self.ratio!r}")
         check_name("merge", self.merge, MERGES)
         check_name("levels", self.levels, LEVELS)
-        if not 0 <= self.prune_less_share <= 1:
+        if not is_number(self.prune_less_share) or not 0 <= self.prune_less_share <= 1:
             raise ValueError(f"prune_less_share must be in [0, 1], not {self.prune_less_share!r}")
         check_name("unpruned_blocks", self.unpruned_blocks, PAIRINGS)
 

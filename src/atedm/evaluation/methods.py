@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from atedm.checks import is_number, is_whole
 from atedm.config import PruningConfig
 from atedm.costs.counting import flop_counter
 from atedm.costs.tome import ToMe
@@ -52,7 +53,7 @@ class Dense:
 
     def __post_init__(self) -> None:
         """Check the share."""
-        if not 0 < self.steps_share <= 1:
+        if not is_number(self.steps_share) or not 0 < self.steps_share <= 1:
             raise ValueError(f"steps_share must be above 0 and at most 1, not {self.steps_share!r}")
 
     def steps_of(self, steps: int) -> int:
@@ -112,9 +113,11 @@ class Caching(_AllSteps):
 
     def __post_init__(self) -> None:
         """Check every value."""
-        if self.interval < 1 or self.branch < 0:
+        whole = is_whole(self.interval) and is_whole(self.branch)
+        if not whole or self.interval < 1 or self.branch < 0:
             raise ValueError(
-                f"interval must be at least 1 and branch at least 0, not {self.interval} and {self.branch}"
+                "interval must be a whole number from 1 and branch one from 0, "
+                f"not {self.interval!r} and {self.branch!r}"
             )
 
     def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[Any]:

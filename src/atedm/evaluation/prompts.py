@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,15 +69,16 @@ def _read_lines(file: Path) -> list[str]:
         raise ValueError(f"{file} is not text in UTF-8: {error}") from error
     if file.suffix.lower() != ".csv":
         return [line.strip() for line in text.splitlines() if line.strip()]
-    rows = csv.DictReader(text.splitlines())
-    column = next(
-        (name for name in rows.fieldnames or () if name and name.strip().lower() in ("prompt", "caption")), None
-    )
+    try:
+        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        names, content = [*(rows.fieldnames or ())], [*rows]
+    except csv.Error as error:
+        raise ValueError(f"{file} is no CSV: {error}") from error
+    column = next((name for name in names if name.strip().lower() in ("prompt", "caption")), None)
     if column is None:
-        raise ValueError(
-            f"{file} has no column 'prompt' or 'caption', but {', '.join(map(str, rows.fieldnames or ()))}"
-        )
-    return [row[column].strip() for row in rows if (row[column] or "").strip()]
+        raise ValueError(f"{file} has no column 'prompt' or 'caption', but {', '.join(names)[:200] or 'nothing'}")
+    texts = (" ".join((row[column] or "").split()) for row in content)
+    return [text for text in texts if text]
 
 
 def _read_coco(folder: Path) -> list[Prompt]:
@@ -88,27 +91,22 @@ def _read_coco(folder: Path) -> list[Prompt]:
     except ImportError as error:
         raise ImportError("MS-COCO is read by pycocotools: pip install 'atedm[evaluate]'") from error
     file = next((f for f in files if "val" in f.stem), files[0])
+    pictures = folder / file.stem.removeprefix("captions_")
     try:
-        import contextlib
-        import io
-
         with contextlib.redirect_stdout(io.StringIO()):  # it tells its progress there
             coco = COCO(str(file))
-    except (ValueError, KeyError, AssertionError) as error:
-        raise ValueError(f"{file} is no caption file of MS-COCO: {error}") from error
-    pictures = folder / file.stem.removeprefix("captions_")
-    prompts, missing = [], 0
-    for image_id in sorted(coco.getImgIds()):
-        captions = coco.loadAnns(sorted(coco.getAnnIds(imgIds=image_id)))
-        picture = pictures / coco.imgs[image_id]["file_name"]
-        if not captions:
-            continue
-        if not picture.exists():
-            missing += 1
-            continue
-        prompts.append(Prompt(" ".join(captions[0]["caption"].split()), picture=picture))
-    if missing and not prompts:
-        raise ValueError(f"{file.name} has captions of {missing} pictures, but none of them is in {pictures}")
+        named = [(image_id, coco.imgs[image_id]["file_name"]) for image_id in sorted(coco.getImgIds())]
+        captions = {image_id: coco.loadAnns(sorted(coco.getAnnIds(imgIds=image_id))) for image_id, _ in named}
+        texts = {image_id: " ".join(found[0]["caption"].split()) for image_id, found in captions.items() if found}
+        places = {image_id: pictures / name for image_id, name in named if image_id in texts}
+    except Exception as error:  # whatever the package comes upon in a file that is none
+        raise ValueError(f"{file} is no caption file of MS-COCO: {type(error).__name__}: {error}") from error
+    # By the names alone: that a picture is a link to elsewhere is the user's own doing.
+    if outside := [name for _, name in named if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise ValueError(f"{file} names a picture outside of its folder: {outside[0]}")
+    prompts = [Prompt(texts[image_id], picture=place) for image_id, place in places.items() if place.is_file()]
+    if places and not prompts:
+        raise ValueError(f"{file.name} has captions of {len(places)} pictures, but none of them is in {pictures}")
     return prompts
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from atedm.files import written_whole
 from atedm.tiny.scenes import CANVAS, Scene, render_batch, sample_scene
 from atedm.tiny.text import TOKENS
 
@@ -44,10 +44,8 @@ def encode_scenes(
         latents.append((encoded.float() * autoencoder.config.scaling_factor).half())
         ids.append(_tokenize(tokenizer, scenes, rng))
     shard = EncodedScenes(torch.cat(latents), torch.cat(ids))
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    save_file(shard._asdict(), partial)
-    partial.replace(file)
+    with written_whole(file) as partial:
+        save_file(shard._asdict(), partial)
     return shard
 
 

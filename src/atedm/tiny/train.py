@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPTokenizer
 
+from atedm.files import written_whole
 from atedm.tiny.autoencoder import train_autoencoder
 from atedm.tiny.dataset import encode_scenes
 from atedm.tiny.scenes import CANVAS
@@ -190,12 +191,17 @@ def _row_weights(ids: Tensor, tokenizer: Any, reversed_share: float) -> Tensor:
 def _prepare(run: Path, autoencoder_minutes: float, seed: int, start_from: Path | None) -> None:
     run.mkdir(parents=True, exist_ok=True)
     for part in ("tokenizer", "vae"):
-        if start_from is not None and not (run / part).exists():
-            shutil.copytree(start_from / part, run / part)
-    if not (run / "tokenizer").exists():
-        build_tokenizer(run / "tokenizer")
-    if not (run / "vae").exists():
-        train_autoencoder(60 * autoencoder_minutes, seed=seed).save_pretrained(run / "vae")
+        if (run / part).exists():
+            continue
+        partial = run / f".{part}.partial"  # a folder, too, is whole or not there
+        shutil.rmtree(partial, ignore_errors=True)
+        if start_from is not None:
+            shutil.copytree(start_from / part, partial)
+        elif part == "tokenizer":
+            build_tokenizer(partial)
+        else:
+            train_autoencoder(60 * autoencoder_minutes, seed=seed).save_pretrained(partial)
+        partial.replace(run / part)
 
 
 def _load_parts(model: Denoiser, folder: Path) -> None:
@@ -225,9 +231,8 @@ def _save(run: Path, model: nn.Module, average: nn.Module, optimizer: torch.opti
         "optimizer": optimizer.state_dict(),
         "seen": seen,
     }
-    partial = run / "state.pt.partial"
-    torch.save(state, partial)
-    partial.replace(run / "state.pt")
+    with written_whole(run / "state.pt") as partial:
+        torch.save(state, partial)
 
 
 if __name__ == "__main__":
