@@ -159,6 +159,8 @@ def made_small(words: list[str]) -> tuple[str, ...]:
         small["--model"] = "tiny"
     if draws and "--size" in words:
         small["--size"] = "128x128"
+    if "--prompts" in words:  # whose metrics would fetch their networks
+        small |= {"--clip-model": "tiny", "--fid-features": "tiny"}
     kept = list(words)
     for option in small:
         if option in kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +100,9 @@ def _open(model: str, dtype: torch.dtype) -> Any:
     if (Path(model) / "model_index.json").exists() or not _looks_local(model):
         try:
             return AutoPipelineForText2Image.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot open the model {model!r}: {_first_line(error)}") from error
+        except Exception as error:  # whatever the libraries come upon in files that are broken
+            found = "; ".join(_broken_files(Path(model))) or _first_line(error)
+            raise ValueError(f"cannot open the model {model!r}: {found}") from error
     if Path(model).exists():
         raise ValueError(f"{model} is no diffusers pipeline: it has no model_index.json")
     raise FileNotFoundError(f"no model at {model!r}; give 'tiny', a folder, a .safetensors file or a hub id")
@@ -157,6 +159,23 @@ def _from_file(file: Path, dtype: torch.dtype) -> Any:
         ) from error
     except Exception as error:
         raise ValueError(f"cannot open {file}: {_first_line(error)}") from error
+
+
+def _broken_files(folder: Path) -> list[str]:
+    """Say of each file of a pipeline that cannot be read what is wrong with it: libraries tell what, but not where."""
+    from safetensors import safe_open
+
+    found = []
+    for file in sorted(folder.rglob("*")):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
+        except Exception as error:
+            found.append(f"{file.relative_to(folder)} is broken ({_first_line(error)})")
+    return found
 
 
 def _looks_local(model: str) -> bool:
