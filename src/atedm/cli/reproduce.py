@@ -150,7 +150,8 @@ _FIGURES = (
 
 
 def _row_name(experiment: Experiment, outcome: Outcome, result: Result) -> str:
-    steps = f"{outcome.drawing.steps} steps, " if experiment.steps else ""
+    count = outcome.drawing.steps
+    steps = f"{count} step{'s' * (count > 1)}, " if experiment.steps else ""
     return f"{steps}{result.name}, cost {result.cost:.2f}"
 
 
