@@ -36,7 +36,7 @@ def attention_maps(q: Tensor, k: Tensor, scale: float) -> Iterator[Tensor]:
     _check(q, k)
     # Scaling q, not the logits, saves an M x N temporary and keeps float16 products in range.
     return (
-        torch.softmax((scale * q_head) @ k_head.mT, dim=-1, dtype=torch.float32)
+        torch.softmax(in_range((scale * q_head) @ k_head.mT), dim=-1, dtype=torch.float32)
         for q_head, k_head in zip(q.unbind(1), k.unbind(1), strict=True)
     )
 
@@ -60,8 +60,19 @@ def maps_in_turn(q: Tensor, k: Tensor, scale: float) -> Iterator[Tensor]:
         keys = k_head.mT
         for start in range(0, a.shape[1], step):
             rows = slice(start, start + step)
-            a[:, rows] = torch.softmax((scale * q_head[:, rows]) @ keys, dim=-1, dtype=torch.float32)
+            a[:, rows] = torch.softmax(in_range((scale * q_head[:, rows]) @ keys), dim=-1, dtype=torch.float32)
         yield a
+
+
+def in_range(logits: Tensor) -> Tensor:
+    """Hold products that left the range of float16 at its end, where a softmax would make NaNs of infinities.
+
+    Fused attention sums in float32, so a model may work in float16 although its logits do not fit.
+    """
+    if logits.dtype != torch.float16:
+        return logits
+    largest = torch.finfo(torch.float16).max
+    return logits.clamp(-largest, largest)
 
 
 def rows_at_once(entries: int) -> int:

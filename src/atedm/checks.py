@@ -39,6 +39,7 @@ _NAMES = {
     "unpruned_blocks": PAIRINGS,
     "map_mode": MAP_MODES,
 }
+_SWITCHES = ("merge", "proportional_attention", "rematch")
 _SHARES = ("prune_less_share", "importance_share", "cover_share", "own_update_share")
 
 
@@ -70,6 +71,9 @@ def check_config(config: PruningConfig) -> None:
     for name in ("eta", "alpha"):
         if not (is_number(getattr(config, name)) and getattr(config, name) > 0):
             raise ValueError(f"{name} must be a number above 0, not {getattr(config, name)!r}")
+    for name in _SWITCHES:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} must be true or false, not {getattr(config, name)!r}")
     if not is_whole(config.seed):
         raise ValueError(f"seed must be a whole number, not {config.seed!r}")
     _check_grid(config)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from atedm import flash_maps, plain_maps
-from atedm.attention_map import rows_at_once, without_autocast
+from atedm.attention_map import in_range, rows_at_once, without_autocast
 from atedm.matching import point_to_themselves
 from atedm.pruning import gather_tokens
 from atedm.ranking import ITERATIONS, normalise, root_mean_square
@@ -164,7 +164,7 @@ def scores_of_rows(
     """
     batch = q.shape[0]
     with without_autocast(q.device):
-        a = torch.softmax((scale * q[:, :, rows]) @ k.mT, dim=-1, dtype=torch.float32)
+        a = torch.softmax(in_range((scale * q[:, :, rows]) @ k.mT), dim=-1, dtype=torch.float32)
         maps = _fused(a, head_fusion).flatten(0, 1)
         s_q = maps.new_full(maps.shape[:2], 1 / len(rows))
         s_k = maps.new_full(maps[:, 0].shape, 1 / k.shape[2])
@@ -191,7 +191,7 @@ def _blocks(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, Tensor]
     q = scale * q
     for start in range(0, queries, step):
         rows = slice(start, min(start + step, queries))
-        yield rows, torch.softmax(q[:, :, rows] @ k.mT, dim=-1, dtype=torch.float32)
+        yield rows, torch.softmax(in_range(q[:, :, rows] @ k.mT), dim=-1, dtype=torch.float32)
 
 
 def _fused(a: Tensor, head_fusion: str) -> Tensor:
