@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import atedm
 from atedm.config import PRESETS, PruningConfig
@@ -131,8 +132,8 @@ def test_training_that_is_killed_goes_on_from_the_last_whole_state(tmp_path: Pat
         train(out, minutes=0.005, lr=1e-4, floor=0.02, autoencoder_minutes=0.0, reversed_share=1.0, seed=0, **small)
 
     def seen(out: Path) -> int:
-        file = out / "state.pt"
-        return int(torch.load(file, weights_only=True)["seen"]) if file.exists() else 0
+        file = out / "state.safetensors"
+        return int(load_file(file)["seen"]) if file.exists() else 0
 
     out = tmp_path / "run"
     for chance in faults(kind := "train killed", 0.06, counted=False):

@@ -13,6 +13,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
 import atedm
+from atedm.pipelines import load_pipeline
+from in_a_row import growth, in_a_row
 from models import draw, inputs, run, sdxl_pipeline, sdxl_unet, small_unet, snapshot
 
 PRESETS = ("paper", "dagger", "matched", None)
@@ -150,3 +152,10 @@ def test_tensors_do_not_pile_up_over_many_runs(preset: str) -> None:
 
     serve(2)
     assert serve(2) == serve(30)
+
+
+def test_images_in_a_row_take_no_more_memory_and_do_not_drift() -> None:
+    """Forty of them; `tests/in_a_row.py` draws thousands."""
+    seen = in_a_row(load_pipeline("tiny", device="cpu"), 40, 10)
+    assert seen.drift == 0
+    assert growth(seen.memory) < 30

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import atedm
@@ -109,7 +110,7 @@ def test_the_recipe_trains_resumes_and_assembles(tmp_path: Path) -> None:
     for _ in range(2):
         result = CliRunner().invoke(app, sitting, catch_exceptions=False)
         assert result.exit_code == 0
-        seen.append(int(torch.load(run / "state.pt", weights_only=True)["seen"]))
+        seen.append(int(load_file(run / "state.safetensors")["seen"]))
     assert 0 < seen[0] < seen[1]
     image = pipeline_from_run(run)("a red ring", num_inference_steps=1, output_type="np").images[0]
     assert image.shape == (128, 128, 3)

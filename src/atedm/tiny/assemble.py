@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 
 from atedm.tiny.classifier import save_classifier, train_classifier
 from atedm.tiny.text import build_text_encoders
+from atedm.tiny.training_state import averaged_weights, part_of
 from atedm.tiny.unet import build_scheduler, build_unet
 
 
@@ -22,10 +23,9 @@ def pipeline_from_run(run: Path) -> StableDiffusionXLPipeline:
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     parts = dict(zip(("text_encoder", "text_encoder_2"), build_text_encoders(tokenizer), strict=True))
     parts["unet"] = build_unet()
-    averaged = torch.load(run / "state.pt", map_location="cpu", weights_only=True)["average"]
+    averaged = averaged_weights(run)
     for name, part in parts.items():
-        prefix = f"{name}."
-        part.load_state_dict({key[len(prefix) :]: value for key, value in averaged.items() if key.startswith(prefix)})
+        part.load_state_dict(part_of(averaged, name))
     return StableDiffusionXLPipeline(
         vae=AutoencoderTiny.from_pretrained(run / "vae"),
         tokenizer=tokenizer,

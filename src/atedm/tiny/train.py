@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPTokenizer
 
-from atedm.files import written_whole
 from atedm.tiny.autoencoder import train_autoencoder
 from atedm.tiny.dataset import encode_scenes
 from atedm.tiny.scenes import CANVAS
 from atedm.tiny.text import build_text_encoders, build_tokenizer
+from atedm.tiny.training_state import NAME, load_state, save_state
 from atedm.tiny.unet import build_scheduler, build_unet
 
 CAPTION_DROPOUT = 0.1
@@ -113,11 +113,11 @@ def train(
 
     torch.manual_seed(seed)
     model = Denoiser(tokenizer, compiled=not eager).to(device)
-    if start_from is not None and not (run / "state.pt").exists():
+    if start_from is not None and not (run / NAME).exists():
         _load_parts(model, start_from)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    seen = _resume(run, model, average, optimizer)
+    seen = load_state(run, model, average, optimizer)
     # The last layer of the first encoder is never read, as in SDXL.
     trained: nn.Module = (
         DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
@@ -164,9 +164,9 @@ def train(
             )
             total, shown = 0.0, time.monotonic()
         if rank == 0 and steps % 500 == 0:
-            _save(run, model, average, optimizer, seen)
+            save_state(run, model, average, optimizer, seen)
     if rank == 0:
-        _save(run, model, average, optimizer, seen)
+        save_state(run, model, average, optimizer, seen)
         sitting = {"canvas": canvas, "minutes": minutes, "steps": steps, "batch": batch * world, "lr": lr, "seen": seen}
         with (run / "sittings.jsonl").open("a") as log:
             log.write(json.dumps(sitting) + "\n")
@@ -211,28 +211,6 @@ def _load_parts(model: Denoiser, folder: Path) -> None:
         ("unet", "diffusion_pytorch_model.safetensors"),
     ):
         getattr(model, part).load_state_dict(load_file(folder / part / file))
-
-
-def _resume(run: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    file = run / "state.pt"
-    if not file.exists():
-        return 0
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["seen"])
-
-
-def _save(run: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, seen: int) -> None:
-    state = {
-        "model": model.state_dict(),
-        "average": average.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "seen": seen,
-    }
-    with written_whole(run / "state.pt") as partial:
-        torch.save(state, partial)
 
 
 if __name__ == "__main__":
