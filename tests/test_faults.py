@@ -29,11 +29,12 @@ from atedm.evaluation.images import Drawing
 from atedm.evaluation.methods_by_name import method_by_name
 from atedm.evaluation.prompts import read_prompts
 from atedm.evaluation.scores import Metrics
-from atedm.generate import Request, generate
+from atedm.generate import generate
 from atedm.map_fallback import with_memory_there_is
 from atedm.map_modes import scores_in_blocks
 from atedm.pipelines import load_pipeline, tiny_folder
 from atedm.ranking import rank_by_attention
+from atedm.request import Request
 from faults import broken, command, ended, in_child, killed_at_write, largest_file, memory_left, whole_files
 from models import LATE, draw, inputs, run, sdxl_pipeline, sdxl_unet, small_unet, snapshot
 from test_evaluate import coco_folder

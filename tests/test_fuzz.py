@@ -28,7 +28,7 @@ from atedm.evaluation.methods import Dense
 from atedm.evaluation.methods_by_name import NAMES, method_by_name, parse_methods
 from atedm.evaluation.prompts import read_prompts
 from atedm.files import read_json
-from atedm.generate import Request
+from atedm.request import Request
 from atedm.run_file import read_run_file
 from faults import broken
 

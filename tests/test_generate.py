@@ -13,9 +13,10 @@ from PIL import Image
 import atedm
 from atedm.costs.fit import mean_share
 from atedm.files import save_image
-from atedm.generate import Request, generate, shown_beside
+from atedm.generate import generate, shown_beside
 from atedm.patching.survey import find_unet
 from atedm.pipelines import load_pipeline
+from atedm.request import Request
 
 PROMPTS = ("a red circle above a blue square", "a yellow ring on a pink background")
 

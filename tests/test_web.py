@@ -11,7 +11,7 @@ import pytest
 
 import atedm
 from atedm.costs.fit import mean_share
-from atedm.generate import Request
+from atedm.request import Request
 from atedm.web.job import Done, Drawn, Step, Stopped, run_job
 from atedm.web.messages import complaint, message
 from atedm.web.serve import is_loopback, serve

@@ -6,14 +6,12 @@ import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from atedm.checks import is_number, is_whole
 from atedm.config import PRESETS, PruningConfig, preset
 from atedm.costs.budget import CostOutOfReach
 from atedm.costs.fit import mean_share
@@ -22,6 +20,7 @@ from atedm.patching.apply import pruned
 from atedm.pictures.comparison import Comparison, Pruned, comparison_sheet, psnr
 from atedm.pictures.maps import maps_sheet
 from atedm.recording import Recording, recorded
+from atedm.request import Made, Request
 from atedm.run_file import NAME, run_file
 
 Progress = Callable[[str, int, int], None]
@@ -29,55 +28,6 @@ Progress = Callable[[str, int, int], None]
 
 Watch = Callable[[str, Image.Image, Recording | None], None]
 """Called with "dense", "pruned" or "beside", the image, and what was kept while it was made."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to make. ``width`` and ``height`` are pixels; None leaves a choice to the pipeline."""
-
-    prompts: tuple[str, ...]
-    config: PruningConfig
-    steps: int = 50
-    guidance: float = 3.0
-    width: int | None = None
-    height: int | None = None
-    seed: int = 0
-    #: What to show beside it where images are compared.
-    beside: PruningConfig | None = None
-    #: A picture, white where nothing is to be dropped.
-    protect: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        if not self.prompts or any(not isinstance(prompt, str) or not prompt.strip() for prompt in self.prompts):
-            raise ValueError("a prompt is empty; give a line of text for each image")
-        if not is_whole(self.steps) or self.steps < 1:
-            raise ValueError(f"steps must be at least 1, not {self.steps!r}")
-        if not is_number(self.guidance) or not 0 <= self.guidance < 1000:
-            raise ValueError(f"guidance must be 0 or more, not {self.guidance!r}")
-        if not is_whole(self.seed) or not -(2**63) <= self.seed < 2**63 - len(self.prompts):
-            raise ValueError(f"seed must be a whole number of 63 bits and a sign, not {self.seed!r}")
-        for name, side in (("width", self.width), ("height", self.height)):
-            if side is not None and (not is_whole(side) or side < 32 or side % 8):
-                raise ValueError(f"{name} must be a multiple of 8 pixels from 32 up, not {side!r}")
-        if self.protect is not None and not isinstance(self.protect, str):
-            raise ValueError(f"protect must be the name of a picture, not {self.protect!r}")
-
-
-@dataclass(frozen=True)
-class Made:
-    """One image and how it was made."""
-
-    file: str
-    prompt: str
-    seed: int
-    seconds: float
-    kept_share: float
-    dense_file: str | None = None
-    dense_seconds: float | None = None
-    psnr_to_dense: float | None = None
-    #: The same by ``request.beside``.
-    beside: Made | None = None
 
 
 def generate(

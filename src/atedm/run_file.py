@@ -15,9 +15,9 @@ import torch
 import atedm
 from atedm.config import PruningConfig
 from atedm.files import read_json
+from atedm.request import Made, Request
 
 if TYPE_CHECKING:
-    from atedm.generate import Made, Request
     from atedm.patching.summary import PatchSummary
 
 NAME = "run.json"
@@ -60,8 +60,6 @@ def read_run_file(file: Path) -> tuple[str, Request]:
         FileNotFoundError: If it is not there.
         ValueError: If it is no run file, or of a run that cannot be had from it alone; the message says why.
     """
-    from atedm.generate import Request  # which writes run files
-
     run = read_json(file)
     model, asked = run.get("model"), run.get("request")
     if not isinstance(model, str) or not isinstance(asked, dict):

@@ -88,9 +88,10 @@ def generate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from atedm.generate import Request, shown_beside, within_budget
     from atedm.generate import generate as make
+    from atedm.generate import shown_beside, within_budget
     from atedm.pipelines import habits, load_pipeline, quiet_libraries
+    from atedm.request import Request
     from atedm.run_file import read_run_file
 
     if again is not None:

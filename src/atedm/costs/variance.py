@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from atedm.attention_map import attention_maps, empty_map
 from atedm.config import PruningConfig
-from atedm.generate import Progress, Request
+from atedm.generate import Progress
 from atedm.patching.apply import is_applied
 from atedm.patching.pruning_layer import queries_and_keys
 from atedm.patching.survey import find_blocks, find_unet
+from atedm.request import Request
 
 THRESHOLD = 1e-5
 """The variance that the paper finds exceeded after its prune-less steps (supplement C.4)."""

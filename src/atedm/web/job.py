@@ -12,8 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from atedm.generate import Made, Request, generate
+from atedm.generate import generate
 from atedm.recording import Recording
+from atedm.request import Made, Request
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from atedm.generate import Made
+from atedm.request import Made
 from atedm.web.job import Step
 
 

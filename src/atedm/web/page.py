@@ -11,10 +11,10 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from atedm.generate import Made
 from atedm.patching.state import BlockObservation
 from atedm.pictures.maps import importance_overlay, kept_overlay
 from atedm.recording import Recording
+from atedm.request import Made
 from atedm.web.job import Drawn, Step, Stopped
 from atedm.web.layout import KEPT, Controls, Results, build_controls, build_results, cost_slider
 from atedm.web.messages import complaint, figures, hint, message, progress

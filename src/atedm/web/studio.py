@@ -14,9 +14,9 @@ from typing import Any
 from atedm.choices import check_name, draws_in_few_steps
 from atedm.config import PruningConfig, preset
 from atedm.costs.fit import mean_share
-from atedm.generate import Request
 from atedm.patching.survey import find_blocks
 from atedm.pipelines import Habits, habits, load_pipeline
+from atedm.request import Request
 from atedm.web.job import Event, run_job
 
 MAX_STEPS = 100
