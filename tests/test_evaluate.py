@@ -232,7 +232,7 @@ def test_coco_gives_one_caption_a_picture_cropped_to_the_middle(tmp_path: Path) 
 def test_files_of_prompts(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a cat\n\n  a dog \n")
     assert [prompt.text for prompt in read_prompts(str(tmp_path / "a.txt"))] == ["a cat", "a dog"]
-    (tmp_path / "a.csv").write_text('number,Prompt\n1,"a cat, asleep"\n2,\n3,a dog\n')
+    (tmp_path / "a.csv").write_text('number,Prompt\n1,"a cat,\n asleep"\n2,\n3,a dog\n')
     assert [prompt.text for prompt in read_prompts(str(tmp_path / "a.csv"))] == ["a cat, asleep", "a dog"]
     assert len(read_prompts(str(tmp_path / "a.csv"), 1)) == 1
     scenes = read_prompts("scenes", 5)
@@ -251,12 +251,21 @@ def test_what_holds_no_prompts_is_told_so(tmp_path: Path) -> None:
     refused(tmp_path / "empty.txt", "holds no prompts")
     (tmp_path / "a.csv").write_text("text\nx\n")
     refused(tmp_path / "a.csv", "no column 'prompt' or 'caption', but text")
+    (tmp_path / "a.csv").write_text("prompt\n" + 140_000 * "x")
+    refused(tmp_path / "a.csv", "is no CSV: field larger than")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00\x01")
     refused(tmp_path / "bytes.txt", "not text in UTF-8")
     (tmp_path / "one.txt").write_text("x")
     refused(tmp_path / "one.txt", "holds 1 prompts, fewer than the 2", 2)
     refused("scenes", "captions must be at least 1", 0)
     folder = coco_folder(tmp_path)
+    captions = folder / "annotations" / "captions_val2017.json"
+    whole = captions.read_text()
+    captions.write_text(whole.replace("000000000003.jpg", "../../secret.jpg"))
+    refused(folder, r"names a picture outside of its folder: \.\./\.\./secret\.jpg")
+    captions.write_text(whole.replace('"file_name"', '"name"'))
+    refused(folder, "captions_val2017.json is no caption file of MS-COCO")
+    captions.write_text(whole)
     for picture in (folder / "val2017").iterdir():
         picture.unlink()
     refused(folder, "captions of 3 pictures, but none of them")
@@ -308,6 +317,9 @@ def test_more_prompts_may_follow_and_other_images_are_not_mixed_in(pipe: Any, tm
         evaluate(
             pipe, {"dense": Dense()}, read_prompts("scenes", 2, seed=1), Drawing(steps=2, batch=2), QUICK, tmp_path
         )
+    (longer[1].folder / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"holds images, but no settings\.json says of what"):
+        run(pipe, tmp_path, 4)
 
 
 def test_figures_are_of_the_images(pipe: Any, tmp_path: Path) -> None:

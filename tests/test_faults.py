@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -125,13 +126,34 @@ def test_a_run_that_is_killed_leaves_whole_files_and_can_be_run_again(tiny: Any,
         assert content(out) == images
 
 
-def test_training_that_is_killed_goes_on_from_the_last_whole_state(tmp_path: Path) -> None:
+def sitting(out: Path) -> None:
+    """A few seconds of training."""
     from atedm.tiny.train import train
 
-    def sitting(out: Path) -> None:
-        small = {"canvas": 64, "batch": 2, "scenes": 32, "start_from": tiny_folder(), "eager": True}
-        train(out, minutes=0.005, lr=1e-4, floor=0.02, autoencoder_minutes=0.0, reversed_share=1.0, seed=0, **small)
+    small = {"canvas": 64, "batch": 2, "scenes": 32, "start_from": tiny_folder(), "eager": True}
+    train(out, minutes=0.005, lr=1e-4, floor=0.02, autoencoder_minutes=0.0, reversed_share=1.0, seed=0, **small)
 
+
+def test_half_a_folder_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+    def killed_at_the_second_copy() -> None:
+        copied = []
+
+        def copy_one(*names: Any, **options: Any) -> Any:
+            copied.append(names)
+            if len(copied) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return copyfile(*names, **options)
+
+        copyfile, shutil.copyfile = shutil.copyfile, copy_one
+        sitting(tmp_path)
+
+    INJECTED["train killed"] += 1
+    assert ended(in_child(killed_at_the_second_copy)) == -9
+    assert not (tmp_path / "tokenizer").exists()
+    assert ended(in_child(lambda: sitting(tmp_path))) == 0
+
+
+def test_training_that_is_killed_goes_on_from_the_last_whole_state(tmp_path: Path) -> None:
     def seen(out: Path) -> int:
         file = out / "state.safetensors"
         return int(load_file(file)["seen"]) if file.exists() else 0

@@ -95,16 +95,17 @@ def _read_coco(folder: Path) -> list[Prompt]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it tells its progress there
             coco = COCO(str(file))
-        named = [(image_id, coco.imgs[image_id]["file_name"]) for image_id in sorted(coco.getImgIds())]
+        named = [(image_id, Path(coco.imgs[image_id]["file_name"])) for image_id in sorted(coco.getImgIds())]
         captions = {image_id: coco.loadAnns(sorted(coco.getAnnIds(imgIds=image_id))) for image_id, _ in named}
         texts = {image_id: " ".join(found[0]["caption"].split()) for image_id, found in captions.items() if found}
         places = {image_id: pictures / name for image_id, name in named if image_id in texts}
+        there = {image_id for image_id, place in places.items() if place.is_file()}
     except Exception as error:  # whatever the package comes upon in a file that is none
         raise ValueError(f"{file} is no caption file of MS-COCO: {type(error).__name__}: {error}") from error
     # By the names alone: that a picture is a link to elsewhere is the user's own doing.
-    if outside := [name for _, name in named if Path(name).is_absolute() or ".." in Path(name).parts]:
+    if outside := [name for _, name in named if name.is_absolute() or ".." in name.parts]:
         raise ValueError(f"{file} names a picture outside of its folder: {outside[0]}")
-    prompts = [Prompt(texts[image_id], picture=place) for image_id, place in places.items() if place.is_file()]
+    prompts = [Prompt(texts[image_id], picture=place) for image_id, place in places.items() if image_id in there]
     if places and not prompts:
         raise ValueError(f"{file.name} has captions of {len(places)} pictures, but none of them is in {pictures}")
     return prompts
