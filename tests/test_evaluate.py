@@ -17,7 +17,7 @@ from atedm.costs.fit import mean_share
 from atedm.costs.tome import ToMe
 from atedm.evaluation.clip_score import TINY_CLIP
 from atedm.evaluation.evaluate import evaluate, slug
-from atedm.evaluation.experiments import EXPERIMENTS, Experiment
+from atedm.evaluation.experiments import EXPERIMENTS, GUIDANCE_SCALES, Experiment, only_as_asked
 from atedm.evaluation.images import Drawing, claim_folder, groups, image_file, missing_groups
 from atedm.evaluation.methods import Caching, Dense, Merging, Pruning, Stacked, counted_run
 from atedm.evaluation.methods_by_name import method_by_name, parse_methods
@@ -320,6 +320,15 @@ def test_more_prompts_may_follow_and_other_images_are_not_mixed_in(pipe: Any, tm
     (longer[1].folder / "settings.json").unlink()
     with pytest.raises(ValueError, match=r"holds images, but no settings\.json says of what"):
         run(pipe, tmp_path, 4)
+
+
+def test_what_an_experiment_varies_can_be_one_setting_that_was_asked_for() -> None:
+    curve, few = EXPERIMENTS["curve"], EXPERIMENTS["few-steps"]
+    assert only_as_asked(curve, steps=10, guidance=7.0).guidance == (7.0,)
+    assert only_as_asked(curve, steps=10).guidance == GUIDANCE_SCALES
+    assert only_as_asked(few, steps=3, guidance=1.0).steps == (3,)
+    assert only_as_asked(few).steps == (1, 2, 4, 8)
+    assert only_as_asked(EXPERIMENTS["place"], 3, 2.0) == EXPERIMENTS["place"]
 
 
 def test_figures_are_of_the_images(pipe: Any, tmp_path: Path) -> None:

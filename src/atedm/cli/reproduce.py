@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atedm.cli.evaluation_options import (
+    IMAGES_PANEL,
     BatchOption,
     CaptionsOption,
     ClipModelOption,
@@ -20,7 +21,6 @@ from atedm.cli.evaluation_options import (
     PromptsOption,
     SeedOption,
     SizeOption,
-    StepsOption,
     opened,
     read_options,
 )
@@ -48,7 +48,10 @@ def reproduce(
     dtype: DtypeOption = None,
     prompts: PromptsOption = "scenes",
     captions: CaptionsOption = 1000,
-    steps: StepsOption = 20,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Denoising steps; by default 20, or what few-steps varies.", rich_help_panel=IMAGES_PANEL),
+    ] = None,
     guidance: GuidanceOption = None,
     size: SizeOption = None,
     seed: SeedOption = 0,
@@ -68,9 +71,11 @@ def reproduce(
     `atedm reproduce table1 --captions 100`
 
     `atedm reproduce recovery --model stabilityai/stable-diffusion-xl-base-1.0 --prompts COCO_FOLDER --steps 50`
+
+    `atedm reproduce curve --guidance 7` runs one of the twelve scales; the whole curve finds its images.
     """
     from atedm.choices import check_name
-    from atedm.evaluation.experiments import EXPERIMENTS
+    from atedm.evaluation.experiments import EXPERIMENTS, only_as_asked
     from atedm.evaluation.report import image_sheet
     from atedm.evaluation.reproduce import markdown_of
     from atedm.evaluation.reproduce import reproduce as run
@@ -80,10 +85,10 @@ def reproduce(
     quiet_libraries()
     check_name("experiment", experiment, EXPERIMENTS)
     asked = read_options(
-        model, dtype, prompts, captions, steps, guidance, size, seed, batch, metrics, clip_model, clip_pretrained,
-        fid_features,
+        model, dtype, prompts, captions, 20 if steps is None else steps, guidance, size, seed, batch, metrics,
+        clip_model, clip_pretrained, fid_features,
     )  # fmt: skip
-    what = EXPERIMENTS[experiment]
+    what = only_as_asked(EXPERIMENTS[experiment], steps, guidance)
     with opened(asked.drawing, device) as (pipe, drawing, state, tell):
         outcomes = run(what, pipe, asked.prompts, drawing, asked.metrics, out, state=state, progress=tell)
     if not state.is_main_process:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from atedm.config import PruningConfig
 from atedm.schedule import PAIRINGS
@@ -30,6 +30,15 @@ class Experiment:
     steps: tuple[int, ...] = ()
     #: Whether its chart joins methods of one kind by a line, because they differ in their cost alone.
     joins_kinds: bool = False
+
+
+def only_as_asked(experiment: Experiment, steps: int | None = None, guidance: float | None = None) -> Experiment:
+    """Return the experiment under the setting that was asked for alone, where it would vary it."""
+    if steps is not None and experiment.steps:
+        experiment = replace(experiment, steps=(steps,))
+    if guidance is not None and experiment.guidance:
+        experiment = replace(experiment, guidance=(guidance,))
+    return experiment
 
 
 def _paper(changes: str) -> str:
