@@ -22,6 +22,8 @@ from PIL import Image
 from safetensors import safe_open
 
 Before = Callable[[], None]
+TOO_LONG = 300.0
+"""Seconds after which a child hangs."""
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -45,12 +47,16 @@ def in_child(work: Callable[[], None]) -> int:
 
 def ended(child: int, kill_after: float | None = None) -> int:
     """Wait for a child, or kill it after so many seconds if it still runs; return its status, -9 if killed."""
-    if kill_after is not None:
-        time.sleep(kill_after)
-        if os.waitpid(child, os.WNOHANG) != (0, 0):
-            return 0
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    over = time.monotonic() + (TOO_LONG if kill_after is None else kill_after)
+    while time.monotonic() < over:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert kill_after is not None, f"a child still ran after {TOO_LONG} s"
+    return status
 
 
 @dataclass(frozen=True)
