@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -228,6 +229,26 @@ def test_where_nothing_can_be_written_is_told(place: str, tmp_path: Path) -> Non
         said = command(*words, folder=tmp_path)
         assert said.in_one_line, said.err
         assert place in said.err
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *((name, "--plot") for name in ("bench", "latency", "cost", "variance", "objects", "errors", "scaling")),
+        ("bench", "--out"),
+        ("accuracy", "--sheet"),
+    ],
+)
+def test_where_no_picture_can_be_written_is_told_before_any_work(name: str, option: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    for place in ("/proc/atedm/x.png", "file/x.png", "."):
+        INJECTED["folder cannot be written"] += 1
+        start = time.monotonic()
+        said = command(name, option, place, folder=tmp_path)
+        assert said.in_one_line, said.err
+        assert f"cannot write {place}" in said.err
+        assert time.monotonic() - start < 20  # not the minutes that each of them takes
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 # --- Files that are broken --------------------------------------------------------------------------------------------

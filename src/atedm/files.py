@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,26 @@ def written_whole(file: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise OSError(f"cannot write {file}: {error.strerror or error}") from error
         raise
+
+
+def check_writable(*files: Path | None) -> None:
+    """See before long work that its results can be written; None is a file that was not asked for.
+
+    Raises:
+        OSError: As `written_whole`.
+    """
+    for file in files:
+        if file is None:
+            continue
+        if file.is_dir():
+            raise IsADirectoryError(f"cannot write {file}: it is a folder")
+        with suppress(_Checked), written_whole(file) as partial:
+            partial.touch()
+            raise _Checked
+
+
+class _Checked(Exception):
+    """What `written_whole` is left by where nothing is to be written yet."""
 
 
 def save_image(image: Image.Image, file: Path) -> None:

@@ -33,12 +33,13 @@ def accuracy(
     from atedm.evaluation.captions import columns, judge_images, make_scenes
     from atedm.evaluation.sheets import judged_sheet
     from atedm.evaluation.statistics import ratio_interval
-    from atedm.files import save_image
+    from atedm.files import check_writable, save_image
     from atedm.patching.apply import pruned
     from atedm.pipelines import TINY, load_pipeline, quiet_libraries, tiny_folder
     from atedm.tiny.classifier import load_classifier
     from atedm.tiny.scenes import held_out_scenes
 
+    check_writable(sheet)
     asked_to_prune = preset is not None or pruning_rate is not None
     config = pruning_config(preset or "paper", pruning_rate) if asked_to_prune else None
     if captions < 1 or steps < 1:
@@ -56,6 +57,5 @@ def accuracy(
         if sum(pair[1]):
             typer.echo(f"{name:<11} {ratio_interval(*pair).text(100)} %")
     if sheet is not None:
-        sheet.parent.mkdir(parents=True, exist_ok=True)
         save_image(judged_sheet(scenes, images, judgements), sheet)
         typer.echo(str(sheet))

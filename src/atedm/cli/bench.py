@@ -77,10 +77,11 @@ def bench(
     from atedm.bench import bench as measure
     from atedm.choices import check_name
     from atedm.evaluation.methods_by_name import method_by_name, parse_methods
-    from atedm.files import save_image, save_json
+    from atedm.files import check_writable, save_image, save_json
     from atedm.pictures.bench_chart import bench_chart
     from atedm.pipelines import quiet_libraries
 
+    check_writable(out, plot)
     if dtype is not None:
         check_name("dtype", dtype, ("float32", "bfloat16", "float16"))
     width, height = parse_size(size)
@@ -104,10 +105,8 @@ def bench(
             progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         save_json(report.as_dict(), out)
     if plot is not None:
-        plot.parent.mkdir(parents=True, exist_ok=True)
         save_image(bench_chart(report), plot)
     if json:
         typer.echo(dumps(report.as_dict(), indent=2))

@@ -125,8 +125,10 @@ def cost(
     from atedm.choices import check_name
     from atedm.costs.report import cost as cost_of
     from atedm.costs.tome import ToMe
+    from atedm.files import check_writable
     from atedm.pipelines import quiet_libraries
 
+    check_writable(plot)
     quiet_libraries()
     check_name("method", method, ("at-edm", "tome"))
     check_name("memory", memory, ("traced", "measured", "none"))
@@ -202,7 +204,6 @@ def _draw(report: CostReport, file: Path) -> None:
     from atedm.files import save_image
     from atedm.pictures.cost_chart import stage_chart
 
-    file.parent.mkdir(parents=True, exist_ok=True)
     save_image(stage_chart(report), file)
 
 

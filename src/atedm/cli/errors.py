@@ -75,10 +75,11 @@ def errors(
     from atedm.evaluation.methods import Pruning
     from atedm.evaluation.methods_by_name import method_by_name, parse_methods
     from atedm.evaluation.prompts import read_prompts
-    from atedm.files import save_image
+    from atedm.files import check_writable, save_image
     from atedm.pictures.errors_chart import errors_chart
     from atedm.pipelines import habits
 
+    check_writable(plot)
     if captions < 1:
         raise ValueError(f"captions must be at least 1, not {captions}")
     configs = {}
@@ -103,7 +104,6 @@ def errors(
             progress=on_step,
         )
     if plot is not None:
-        plot.parent.mkdir(parents=True, exist_ok=True)
         save_image(errors_chart(report, f"{len(texts)} images, {steps} steps"), plot)
     if json:
         typer.echo(dumps(report.as_dict(), indent=2))

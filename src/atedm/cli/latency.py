@@ -54,10 +54,11 @@ def latency(
 
     from atedm.choices import check_name
     from atedm.costs.latency import latency as measure
-    from atedm.files import save_image
+    from atedm.files import check_writable, save_image
     from atedm.pictures.latency_chart import latency_chart
     from atedm.pipelines import habits, quiet_libraries
 
+    check_writable(plot)
     if dtype is not None:
         check_name("dtype", dtype, ("float32", "bfloat16", "float16"))
     width, height = parse_size(size)
@@ -79,7 +80,6 @@ def latency(
             progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
     if plot is not None:
-        plot.parent.mkdir(parents=True, exist_ok=True)
         save_image(latency_chart(report), plot)
     if json:
         typer.echo(dumps(report.as_dict(), indent=2))

@@ -43,11 +43,12 @@ def objects(
     from rich.console import Console
 
     from atedm.evaluation.objects import find_objects
-    from atedm.files import save_image
+    from atedm.files import check_writable, save_image
     from atedm.pictures.objects_chart import objects_chart
     from atedm.pipelines import habits
     from atedm.tiny.scenes import held_out_scenes
 
+    check_writable(plot)
     if captions < 1:
         raise ValueError(f"captions must be at least 1, not {captions}")
     console = Console(stderr=True)
@@ -64,7 +65,6 @@ def objects(
             progress=on_call,
         )
     if plot is not None:
-        plot.parent.mkdir(parents=True, exist_ok=True)
         save_image(objects_chart(report, f"{captions} scenes, {steps} steps"), plot)
     if json:
         typer.echo(dumps(report.as_dict(), indent=2))

@@ -39,10 +39,11 @@ def scaling(
 
     from atedm.cli.options import pruning_config
     from atedm.costs.scaling import scaling as scale
-    from atedm.files import save_image
+    from atedm.files import check_writable, save_image
     from atedm.pictures.cost_chart import scaling_chart
     from atedm.pipelines import quiet_libraries
 
+    check_writable(plot)
     quiet_libraries()
     if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", sizes):
         raise ValueError(f"sizes must be whole numbers of pixels split by commas, such as 512,1024, not {sizes!r}")
@@ -57,7 +58,6 @@ def scaling(
             progress=lambda name, side: status.update(f"counting {name} at {side} px"),
         )
     if plot is not None:
-        plot.parent.mkdir(parents=True, exist_ok=True)
         save_image(scaling_chart(points), plot)
     if as_json:
         typer.echo(json.dumps([point.as_dict() for point in points], indent=2))

@@ -53,10 +53,11 @@ def variance(
     from rich.console import Console
 
     from atedm.costs.variance import attention_variance
-    from atedm.files import save_image
+    from atedm.files import check_writable, save_image
     from atedm.pictures.variance_chart import variance_chart
     from atedm.pipelines import habits, load_pipeline, quiet_libraries
 
+    check_writable(plot)
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must be above 0 and below 1, not {threshold}")
     suits = habits(model)
@@ -78,7 +79,6 @@ def variance(
             progress=on_call,
         )
     if plot is not None:
-        plot.parent.mkdir(parents=True, exist_ok=True)
         save_image(variance_chart(report, threshold, f"{model}, {len(prompts)} images, dense"), plot)
     if json:
         typer.echo(dumps({"model": model, **report.as_dict(threshold)}, indent=2))
