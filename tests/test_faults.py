@@ -41,7 +41,7 @@ from faults import broken, command, ended, in_child, killed_at_write, largest_fi
 from models import LATE, draw, inputs, run, sdxl_pipeline, sdxl_unet, small_unet, snapshot
 from test_evaluate import coco_folder
 
-FAULTS = int(os.environ.get("ATEDM_FAULTS", "60"))
+FAULTS = int(os.environ.get("ATEDM_FAULTS", "25"))
 """How many are injected, about."""
 INJECTED: Counter[str] = Counter()
 MOMENTS = ("before", "half", "after")

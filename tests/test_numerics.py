@@ -39,19 +39,19 @@ def scores(mode: str, q: Tensor, k: Tensor, scale: float) -> Scores:
 def test_the_ranking_of_16384_tokens_neither_overflows_nor_underflows(dtype: torch.dtype) -> None:
     tokens, scale = 16_384, 0.25
     generator = torch.Generator().manual_seed(0)
-    q, k = (3 * torch.randn(1, 1, tokens, 16, generator=generator) for _ in "qk")
+    q, k = (3 * torch.randn(1, 1, tokens, 8, generator=generator) for _ in "qk")
     q, k = q.to(dtype), k.to(dtype)
-    importance = scores_in_blocks(q, k, scale, iterations=2).importance
+    importance = scores_in_blocks(q, k, scale, iterations=1).importance
     assert importance.dtype == torch.float32
     assert torch.isfinite(importance).all()
     assert (importance > 0).all()
-    # One by one in float64, a block of rows at a time, for the same rounded q and k.
+    # Some rows at a time, for the same rounded q and k, the products not rounded and the sums in float64.
     s = torch.full((tokens,), 1 / tokens, dtype=torch.float64)
-    for _ in range(2):
-        received = torch.zeros_like(s)
-        for rows in torch.arange(tokens).split(2048):
-            received += s[rows] @ torch.softmax(scale * q[0, 0, rows].double() @ k[0, 0].double().T, dim=-1)
-        s = received / received.sum()
+    received = torch.zeros_like(s)
+    for rows in torch.arange(tokens).split(2048):
+        a = torch.softmax(scale * q[0, 0, rows].float() @ k[0, 0].float().T, dim=-1)
+        received += (s[rows].float() @ a).double()
+    s = received / received.sum()
     relative = (importance[0] - s).abs() / s
     # Logits of up to 40 are rounded to within 2^-6 in float16 and 2^-3 in bfloat16; over the rows that averages out.
     assert relative.median() < (2e-3 if dtype == torch.float16 else 3e-2)

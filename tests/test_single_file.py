@@ -1,16 +1,15 @@
 """Checkpoints of one file, as community sites share them, opened with no network but with the hub's cache."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from atedm.pipelines import load_pipeline
+from faults import Before, command, ended, in_child
 from models import draw
 from single_file import save_as_single_file
 from support import sd1_of_one_file_parts, sdxl_of_one_file_parts
@@ -29,8 +28,14 @@ def cache_configuration(pipe: Any, hub: Path, name: str) -> None:
         weights.unlink()
 
 
-def offline(hub: Path) -> dict[str, str]:
-    return os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
+def offline(hub: Path) -> Before:
+    """There is no network, and what was fetched before is in ``hub``."""
+
+    def before() -> None:
+        huggingface_hub.constants.HF_HUB_CACHE = str(hub)
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+    return before
 
 
 @pytest.fixture(scope="module")
@@ -60,51 +65,29 @@ def test_diffusers_reads_back_every_weight(parts: Any, tmp_path: Path) -> None:
     assert torch.equal(draw(read), draw(pipe))
 
 
-DRAW = """
-import sys, torch
-from atedm.pipelines import load_pipeline
-sys.path.insert(0, sys.argv[3])
-from models import draw
-pipe = load_pipeline(sys.argv[1], device="cpu")
-print(type(pipe).__name__)
-torch.save(draw(pipe), sys.argv[2])
-"""
-
-
 @pytest.mark.parametrize(("parts", "name"), [(sdxl_of_one_file_parts, SDXL), (sd1_of_one_file_parts, SD1)])
 def test_the_kind_is_told_by_the_file(parts: Any, name: str, tmp_path: Path) -> None:
     pipe = parts()
     save_as_single_file(pipe, tmp_path / "mix.safetensors")
     cache_configuration(pipe, tmp_path / "hub", name)
-    done = subprocess.run(
-        [sys.executable, "-c", DRAW, tmp_path / "mix.safetensors", tmp_path / "latents.pt", Path(__file__).parent],
-        env=offline(tmp_path / "hub"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert type(pipe).__name__ in done.stdout
-    assert torch.equal(torch.load(tmp_path / "latents.pt", weights_only=True), draw(pipe))
 
+    def work() -> None:
+        offline(tmp_path / "hub")()
+        opened = load_pipeline(str(tmp_path / "mix.safetensors"), device="cpu")
+        assert type(opened) is type(pipe)
+        torch.save(draw(opened), tmp_path / "latents.pt")
 
-def command(*arguments: str | Path, hub: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "atedm", *map(str, arguments)],
-        env=offline(hub),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    assert ended(in_child(work)) == 0
+    assert torch.equal(torch.load(tmp_path / "latents.pt"), draw(pipe))
 
 
 def test_the_command_line_draws_with_it(sdxl: tuple[Any, Path, Path], tmp_path: Path) -> None:
     _, file, hub = sdxl
     done = command(
         "generate", "a red circle", "--model", file, "--steps", "2", "--size", "64x64", "--device", "cpu",
-        "--out", tmp_path / "out", hub=hub,
+        "--out", tmp_path / "out", folder=tmp_path, before=offline(hub),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     assert list((tmp_path / "out").rglob("*.png"))
 
 
@@ -121,8 +104,9 @@ def test_what_is_wrong_is_told_in_one_line(sdxl: tuple[Any, Path, Path], tmp_pat
     no_words = tmp_path / "no-words.safetensors"
     save_file({key: value for key, value in load_file(file).items() if "conditioner.embedders.0" not in key}, no_words)
     for wrong, said in ((no_words, "CLIP"), (file, SDXL)):
-        hub_there = hub if wrong is no_words else tmp_path / "empty"
-        done = command("generate", "x", "--model", wrong, "--device", "cpu", "--out", tmp_path / "o", hub=hub_there)
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
-        assert said in done.stderr, done.stderr
+        there = hub if wrong is no_words else tmp_path / "empty"
+        done = command(
+            "generate", "x", "--model", wrong, "--device", "cpu", "--out", "o", folder=tmp_path, before=offline(there)
+        )
+        assert done.in_one_line, done.err
+        assert said in done.err, done.err
