@@ -22,6 +22,8 @@ PRESETS = ("paper", "dagger", "matched", None)
 
 def pruned_pipeline(preset: str | None) -> Any:
     pipe = sdxl_pipeline(sdxl_unet(seed=1))
+    # Each has tokenizers of its own: one tokenizer cannot be told of two paddings at once.
+    pipe.register_modules(**{name: copy.deepcopy(getattr(pipe, name)) for name in ("tokenizer", "tokenizer_2")})
     if preset is not None:
         atedm.apply(pipe, preset)
     return pipe

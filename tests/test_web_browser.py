@@ -54,9 +54,15 @@ def visitor(served: Served, browser: Browser, **view: Any) -> Iterator[Page]:
 
 
 def set_number(page: Page, where: str, value: int) -> None:
-    box = page.locator(f"{where} input[type=number]")
-    box.fill(str(value))
-    box.press("Tab")
+    """Give a slider a number, again if it was not yet listening: the rail beside the number shows what it took."""
+    box, rail = (page.locator(f"{where} input[type={kind}]") for kind in ("number", "range"))
+    for _ in range(20):
+        box.fill(str(value))
+        box.press("Tab")
+        page.wait_for_timeout(100)
+        if rail.input_value() == str(value) == box.input_value():
+            return
+    raise AssertionError(f"{where} does not take {value}")
 
 
 def set_steps(page: Page, steps: int) -> None:
