@@ -222,8 +222,9 @@ def test_files_of_runs(tmp_path: Path) -> None:
 
     def read(content: bytes) -> None:
         file.write_bytes(content)
-        read_json(file)
+        assert isinstance(read_json(file), dict)
         claim_folder(folder, Dense(), Drawing(), prompts, 1)
+        assert json.loads(file.read_text())["weights"] == 1
 
     text = st.one_of(changed(json.loads(whole)), VALUES).map(lambda content: json.dumps(content).encode())
     fuzzed("JSON of runs", text | bytes_of(whole), read)
