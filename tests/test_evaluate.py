@@ -16,7 +16,7 @@ from atedm.config import PRESETS
 from atedm.costs.fit import mean_share
 from atedm.costs.tome import ToMe
 from atedm.evaluation.clip_score import TINY_CLIP
-from atedm.evaluation.evaluate import evaluate, slug
+from atedm.evaluation.evaluate import evaluate, image_of, slug
 from atedm.evaluation.experiments import EXPERIMENTS, GUIDANCE_SCALES, Experiment, only_as_asked
 from atedm.evaluation.images import Drawing, claim_folder, groups, image_file, missing_groups
 from atedm.evaluation.methods import Caching, Dense, Merging, Pruning, Stacked, counted_run
@@ -24,7 +24,7 @@ from atedm.evaluation.methods_by_name import method_by_name, parse_methods
 from atedm.evaluation.perceptual import lpips_distances
 from atedm.evaluation.prompts import Prompt, read_prompts, write_references
 from atedm.evaluation.report import markdown, write_html
-from atedm.evaluation.reproduce import markdown_of, reproduce
+from atedm.evaluation.reproduce import markdown_of, reproduce, sheet_of
 from atedm.evaluation.scores import Metrics, Scores, distances
 from atedm.evaluation.statistics import Interval
 from atedm.pictures.quality_chart import cost_chart, rows_chart
@@ -118,6 +118,20 @@ def test_what_cannot_be_had_is_left_out_and_said(pipe: Any, tmp_path: Path) -> N
     hopeless = Experiment("t", "s", {"too cheap": "paper[cost=0.2]"})
     with pytest.raises(ValueError, match="cannot cost"):
         reproduce(hopeless, pipe, read_prompts("scenes", 2), Drawing(steps=1, batch=2), QUICK, tmp_path)
+
+
+def test_the_sheet_shows_every_setting(pipe: Any, tmp_path: Path) -> None:
+    experiment = Experiment("t", "s", {"dense": "dense", "matched": "matched"}, guidance=(1.0, 3.0))
+    prompts = read_prompts("scenes", 2)
+    outcomes = reproduce(experiment, pipe, prompts, Drawing(steps=1, batch=2), QUICK, tmp_path)
+    sheet = sheet_of(experiment, outcomes, prompts)
+    shown = [(outcome, index) for outcome in outcomes for index in range(2)]
+    for row, (outcome, index) in enumerate(shown):
+        for column, result in enumerate(outcome.results):
+            with Image.open(image_of(result, index)) as image:
+                picture = image.resize((160, 160), Image.Resampling.BICUBIC)
+            x, y = 10 + 170 * column, 10 + (26 + 18 + 170) * row + 26 + 18
+            assert sheet.crop((x, y, x + 160, y + 160)).tobytes() == picture.tobytes(), (row, column)
 
 
 def test_equal_cost_is_solved_for(pipe: Any) -> None:

@@ -11,6 +11,7 @@ from atedm.patching.state import BlockObservation
 from atedm.pictures.canvas import Cell, draw_sheet
 from atedm.pictures.comparison import Comparison, Pruned, comparison_sheet, difference, psnr
 from atedm.pictures.maps import importance_overlay, kept_overlay, maps_sheet, mean_kept_overlay
+from atedm.pictures.quality_chart import curve_chart
 from atedm.recording import Recording
 
 WHITE = Image.new("RGB", (64, 64), (255, 255, 255))
@@ -92,3 +93,9 @@ def test_kept_share_counts_spared_blocks_as_whole() -> None:
     assert recording.kept_share == pytest.approx((0.125 + 3) / 4)
     with pytest.raises(ValueError, match="nothing was recorded"):
         _ = Recording().kept_share
+
+
+def test_a_curve_with_far_points_shows_the_good_end_enlarged() -> None:
+    good = {"dense": [(1.0, 0.94, 8.0), (2.0, 0.95, 6.0), (3.0, 0.945, 9.0)]}
+    far = {"dense": [*good["dense"], (9.0, 0.4, 900.0)]}
+    assert curve_chart(far).width > curve_chart(good).width

@@ -76,8 +76,7 @@ def reproduce(
     """
     from atedm.choices import check_name
     from atedm.evaluation.experiments import EXPERIMENTS, only_as_asked
-    from atedm.evaluation.report import image_sheet
-    from atedm.evaluation.reproduce import markdown_of
+    from atedm.evaluation.reproduce import markdown_of, sheet_of
     from atedm.evaluation.reproduce import reproduce as run
     from atedm.files import save_image, save_json, save_text
     from atedm.pipelines import quiet_libraries
@@ -99,7 +98,7 @@ def reproduce(
     chart = _chart(what, outcomes)
     if chart is not None:
         save_image(chart, out / f"{experiment}.png")
-    save_image(image_sheet(outcomes[0].results, asked.prompts), out / f"{experiment}-sheet.png")
+    save_image(sheet_of(what, outcomes, asked.prompts), out / f"{experiment}-sheet.png")
     typer.echo(text)
     typer.echo(str(out / f"{experiment}.md"))
 

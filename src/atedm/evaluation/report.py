@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -51,14 +51,42 @@ def markdown(results: Sequence[Result]) -> str:
 
 def image_sheet(results: Sequence[Result], prompts: Sequence[Prompt], count: int = 6, side: int = 160) -> Image.Image:
     """Lay out the first images of every method, a prompt a row."""
-    rows = []
-    for index in range(min(count, len(prompts))):
+    return _sheet([(prompt.text, results, index) for index, prompt in enumerate(prompts[:count])], side)
+
+
+def settings_sheet(
+    settings: Mapping[str, Sequence[Result]], prompts: Sequence[Prompt], count: int = 6, side: int = 160
+) -> Image.Image:
+    """Lay out the first images of every method under several settings: at least one row a setting, a prompt a row.
+
+    Args:
+        settings: Results by what the setting is called, as "guidance 7".
+        prompts: What was drawn.
+        count: Rows, where that is more than there are settings.
+        side: Longer side of a picture, in pixels.
+    """
+    each = max(1, count // len(settings))
+    rows = [
+        (f"{title}: {prompt.text}", results, index)
+        for title, results in settings.items()
+        for index, prompt in enumerate(prompts[:each])
+    ]
+    return _sheet(rows, side)
+
+
+def _sheet(rows: Sequence[tuple[str, Sequence[Result], int]], side: int) -> Image.Image:
+    """Draw rows of (title, results, number of the image), methods named above the first and where they change."""
+    cells: list[list[Cell]] = []
+    above: list[str] = []
+    for _, results, index in rows:
+        names = [result.name for result in results]
         row = []
         for result in results:
             with Image.open(image_of(result, index)) as opened:
-                row.append(Cell(opened.convert("RGB"), _short(result.name) if index == 0 else ""))
-        rows.append(row)
-    return draw_sheet(rows, [prompt.text for prompt in prompts[:count]], side=side)
+                row.append(Cell(opened.convert("RGB"), "" if names == above else _short(result.name)))
+        cells.append(row)
+        above = names
+    return draw_sheet(cells, [title for title, _, _ in rows], side=side)
 
 
 def _short(name: str, width: int = 20) -> str:

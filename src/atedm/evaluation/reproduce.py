@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from PIL import Image
 
 from atedm.costs.budget import CostOutOfReach
 from atedm.evaluation.evaluate import Progress, Result, evaluate
@@ -16,7 +17,7 @@ from atedm.evaluation.images import Drawing
 from atedm.evaluation.methods import Method
 from atedm.evaluation.methods_by_name import method_by_name
 from atedm.evaluation.prompts import Prompt
-from atedm.evaluation.report import table
+from atedm.evaluation.report import image_sheet, settings_sheet, table
 from atedm.evaluation.scores import Metrics
 
 
@@ -113,6 +114,17 @@ def markdown_of(experiment: Experiment, outcomes: Sequence[Outcome]) -> str:
         lines += ["| " + " | ".join(row) + " |" for row in rows]
     reasons = {f"{label}: {reason}" for outcome in outcomes for label, reason in outcome.left_out.items()}
     return "\n".join([*lines, *([""] if reasons else []), *(f"- {reason}" for reason in sorted(reasons))])
+
+
+def sheet_of(experiment: Experiment, outcomes: Sequence[Outcome], prompts: Sequence[Prompt]) -> Image.Image:
+    """Lay out the first images of every method, a prompt a row; under several settings, settings below each other."""
+    if len(outcomes) == 1:
+        return image_sheet(outcomes[0].results, prompts)
+    named = {
+        ", ".join(f"{what} {value:g}" for what, value in _setting(experiment, outcome.drawing).items()): outcome.results
+        for outcome in outcomes
+    }
+    return settings_sheet(named, prompts)
 
 
 def _setting(experiment: Experiment, drawing: Drawing) -> Mapping[str, float]:

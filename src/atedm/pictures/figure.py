@@ -18,10 +18,15 @@ def new_chart(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    open_chart(axes)
+    return figure, axes
+
+
+def open_chart(axes: Axes) -> None:
+    """Leave of a plot's frame what is read by: the axes at the left and below."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT_HEX)
     axes.tick_params(colors=INK_HEX, which="both", width=0.6)
-    return figure, axes
 
 
 def picture_of(figure: Figure) -> Image.Image:

@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from atedm.evaluation.statistics import Interval
-from atedm.pictures.figure import FAINT_HEX, INK_HEX, new_chart, picture_of
+from atedm.pictures.figure import FAINT_HEX, INK_HEX, new_chart, open_chart, picture_of
 
 
 def cost_chart(
@@ -85,21 +85,42 @@ def rows_chart(rows: Mapping[str, Mapping[str, tuple[Interval, float]]], title: 
 def curve_chart(curves: Mapping[str, Sequence[tuple[float, float, float]]], title: str = "") -> Image.Image:
     """Draw FID against CLIP score over guidance scales, a line a method (supplement Fig. 5).
 
+    Where some scales or methods are far off, FID is drawn by its logarithm and the good end once more, enlarged.
+
     Args:
         curves: (guidance, CLIP score, FID) by method.
         title: Headline.
     """
-    figure, axes = new_chart(8.5, 5.0)
+    points = [point for curve in curves.values() for point in curve]
+    best_clip, best_fid = max(point[1] for point in points), min(point[2] for point in points)
+    near = [point for point in points if point[1] >= 0.97 * best_clip and point[2] <= 6 * best_fid]
+    is_spread = len(near) > len(curves) and min(point[1] for point in points) < 0.8 * best_clip
+    figure, axes = new_chart(11.0 if is_spread else 8.5, 5.0)
+    panels = [axes]
+    if is_spread:
+        figure.clear()
+        panels = list(figure.subplots(1, 2))
+        panels[0].set_yscale("log")
+        for place, name in ((1, "set_xlim"), (2, "set_ylim")):
+            low, high = min(point[place] for point in near), max(point[place] for point in near)
+            edge = 0.08 * (high - low)
+            getattr(panels[1], name)(low - edge, high + edge)
+        panels[1].set_title("the good end, enlarged", loc="left", fontsize=9, color=FAINT_HEX)
     marks = _marks(list(curves))
-    for name, points in curves.items():
-        clips, fids = ([point[place] for point in points] for place in (1, 2))
-        axes.plot(clips, fids, ls="-", ms=4, label=name, **marks[name])
-        for guidance, clip, fid in points[:: max(1, len(points) // 3)]:
-            axes.annotate(f"{guidance:g}", (clip, fid), (4, 4), textcoords="offset points", fontsize=7, color=FAINT_HEX)
-    axes.set_xlabel("CLIP score", color=INK_HEX)
-    axes.set_ylabel("FID", color=INK_HEX)
-    axes.set_title(title, loc="left", fontsize=11, color=INK_HEX)
-    axes.legend(frameon=False, fontsize=9)
+    for panel in panels:
+        for name, curve in curves.items():
+            panel.plot([p[1] for p in curve], [p[2] for p in curve], ls="-", ms=4, lw=1.2, label=name, **marks[name])
+        # One line of numbers is enough, where the lines are near each other.
+        for point in next(iter(curves.values())):
+            if not is_spread or (point in near) == (panel is panels[-1]):
+                panel.annotate(
+                    f"{point[0]:g}", point[1:], (4, 4), textcoords="offset points", fontsize=7, color=FAINT_HEX
+                )
+        open_chart(panel)
+        panel.set_xlabel("CLIP score", color=INK_HEX)
+    panels[0].set_ylabel("FID", color=INK_HEX)
+    panels[0].legend(frameon=False, fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK_HEX)
     return picture_of(figure)
 
 
