@@ -25,7 +25,7 @@ from atedm.evaluation.perceptual import lpips_distances
 from atedm.evaluation.prompts import Prompt, read_prompts, write_references
 from atedm.evaluation.report import markdown, write_html
 from atedm.evaluation.reproduce import markdown_of, reproduce, sheet_of
-from atedm.evaluation.scores import Metrics, Scores, distances
+from atedm.evaluation.scores import Metrics, Scores, distances, score
 from atedm.evaluation.statistics import Interval
 from atedm.pictures.quality_chart import cost_chart, rows_chart
 from atedm.pipelines import TINY, load_pipeline
@@ -107,6 +107,19 @@ def test_fewer_steps_are_another_image_and_the_full_ones_are_what_is_compared_wi
     assert "psnr" not in dense.scores.intervals()
     two = run(pipe, tmp_path / "two", 2)[0]
     assert pixels(half.folder, 2) == pixels(two.folder, 2)
+
+
+def test_the_judge_reads_pictures_of_any_size(tmp_path: Path) -> None:
+    prompts = read_prompts("scenes", 4)
+    same, larger, wide = (tmp_path / name for name in ("same", "larger", "wide"))
+    list(write_references(prompts, same, (128, 128), 0))
+    for folder, size in ((larger, (512, 512)), (wide, (320, 192))):
+        folder.mkdir()
+        for index in range(4):
+            with Image.open(image_file(same, index)) as picture:
+                picture.resize(size, Image.Resampling.BICUBIC).save(image_file(folder, index))
+    for folder in (same, larger, wide):
+        assert score(folder, prompts, Metrics(("accuracy",))).intervals()["accuracy"].mean == 1
 
 
 def test_what_cannot_be_had_is_left_out_and_said(pipe: Any, tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ BatchOption = Annotated[int, typer.Option(help="Images drawn at once.", rich_hel
 MetricsOption = Annotated[
     str,
     typer.Option(
-        help="Of **distance** (to dense), **lpips** (to dense), **accuracy** (of captions, scenes only), **clip** and "
-        "**fid**.",
+        help="Of **distance** (to dense), **lpips** (to dense), **accuracy** (of captions, scenes only, scaled to the "
+        "judge's 128 px), **clip** and **fid**.",
         rich_help_panel=METRICS_PANEL,
     ),
 ]

@@ -19,6 +19,7 @@ from atedm.evaluation.statistics import Interval, mean_interval, ratio_interval
 from atedm.files import read_json, save_json
 from atedm.pipelines import tiny_folder
 from atedm.tiny.classifier import load_classifier
+from atedm.tiny.scenes import CANVAS
 
 CLIP, FID, ACCURACY, DISTANCE, LPIPS = METRICS = ("clip", "fid", "accuracy", "distance", "lpips")
 
@@ -127,7 +128,8 @@ def score(
         tell("caption accuracy")
         judge = load_classifier(tiny_folder() / "classifier.safetensors")
         scenes = [prompt.scene for prompt in prompts if prompt.scene is not None]
-        accuracy = columns(judge_images(judge, scenes, torch.stack([read_pixels(file) for file in files])))
+        pictures = torch.stack([read_pixels(file, CANVAS) for file in files])
+        accuracy = columns(judge_images(judge, scenes, pictures))
     clip: list[float] = []
     if CLIP in metrics.names:
         tell("CLIP score")
