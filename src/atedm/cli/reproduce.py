@@ -72,10 +72,11 @@ def reproduce(
 
     `atedm reproduce recovery --model stabilityai/stable-diffusion-xl-base-1.0 --prompts COCO_FOLDER --steps 50`
 
-    `atedm reproduce curve --guidance 7` runs one of the twelve scales; the whole curve finds its images.
+    `atedm reproduce curve --guidance 7` runs one of the twelve scales, as curve-guidance-7; the whole curve finds its
+    images.
     """
     from atedm.choices import check_name
-    from atedm.evaluation.experiments import EXPERIMENTS, only_as_asked
+    from atedm.evaluation.experiments import EXPERIMENTS, name_of_part, only_as_asked
     from atedm.evaluation.reproduce import markdown_of, sheet_of
     from atedm.evaluation.reproduce import reproduce as run
     from atedm.files import save_image, save_json, save_text
@@ -93,14 +94,15 @@ def reproduce(
     if not state.is_main_process:
         return
     text = f"## {what.title} ({what.source})\n\n{markdown_of(what, outcomes)}\n"
-    save_json([outcome.as_dict() for outcome in outcomes], out / f"{experiment}.json")
-    save_text(text, out / f"{experiment}.md")
+    name = name_of_part(experiment, steps, guidance)
+    save_json([outcome.as_dict() for outcome in outcomes], out / f"{name}.json")
+    save_text(text, out / f"{name}.md")
     chart = _chart(what, outcomes)
     if chart is not None:
-        save_image(chart, out / f"{experiment}.png")
-    save_image(sheet_of(what, outcomes, asked.prompts), out / f"{experiment}-sheet.png")
+        save_image(chart, out / f"{name}.png")
+    save_image(sheet_of(what, outcomes, asked.prompts), out / f"{name}-sheet.png")
     typer.echo(text)
-    typer.echo(str(out / f"{experiment}.md"))
+    typer.echo(str(out / f"{name}.md"))
 
 
 def _chart(experiment: Experiment, outcomes: list[Outcome]) -> Image.Image | None:

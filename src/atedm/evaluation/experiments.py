@@ -41,6 +41,19 @@ def only_as_asked(experiment: Experiment, steps: int | None = None, guidance: fl
     return experiment
 
 
+def name_of_part(name: str, steps: int | None = None, guidance: float | None = None) -> str:
+    """Return a name for the results of `only_as_asked`, so that one setting does not take the place of another.
+
+    It is the experiment's own where nothing was narrowed.
+    """
+    experiment = EXPERIMENTS[name]
+    if steps is not None and experiment.steps:
+        name += f"-{steps}-step" + "s" * (steps > 1)
+    if guidance is not None and experiment.guidance:
+        name += f"-guidance-{guidance:g}"
+    return name
+
+
 def _paper(changes: str) -> str:
     return f"paper[{changes}]"
 
