@@ -403,6 +403,8 @@ def table() -> str:
         "[Refused](../tests/test_patch_refusals.py), with the reason, are diffusion transformers, U-Nets without",
         "cross-attention blocks, and attention masks over tokens.",
         "",
+        "Written by",
+        "",
         "```bash",
         "PYTHONPATH=tests .venv/bin/python tests/support.py",
         "```",

@@ -17,14 +17,14 @@ from atedm.costs.fit import mean_share
 from atedm.costs.tome import ToMe
 from atedm.evaluation.clip_score import TINY_CLIP
 from atedm.evaluation.evaluate import evaluate, image_of, slug
-from atedm.evaluation.experiments import EXPERIMENTS, GUIDANCE_SCALES, Experiment, name_of_part, only_as_asked
+from atedm.evaluation.experiments import EXPERIMENTS, GUIDANCE_SCALES, Experiment, only_as_asked, results_name
 from atedm.evaluation.images import Drawing, claim_folder, groups, image_file, missing_groups
 from atedm.evaluation.methods import Caching, Dense, Merging, Pruning, Stacked, counted_run
 from atedm.evaluation.methods_by_name import method_by_name, parse_methods
 from atedm.evaluation.perceptual import lpips_distances
 from atedm.evaluation.prompts import Prompt, read_prompts, write_references
 from atedm.evaluation.report import markdown, write_html
-from atedm.evaluation.reproduce import markdown_of, reproduce, sheet_of
+from atedm.evaluation.reproduce import folder_name, markdown_of, reproduce, sheet_of
 from atedm.evaluation.scores import Metrics, Scores, distances, score
 from atedm.evaluation.statistics import Interval
 from atedm.pictures.quality_chart import cost_chart, rows_chart
@@ -356,12 +356,13 @@ def test_what_an_experiment_varies_can_be_one_setting_that_was_asked_for() -> No
     assert only_as_asked(few, steps=3, guidance=1.0).steps == (3,)
     assert only_as_asked(few).steps == (1, 2, 4, 8)
     assert only_as_asked(EXPERIMENTS["place"], 3, 2.0) == EXPERIMENTS["place"]
-    # The results of one setting do not take the place of another's, or of all.
-    assert name_of_part("curve", steps=10, guidance=2.5) == "curve-guidance-2.5"
-    assert name_of_part("curve", steps=10) == "curve"
-    assert name_of_part("few-steps", steps=1) == "few-steps-1-step"
-    assert name_of_part("few-steps", steps=4, guidance=3.0) == "few-steps-4-steps"
-    assert name_of_part("place", 3, 2.0) == "place"
+
+
+def test_results_of_one_setting_do_not_take_the_place_of_those_of_another() -> None:
+    assert results_name("curve") == "curve"
+    assert results_name("curve", steps=10, guidance=2.5) == "curve-10-steps-guidance-2.5"
+    assert results_name("few-steps", steps=1, size=(192, 256)) == "few-steps-1-step-192x256"
+    assert folder_name(Drawing(steps=10, dtype="bfloat16")) != folder_name(Drawing(steps=10, dtype="float32"))
 
 
 def test_figures_are_of_the_images(pipe: Any, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def reproduce(
     images.
     """
     from atedm.choices import check_name
-    from atedm.evaluation.experiments import EXPERIMENTS, name_of_part, only_as_asked
+    from atedm.evaluation.experiments import EXPERIMENTS, only_as_asked, results_name
     from atedm.evaluation.reproduce import markdown_of, sheet_of
     from atedm.evaluation.reproduce import reproduce as run
     from atedm.files import save_image, save_json, save_text
@@ -94,7 +94,7 @@ def reproduce(
     if not state.is_main_process:
         return
     text = f"## {what.title} ({what.source})\n\n{markdown_of(what, outcomes)}\n"
-    name = name_of_part(experiment, steps, guidance)
+    name = results_name(experiment, steps, guidance, asked.drawing.size)
     save_json([outcome.as_dict() for outcome in outcomes], out / f"{name}.json")
     save_text(text, out / f"{name}.md")
     chart = _chart(what, outcomes)

@@ -41,17 +41,25 @@ def only_as_asked(experiment: Experiment, steps: int | None = None, guidance: fl
     return experiment
 
 
-def name_of_part(name: str, steps: int | None = None, guidance: float | None = None) -> str:
-    """Return a name for the results of `only_as_asked`, so that one setting does not take the place of another.
+def results_name(
+    experiment: str, steps: int | None = None, guidance: float | None = None, size: tuple[int, int] | None = None
+) -> str:
+    """Return what results are called, so that those of one setting do not take the place of another's.
 
-    It is the experiment's own where nothing was narrowed.
+    Args:
+        experiment: Its name.
+        steps: Denoising steps, where they were asked for.
+        guidance: Guidance scale, where it was asked for.
+        size: (width, height) in pixels, where it was asked for.
     """
-    experiment = EXPERIMENTS[name]
-    if steps is not None and experiment.steps:
-        name += f"-{steps}-step" + "s" * (steps > 1)
-    if guidance is not None and experiment.guidance:
-        name += f"-guidance-{guidance:g}"
-    return name
+    parts = [experiment]
+    if steps is not None:
+        parts.append(f"{steps}-step" + "s" * (steps > 1))
+    if guidance is not None:
+        parts.append(f"guidance-{guidance:g}")
+    if size is not None:
+        parts.append(f"{size[0]}x{size[1]}")
+    return "-".join(parts)
 
 
 def _paper(changes: str) -> str:
@@ -77,6 +85,7 @@ def _pareto() -> dict[str, str]:
     for cost in (0.85, 0.75, 0.65, 0.55, 0.45, 0.35):
         for label, name in (("fewer steps", "dense"), ("AT-EDM", "paper"), ("ToMe", "tome"), ("matched", "matched")):
             methods[f"{label} {cost}"] = f"{name}[cost={cost}]"
+    methods["matched 0.5"] = "matched[cost=0.5]"  # half of dense, for what a user would ask first
     caching = {f"DeepCache {n}": f"deepcache[interval={n}]" for n in (2, 3, 5)}
     stacked = {f"matched + DeepCache {n}": f"matched[pruning_rate=0.4]+deepcache[interval={n}]" for n in (2, 3)}
     return methods | caching | stacked

@@ -90,7 +90,7 @@ def reproduce(
 def folder_name(setting: Drawing) -> str:
     """Name of the folder that holds the images of a setting."""
     size = f"-{setting.width}x{setting.height}" if setting.size else ""
-    return f"{setting.steps}-steps-guidance-{setting.guidance:g}{size}"
+    return f"{setting.steps}-steps-guidance-{setting.guidance:g}{size}-{setting.dtype}"
 
 
 def settings(experiment: Experiment, drawing: Drawing) -> list[Drawing]:
