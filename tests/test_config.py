@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atedm.choices import PLACES, RANKINGS, RECOVERIES, SIMILARITIES, WHERES, check_name
+from atedm.choices import PLACES, RANKINGS, RECOVERIES, SIMILARITIES, WHERES, check_name, draws_in_few_steps
 from atedm.config import PRESETS, PruningConfig, preset
 from atedm.ranking import HEAD_FUSIONS, MAPPINGS
 from atedm.schedule import PAIRINGS, SCHEDULES, BlockPlace
@@ -278,3 +278,26 @@ def test_a_method_is_called_by_its_name() -> None:
         "turbo": "AT-EDM",
         "matched": "Matched pruning",
     }
+
+
+@pytest.mark.parametrize(
+    ("model", "few"),
+    [
+        ("stabilityai/sdxl-turbo", True),
+        ("/models/sdxl-turbo/unet", True),
+        ("/cache/models--stabilityai--sdxl-turbo/snapshots/f4b0486b/unet", True),
+        ("/cache/models--stabilityai--sdxl-turbo/snapshots/f4b0486b", True),
+        ("ByteDance/Hyper-SD", True),
+        ("Hyper-SDXL-8steps", True),
+        ("SDXL_tcd", True),
+        ("LCMScheduler", True),
+        ("DreamShaperXL_Turbo", True),
+        ("someone/HyperRealism-XL", False),
+        ("turbo/stable-diffusion-xl", False),
+        ("/turbo/sdxl/unet", False),
+        ("EulerDiscreteScheduler", False),
+        ("", False),
+    ],
+)
+def test_models_for_few_steps_are_known_by_their_own_name(model: str, few: bool) -> None:
+    assert draws_in_few_steps(model) == few

@@ -88,6 +88,12 @@ def test_methods_are_read_as_they_are_written() -> None:
     assert both == Stacked((Merging(ToMe(0.4)), Caching(3)))
 
 
+@pytest.mark.parametrize("spec", ["matched+tome", "tome[ratio=0.4]+paper", "dagger+deepcache+tome"])
+def test_tome_does_not_go_with_pruning(spec: str) -> None:
+    with pytest.raises(ValueError, match="ToMe and pruning do not go together"):
+        method_by_name(spec)
+
+
 def test_a_cost_may_be_given_as_a_share_of_dense() -> None:
     assert method_by_name("dense[cost=0.7]") == Dense(0.7)
     assert Dense(0.7).steps_of(20) == 14

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import atedm
 from atedm.costs.fit import mean_share
 from atedm.files import save_image
-from atedm.generate import generate, shown_beside
+from atedm.generate import generate, shown_beside, within_budget
 from atedm.patching.survey import find_unet
-from atedm.pipelines import load_pipeline
+from atedm.pipelines import load_pipeline, native_size
 from atedm.request import Request
+from models import run, sdxl_pipeline, sdxl_unet
 
 PROMPTS = ("a red circle above a blue square", "a yellow ring on a pink background")
 
@@ -92,6 +96,49 @@ def test_another_way_is_shown_beside_at_the_same_cost(
     run = json.loads((tmp_path / "run.json").read_text())
     assert atedm.PruningConfig(**run["request"]["beside"]) == request.beside
     assert not atedm.is_applied(pipe)
+
+
+def test_a_step_that_broke_off_is_not_recorded() -> None:
+    unet = sdxl_unet()
+    once = [True]
+
+    def break_off(*_: Any) -> None:
+        if once:
+            once.pop()
+            raise KeyboardInterrupt
+
+    unet.get_submodule("mid_block.attentions.0").register_forward_hook(break_off)
+    with atedm.pruned(unet), atedm.recorded(unet) as recording:
+        with pytest.raises(KeyboardInterrupt):
+            run(unet)
+        run(unet)
+        run(unet)
+        blocks = [seen.block for seen in recording.observations]
+        assert len(blocks) == 2 * len(set(blocks))
+        assert recording.evaluations == 2
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))])
+def test_a_copy_made_while_recording_is_not_recorded(duplicate: Any) -> None:
+    unet = sdxl_unet()
+    with atedm.pruned(unet):
+        expected = run(unet)
+        with atedm.recorded(unet) as recording:
+            twin = duplicate(unet)
+            assert torch.equal(run(twin), expected)
+            assert not recording.observations
+            assert recording.evaluations == 0
+            run(unet)
+        assert recording.evaluations == 1
+        assert torch.equal(run(twin), expected)
+
+
+def test_a_model_for_oblong_images_draws_them_where_no_size_is_asked_for() -> None:
+    pipe = sdxl_pipeline(unet=sdxl_unet(sample_size=(16, 24)))
+    factor = pipe.vae_scale_factor
+    assert native_size(pipe) == (24 * factor, 16 * factor)
+    found = within_budget(pipe, Request(("a",), atedm.PRESETS["matched"], steps=4), 0.7)
+    assert 0.68 < mean_share(pipe, found.config, size=native_size(pipe), steps=4) <= 0.7
 
 
 def test_rate_zero_is_the_dense_image(pipe: Any, tmp_path: Path) -> None:

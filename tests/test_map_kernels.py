@@ -19,7 +19,7 @@ from torch import Tensor
 import atedm
 from atedm import flash_maps, plain_maps
 from atedm.config import PruningConfig
-from atedm.map_modes import Scores, scores_by_flash, scores_by_triton
+from atedm.map_modes import Scores, scores_by_flash, scores_by_triton, scores_in_blocks
 from atedm.matching import attention_source
 from atedm.pruning import keep_most_important
 from atedm.ranking import HEAD_FUSIONS, rank_by_attention
@@ -105,6 +105,18 @@ def test_logits_that_leave_the_range_of_half_precision_are_summed() -> None:
     expected = plain_maps.row_lse(q.double(), k.double(), 0.125)
     torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=0)
     assert expected.max() > 65504 / 8
+
+
+@pytest.mark.parametrize("size", [1, 30, 60, 100])
+def test_flash_ranks_by_logits_that_leave_the_range_of_half_precision(size: float) -> None:
+    """Within what whole maps hold such logits at: the log-sum-exp rides in columns of 16 bits."""
+    torch.manual_seed(0)
+    q, k = ((size * torch.randn(1, 2, 40, 64)).half() for _ in "qk")
+    expected, found = (by(q.float(), k.float(), 0.125).importance for by in (scores_in_blocks, scores_by_flash))
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-6)
+    halves = scores_by_flash(q, k, 0.125).importance
+    assert halves.isfinite().all()
+    assert torch.equal(keep_most_important(halves, 15), keep_most_important(expected, 15))
 
 
 @pytest.mark.parametrize("scores_by", [scores_by_triton, scores_by_flash], ids=["triton", "flash"])

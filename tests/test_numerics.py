@@ -179,3 +179,16 @@ def test_one_thread_and_two_draw_the_same_to_the_tolerance_of_the_docs(tmp_path:
         apart = distance(image, two[name])
         print(f"{name}: {apart:.1e} between one thread and two", end="; ")
         assert apart < 2e-3
+
+
+@pytest.mark.parametrize("config", [PRESETS["matched"], PRESETS["paper"]], ids=["matched", "paper"])
+def test_torchs_default_dtype_does_not_matter(config: PruningConfig) -> None:
+    unet = sdxl_unet()
+    call = inputs(unet) | {"timestep": LATE}
+    with atedm.pruned(unet, config), torch.no_grad():
+        expected = unet(**call).sample
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            assert torch.equal(unet(**call).sample, expected)
+        finally:
+            torch.set_default_dtype(torch.float32)

@@ -429,6 +429,27 @@ def test_attention_processors_and_slices_give_the_same(place: str) -> None:
         torch.testing.assert_close(output, outputs[0], **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("slices", [False, True])
+def test_attention_that_is_upcast_takes_the_bias_of_matched_pruning(slices: bool, dtype: torch.dtype) -> None:
+    """As in SD 2.1, with a processor that makes the logits itself."""
+    unet = sd1_unet(upcast_attention=True, use_linear_projection=True).to(dtype)
+    if slices:
+        unet.set_attention_slice(1)
+    else:
+        unet.set_attn_processor(AttnProcessor())
+    dense = run(unet)
+    with atedm.pruned(unet, "matched"):
+        pruned = run(unet)
+    assert pruned.dtype == dtype
+    assert pruned.isfinite().all()
+    assert not torch.equal(pruned, dense)
+    if dtype == torch.float32:
+        unet.set_attn_processor(AttnProcessor2_0())
+        with atedm.pruned(unet, "matched"):
+            torch.testing.assert_close(run(unet), pruned, rtol=1e-3, atol=1e-3)
+
+
 # --- offload ----------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import tomesd
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers import (
@@ -24,7 +25,8 @@ from torch import nn
 
 import atedm
 from atedm.config import PruningConfig
-from models import LATE, each_layer, run, scheduler, sd1_unet, sdxl_pipeline, sdxl_unet, small_unet, snapshot
+from models import LATE, draw, each_layer, run, scheduler, sd1_unet, sdxl_pipeline, sdxl_unet, small_unet, snapshot
+from support import perturbed_attention
 
 
 def assert_refused(unet: Any, config: Any, error: type[Exception], message: str) -> None:
@@ -287,6 +289,32 @@ def test_chunking_over_tokens_is_refused_when_it_is_set_after(timestep: int) -> 
     each_layer(unet, lambda layer: layer.set_chunk_feed_forward(None))  # type: ignore[operator]
     assert torch.equal(run(unet, timestep), pruned)
     hook.remove()
+
+
+@pytest.mark.parametrize("first", ["tomesd", "atedm"])
+def test_tokens_that_are_merged_too_are_refused(first: str) -> None:
+    pipe = sdxl_pipeline()
+    if first == "tomesd":
+        tomesd.apply_patch(pipe, max_downsample=4)
+        assert_refused(pipe.unet, PruningConfig(), ValueError, "merge tokens .*remove_patch")
+    else:
+        atedm.apply(pipe)
+        tomesd.apply_patch(pipe, max_downsample=4)
+        with pytest.raises(ValueError, match=r"merge tokens .*remove_patch"):
+            run(pipe.unet)
+        atedm.remove(pipe)
+    tomesd.remove_patch(pipe)
+    plain = run(pipe.unet)
+    with atedm.pruned(pipe):
+        assert not torch.equal(run(pipe.unet), plain)
+
+
+def test_masks_are_shared_between_two_halves_and_no_other_parts() -> None:
+    pipe, _ = perturbed_attention()
+    with atedm.pruned(pipe, PruningConfig(guidance_masks="shared")):
+        draw(pipe, pag_scale=0.0, num_images_per_prompt=2)
+        with pytest.raises(ValueError, match="perturbed-attention"):
+            draw(pipe, pag_scale=3.0, num_images_per_prompt=2)
 
 
 def test_chunking_over_the_batch_is_honoured() -> None:

@@ -2,7 +2,9 @@
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -177,6 +179,52 @@ def test_own_updates_are_those_of_the_last_step() -> None:
     atedm.apply(unet, MATCHED)
     assert torch.equal(first, run(unet, torch.full((5,), 500)[0]))
     assert not torch.allclose(second, run(unet, torch.full((5,), 500)[1]), atol=1e-3)
+
+
+def test_of_a_block_that_was_left_alone_in_between_nothing_lives_on() -> None:
+    """Spared in a step by the schedule, or not reached because the step broke off."""
+
+    def spare_two(share: float) -> bool:
+        return 1 / 6 <= share < 3 / 6
+
+    steps = torch.full((6,), 500)
+    unet = sdxl_unet()
+    with atedm.pruned(unet, PRESETS["matched"].replace(schedule=spare_two)), lasting(unet) as seen:
+        for index, step in enumerate(steps):
+            run(unet, step, **inputs(unet, seed=index))
+            spared = {name for name in unet._atedm.blocks if unet.get_submodule(name)._atedm.spared}
+            forgotten = set(unet._atedm.blocks) if index == 0 else spared if spare_two((index - 1) / 6) else set()
+            assert {name for name, lasts in seen.items() if not lasts} == forgotten, index
+    assert spared
+    with atedm.pruned(unet, "matched"), lasting(unet) as seen:
+        run(unet, steps[0])
+        hook = unet.mid_block.register_forward_hook(break_off)
+        with pytest.raises(KeyboardInterrupt):
+            run(unet, steps[1])
+        hook.remove()
+        run(unet, steps[2])
+        up = {name for name in unet._atedm.blocks if name.startswith("up")}
+        assert {name for name, lasts in seen.items() if not lasts} == up
+
+
+def break_off(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def lasting(unet: UNet2DConditionModel) -> Iterator[dict[str, bool]]:
+    """Whether each block remembers updates when it is called."""
+    seen: dict[str, bool] = {}
+
+    def look(block: Any, _: Any, *, name: str) -> None:
+        seen[name] = block._atedm.memory.updates.last is not None
+
+    hooks = [
+        unet.get_submodule(name).register_forward_pre_hook(partial(look, name=name)) for name in unet._atedm.blocks
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
 
 
 # --- nothing leaks ----------------------------------------------------------------------------------------------------

@@ -80,6 +80,25 @@ def test_protected_ones_come_first_and_the_others_stay(values: list[float], data
         assert set(keep_most_important(ranked, count)[0].tolist()) == {i for i, is_one in enumerate(which) if is_one}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "values",
+    [[1.0, -torch.inf, 0.5, 2.0], [torch.inf, 3.0, 1.0, 2.0], [torch.nan, 0.0, 1.0, torch.inf], [torch.inf] * 4,
+     [-6e4, 6e4, 0.0, 1.0], [-torch.inf] * 3 + [torch.nan]],
+    ids=str,
+)  # fmt: skip
+def test_no_importance_comes_before_what_is_protected(values: list[float], dtype: torch.dtype) -> None:
+    importance = torch.tensor([values], dtype=dtype)
+    for place in range(4):
+        protected = torch.zeros(4)
+        protected[place] = 1
+        assert keep_most_important(with_protected(importance, protected), 1).item() == place
+    order = with_protected(importance, torch.zeros(4))
+    assert order.isfinite().all()
+    ranked = importance.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    assert torch.equal(keep_most_important(order, 2), keep_most_important(ranked, 2))
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -96,8 +96,21 @@ WHERES: dict[str, Where] = {
 
 
 def draws_in_few_steps(model: str) -> bool:
-    """Whether a model is made for few steps, by the last part of its name."""
-    return bool(re.search("turbo|lightning|hyper|lcm|tcd", Path(model).name, re.IGNORECASE))
+    """Whether a model is made for few steps, by the last part of its name.
+
+    Of a U-Net in a folder that part is the pipeline's, of one in the cache of the hub that of its repository.
+    """
+    return bool(re.search(r"turbo|lightning|hyper[-_ ]?sd|(?<![a-z])(lcm|tcd)", own_name(model), re.IGNORECASE))
+
+
+def own_name(model: str) -> str:
+    """Return what a model is called, of a name, a folder or a folder in the cache of the hub, a part's or its whole."""
+    parts = [*Path(model).parts]
+    if len(parts) > 1 and parts[-1] in ("unet", "controlnet"):
+        parts.pop()
+    if len(parts) > 2 and parts[-2] == "snapshots":  # models--OWNER--NAME/snapshots/REVISION
+        return parts[-3].rpartition("--")[2]
+    return parts[-1] if parts else model
 
 
 def name_of(function: Own) -> str:

@@ -75,7 +75,8 @@ class PruningConfig:
     #: One of `COPY_MAPS`; they differ where the first pruning layer is not the only one or not the block's first.
     copy_map: str = "own"
     #: One of `GUIDANCE_MASKS`. "shared" averages importance over the two halves of the batch, which is where diffusers
-    #: puts the image without and with its prompt, so it is for guided runs only.
+    #: puts the image without and with its prompt, so it is for runs that are guided to their end, and for no other
+    #: kind of guidance.
     guidance_masks: str = "separate"
     #: When some blocks are spared, one of `SCHEDULES`, or a function of the share of the run that is done.
     schedule: str | Own = "prune-less-early"

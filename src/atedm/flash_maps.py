@@ -64,9 +64,11 @@ def column_sums(q: Tensor, k: Tensor, scale: float, lse: Tensor, s: Tensor) -> T
         (B, H, N) float32.
     """
     bias = (s.log() - lse) / scale  # the product is multiplied by it
+    largest = torch.finfo(q.dtype).max
     columns = []
-    for _ in range(3):  # sixteen bits hold a logarithm to three digits only, so the rest goes into further columns
-        columns.append(bias.to(q.dtype))
+    # Sixteen bits hold a logarithm to three digits only, and float16 no large one: the rest goes into further columns.
+    for _ in range(COLUMNS):
+        columns.append(bias.to(q.dtype).clamp(-largest, largest))
         bias = bias - columns[-1].float()
-    biased = torch.cat([q, functional.pad(torch.stack(columns, -1), (0, COLUMNS - 3))], -1)
+    biased = torch.cat([q, torch.stack(columns, -1)], -1)
     return row_lse(functional.pad(k, (0, COLUMNS), value=1.0), biased, scale).exp()

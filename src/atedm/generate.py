@@ -19,6 +19,7 @@ from atedm.files import save_image, save_json
 from atedm.patching.apply import pruned
 from atedm.pictures.comparison import Comparison, Pruned, comparison_sheet, psnr
 from atedm.pictures.maps import maps_sheet
+from atedm.pipelines import native_size
 from atedm.recording import Recording, recorded
 from atedm.request import Made, Request
 from atedm.run_file import NAME, run_file
@@ -166,8 +167,8 @@ def _picture(file: Path) -> Image.Image:
 
 
 def _size(pipe: Any, request: Request) -> tuple[int, int]:
-    default = (pipe.unet.config.sample_size or 64) * pipe.vae_scale_factor
-    return (request.width or default, request.height or default)
+    width, height = native_size(pipe)
+    return (request.width or width, request.height or height)
 
 
 def _name_with_cost(pipe: Any, request: Request, config: PruningConfig) -> str:

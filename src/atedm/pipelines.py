@@ -108,6 +108,13 @@ def _open(model: str, dtype: torch.dtype) -> Any:
     raise FileNotFoundError(f"no model at {model!r}; give 'tiny', a folder, a .safetensors file or a hub id")
 
 
+def native_size(pipe: Any) -> tuple[int, int]:
+    """(width, height) in pixels of the images that a pipeline makes where none is asked for."""
+    side = pipe.unet.config.sample_size or 64
+    height, width = (side, side) if isinstance(side, int) else side
+    return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor
+
+
 def quiet_libraries() -> None:
     """Keep progress bars and notes of other libraries out of the terminal; warnings that matter still raise."""
     import diffusers.utils.logging

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from atedm.pruning import put_first
+
 
 def region(mask: Any) -> Tensor:
     """Read a mask over the image.
@@ -48,6 +50,8 @@ def with_protected(importance: Tensor, protected: Tensor) -> Tensor:
     Args:
         importance: (B, N).
         protected: Of zeros and ones.
+
+    Returns:
+        (B, N) float32, see `atedm.pruning.put_first`.
     """
-    above = importance.amax(-1, keepdim=True) - importance.amin(-1, keepdim=True) + 1
-    return importance + above * protected.to(importance.dtype)
+    return put_first(importance, protected.bool().expand_as(importance))

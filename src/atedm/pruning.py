@@ -77,3 +77,25 @@ def gather_submap(attention_map: Tensor, index: Tensor) -> Tensor:
         (B, K, K). Rows no longer sum to 1.
     """
     return gather_tokens(gather_tokens(attention_map, index).mT, index).mT
+
+
+def put_first(importance: Tensor, first: Tensor) -> Tensor:
+    """Raise the importance of some tokens above that of all others.
+
+    Args:
+        importance: (B, N), any floating dtype. Infinities are held at the ends of what is left, and what is not a
+            number counts least, so that neither comes before the tokens that are to be first.
+        first: (B, N) bool.
+
+    Returns:
+        (B, N) float32: the importance of the others as it was, but for that; among the first the order is kept.
+    """
+    importance = importance.float()
+    finite = importance.isfinite()
+    lowest = importance.masked_fill(~finite, torch.inf).amin(-1, keepdim=True)
+    highest = importance.masked_fill(~finite, -torch.inf).amax(-1, keepdim=True)
+    lowest, highest = (end.where(end.isfinite(), 0.0) for end in (lowest, highest))
+    above = highest - lowest + highest.abs() + lowest.abs() + 1  # more than rounding takes
+    # Infinities one step outside of the finite ones.
+    held = torch.where(importance.isnan(), -torch.inf, importance).clamp(lowest - above, highest + above)
+    return held + 4 * above * first.float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,8 @@ class Recording:
     blocks: tuple[str, ...] = ()
     #: For each call of the U-Net, the mean share of tokens left at the end of these blocks.
     kept_shares: list[float] = field(default_factory=list)
+    #: How many observations are of calls that came to their end.
+    _ended: int = 0
 
     @property
     def evaluations(self) -> int:
@@ -36,11 +38,25 @@ class Recording:
             raise ValueError("nothing was recorded: no image was made")
         return sum(self.kept_shares) / len(self.kept_shares)
 
-    def end_call(self, since: int) -> None:
-        """Sum up the call of the U-Net whose observations begin at index ``since``."""
+    def begin_call(self) -> None:
+        """Forget what a call of the U-Net that was broken off has left."""
+        del self.observations[self._ended :]
+
+    def note(self, seen: BlockObservation) -> None:
+        """Take in one pruning layer."""
+        seen = seen._replace(importance=seen.importance.detach().float().cpu(), keep=seen.keep.detach().cpu())
+        earlier = self.observations[-1] if len(self.observations) > self._ended else None
+        if earlier is not None and earlier.block == seen.block:
+            seen = _on_the_grid(seen, earlier)
+        self.observations.append(seen)
+
+    def end_call(self) -> None:
+        """Sum up a call of the U-Net."""
         # A later pruning layer of the same block overwrites the earlier one; a spared block has none and keeps all.
-        left = {seen.block: seen.keep.shape[1] / (seen.size[0] * seen.size[1]) for seen in self.observations[since:]}
+        new = self.observations[self._ended :]
+        left = {seen.block: seen.keep.shape[1] / (seen.size[0] * seen.size[1]) for seen in new}
         self.kept_shares.append(sum(left.get(block, 1.0) for block in self.blocks) / len(self.blocks))
+        self._ended = len(self.observations)
 
 
 def _on_the_grid(seen: BlockObservation, earlier: BlockObservation) -> BlockObservation:
@@ -63,24 +79,28 @@ def recorded(target: Any) -> Iterator[Recording]:
     """
     unet = find_unet(target)
     recording = Recording()
-    seen_before = 0
-
-    def note(seen: BlockObservation) -> None:
-        seen = seen._replace(importance=seen.importance.detach().float().cpu(), keep=seen.keep.detach().cpu())
-        earlier = recording.observations[-1] if len(recording.observations) > seen_before else None
-        if earlier is not None and earlier.block == seen.block:
-            seen = _on_the_grid(seen, earlier)
-        recording.observations.append(seen)
-
-    def end_call(*_: Any) -> None:
-        nonlocal seen_before
-        recording.end_call(seen_before)
-        seen_before = len(recording.observations)
-
-    with observed(target, note):
+    with observed(target, recording.note):
         recording.blocks = unet._atedm.blocks
-        hook = unet.register_forward_hook(end_call)
+        hooks = (
+            unet.register_forward_pre_hook(_Hook(recording.begin_call)),
+            unet.register_forward_hook(_Hook(recording.end_call)),
+        )
         try:
             yield recording
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
+
+
+class _Hook:
+    """A hook of a module that does nothing in copies of it, pickled or not: they are not recorded."""
+
+    def __init__(self, act: Callable[[], None] | None = None) -> None:
+        self.act = act
+
+    def __call__(self, *_: Any) -> None:
+        if self.act is not None:
+            self.act()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()

@@ -80,8 +80,8 @@ def with_own_update(update: Tensor, last: Tensor, source: Tensor, kept: int, sha
     Returns:
         (B, N, C) in the dtype of ``update``.
     """
-    each = torch.ones(source.shape, device=last.device)
-    size = torch.zeros(source.shape[0], kept, device=last.device).scatter_add(1, source, each)
+    each = torch.ones(source.shape, dtype=torch.float32, device=last.device)
+    size = each.new_zeros(source.shape[0], kept).scatter_add(1, source, each)
     mean = mean_by_source(last.to(update.dtype), source, each, size)
     return update + share * (last.to(update.dtype) - gather_tokens(mean, source))
 
@@ -103,7 +103,11 @@ def mean_by_source(tokens: Tensor, source: Tensor, weights: Tensor, gathered: Te
     weighted = tokens.to(dtype) * weights.unsqueeze(-1)
     # Rows of the whole batch at once: adding row to row is many times faster than entry to entry.
     row = (source + kept * torch.arange(batch, device=source.device).unsqueeze(-1)).flatten()
-    sums = weighted.new_zeros(batch * kept, tokens.shape[2]).index_add(0, row, weighted.flatten(0, 1))
+    sums = weighted.new_zeros(batch * kept, tokens.shape[2])
+    if sums.device.type == "cuda":  # which adds in any order, and would not give the same image twice; this one sorts
+        sums = sums.index_put((row,), weighted.flatten(0, 1), accumulate=True)
+    else:
+        sums = sums.index_add(0, row, weighted.flatten(0, 1))
     return (torch.unflatten(sums, 0, (batch, kept)) / gathered.unsqueeze(-1)).to(tokens.dtype)
 
 

@@ -86,6 +86,8 @@ class Updates:
 
     #: (B, N, C), None before the first refill.
     last: Tensor | None = None
+    #: Whether it was replaced in this step.
+    is_new: bool = False
 
 
 @torch.no_grad()  # who is kept and whom a token is like has no gradient, and the product need not wait for one
@@ -140,8 +142,8 @@ def match_tokens(
     source = _source(tokens, ranking, keep, size, config)
     if not (config.proportional_attention or config.merge):
         return choice._replace(source=source)
-    each = torch.ones(source.shape, device=tokens.device) if weights is None else weights
-    gathered = torch.zeros(keep.shape, device=tokens.device).scatter_add(1, source, each)
+    each = _one_each(tokens) if weights is None else weights
+    gathered = each.new_zeros(keep.shape).scatter_add(1, source, each)
     return choice._replace(source=source, gathered=gathered)
 
 
@@ -170,10 +172,15 @@ def drop_tokens(
     if config.merge:
         assert choice.source is not None
         assert choice.gathered is not None
-        each = torch.ones(tokens.shape[:2], device=tokens.device) if weights is None else weights
+        each = _one_each(tokens) if weights is None else weights
         kept = mean_by_source(tokens, choice.source, each, choice.gathered)
     refill = _refill(tokens, kept, choice, size, config, updates)
     return kept, Dropped(choice.keep, refill, choice.gathered if config.proportional_attention else None)
+
+
+def _one_each(tokens: Tensor) -> Tensor:
+    """(B, N) of ones in float32, whatever torch's default: 16 bits do not hold the number of an image's tokens."""
+    return torch.ones(tokens.shape[:2], dtype=torch.float32, device=tokens.device)
 
 
 def _refill(
@@ -225,7 +232,7 @@ def _by_own_update(
             update = direct_copy(kept_updates, choice.keep, last.to(update.dtype))
         else:
             update = with_own_update(update, last, choice.source, choice.keep.shape[1], config.own_update_share)
-    updates.last = update.detach().to(kept_tokens.dtype)
+    updates.last, updates.is_new = update.detach().to(kept_tokens.dtype), True
     return (before.to(update.dtype) + update).to(kept_tokens.dtype)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from atedm.attention_map import mean_attention_map
@@ -18,7 +19,7 @@ from atedm.config import PruningConfig
 from atedm.coverage import cells, facility_location, important_of_cells, lattice, representative
 from atedm.map_fallback import with_memory_there_is
 from atedm.map_modes import Scores, scores_by_flash, scores_by_triton, scores_in_blocks, scores_of_rows
-from atedm.pruning import keep_most_important
+from atedm.pruning import keep_most_important, put_first
 from atedm.ranking import (
     Mapping,
     RankedMap,
@@ -249,8 +250,7 @@ def preferred(importance: Tensor, by_attention: Tensor, count: int) -> Tensor:
     if count < 1:
         return importance
     first = keep_most_important(by_attention, count)
-    above = importance.amax(-1, keepdim=True) - importance.amin(-1, keepdim=True) + 1
-    return importance.scatter_add(1, first, above.expand_as(first))
+    return put_first(importance, torch.zeros_like(importance, dtype=torch.bool).scatter(1, first, True))
 
 
 def _mapping(config: PruningConfig) -> Mapping:

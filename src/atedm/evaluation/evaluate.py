@@ -24,6 +24,7 @@ from atedm.evaluation.prompts import Prompt, write_references
 from atedm.evaluation.scores import DISTANCE, FID, LPIPS, Metrics, Scores, check_metrics, score
 from atedm.evaluation.sharing import shared_work
 from atedm.files import read_json, save_json
+from atedm.pipelines import native_size
 
 REFERENCE = "reference"
 
@@ -163,9 +164,9 @@ def _references(
 ) -> Path | None:
     if FID not in metrics.names or not _have_references(prompts):
         return None
-    side = (pipe.unet.config.sample_size or 64) * pipe.vae_scale_factor
+    width, height = native_size(pipe)
     folder = out / "images" / REFERENCE
-    for index in write_references(prompts, folder, (drawing.width or side, drawing.height or side), drawing.seed):
+    for index in write_references(prompts, folder, (drawing.width or width, drawing.height or height), drawing.seed):
         if progress is not None:
             progress("real pictures", index + 1, len(prompts))
     return folder

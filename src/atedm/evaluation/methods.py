@@ -131,9 +131,22 @@ class Caching(_AllSteps):
 
 @dataclass(frozen=True)
 class Stacked:
-    """Several at once, the first one applied first. Pruning has to come before caching, which wraps what it finds."""
+    """Several at once, the first one applied first. Pruning has to come before caching, which wraps what it finds.
+
+    Raises:
+        ValueError: If ToMe and pruning are among them: it merges over a whole grid, which pruning takes apart.
+    """
 
     methods: tuple[Method, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot go together."""
+        kinds = {type(method) for method in self.methods}
+        if {Pruning, Merging} <= kinds:
+            raise ValueError(
+                "ToMe and pruning do not go together: ToMe merges over a whole grid of tokens, which pruning takes "
+                "apart; stack either with deepcache or fewer steps"
+            )
 
     @contextmanager
     def applied(self, pipe: Any, seed: int = 0) -> Iterator[None]:

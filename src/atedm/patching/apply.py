@@ -9,7 +9,6 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +16,20 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
-from atedm.choices import draws_in_few_steps
+from atedm.choices import draws_in_few_steps, own_name
 from atedm.config import PruningConfig, preset
 from atedm.patching.drift import refuse_drift
 from atedm.patching.state import BlockObservation, BlockPatch, UNetState
 from atedm.patching.steps import step_position
 from atedm.patching.summary import PatchSummary
-from atedm.patching.survey import choose_blocks, find_blocks, find_unet, refuse_chunking
+from atedm.patching.survey import (
+    choose_blocks,
+    find_blocks,
+    find_unet,
+    refuse_chunking,
+    refuse_merging,
+    refuse_perturbed,
+)
 from atedm.patching.threads import PATCHING, refuse_another_thread
 from atedm.patching.transformer import PrunedTransformer2DModel
 from atedm.protection import protected_tokens, region
@@ -108,7 +114,7 @@ def suiting_preset(target: Any) -> str:
     few = next(filter(draws_in_few_steps, names), None)
     if few is None:
         return "paper"
-    _say_once(f"{Path(few).name} draws in few steps, too few to tell early from late: preset 'turbo', not 'paper'")
+    _say_once(f"{own_name(few)} draws in few steps, too few to tell early from late: preset 'turbo', not 'paper'")
     return "turbo"
 
 
@@ -203,6 +209,8 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
             "call atedm.remove first, or leave the masks out"
         )
     state: UNetState = unet._atedm
+    if state.config.guidance_masks == "shared":
+        refuse_perturbed(unet)
     with PATCHING:
         refuse_another_thread(unet, state.caller)
         state.caller = threading.get_ident()
@@ -212,6 +220,7 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
     for name in state.blocks:
         block = unet.get_submodule(name)
         refuse_chunking(name, block)
+        refuse_merging(name, block)
         if remembers:
             block._atedm.memory.begin_step(follows, state.config.refresh_every)
     state.step = torch.tensor(position.step, device="cpu")

@@ -2,10 +2,11 @@
 
 Only configs with ``refresh_every`` above 1 or own updates remember anything. A block remembers which tokens it chose
 and what it added to each; the U-Net's state remembers which run that was. A run is known by the tensor of timesteps it
-loops over, which is held on to, so that no other can take its place in memory. What is remembered serves the very next
-step of the same run and no other: a new image, a step back, a step left out, a timestep that is not part of a list, or
-a step that comes twice (two images in turns, or the halves of guidance one after another) find nothing, and all is
-chosen anew.
+loops over, which is held on to, so that no other can take its place in memory. Choices serve the next steps of the same
+run and no other, updates the very next one, if the block pruned in the last: a new image, a step back, a step left out,
+a timestep that is not part of a list, or a step that comes twice (two images in turns, or the halves of guidance one
+after another) find nothing, and all is chosen anew. Steps of one list that are of another image each look like a run
+and cannot be told from one.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class BlockMemory:
         """Forget, unless this step follows the last one; then say whether it goes by the choices made before."""
         if not follows:
             self.forget()
+        if not self.updates.is_new:
+            self.updates.last = None  # the block was spared in the last step, skipped by a cache, or broken off
+        self.updates.is_new = False
         self.age = 1 if self.is_new else self.age + 1
         self.is_new = False
         self.reuses = bool(self.choices) and self.age < refresh_every

@@ -10,15 +10,21 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention as AttentionModule
 from diffusers.models.attention_processor import (
+    AttnProcessor,
+    CustomDiffusionAttnProcessor,
     PAGCFGIdentitySelfAttnProcessor2_0,
     PAGIdentitySelfAttnProcessor2_0,
+    SlicedAttnProcessor,
 )
 from torch import Tensor
+from torch.nn import functional
 
 from atedm.patching.state import BlockObservation, BlockPatch
 from atedm.protection import protected_tokens, with_protected
 from atedm.token_pruning import Choice, Dropped, choose_tokens, drop_tokens, match_tokens
 from atedm.token_ranking import QueriesAndKeys, Ranking, rank_tokens
+
+_MAKE_LOGITS = (AttnProcessor, SlicedAttnProcessor, CustomDiffusionAttnProcessor)
 
 
 class Call(NamedTuple):
@@ -84,13 +90,20 @@ class PruningLayer:
             state.config,
             tokens,
             partial(queries_and_keys, layer.attn1, layer.norm1, start),
-            partial(queries_and_keys, layer.attn2, layer.norm2, tokens, text_of(self.call.encoder_hidden_states)),
+            partial(
+                queries_and_keys,
+                layer.attn2,
+                layer.norm2,
+                tokens,
+                text_of(self.call.encoder_hidden_states),
+                self.call.encoder_attention_mask,
+            ),
             step=state.step,
             size=self.size,
             count=self.count,
         )
         if state.protect is not None:
-            protected = protected_tokens(state.protect, self.size)
+            protected = protected_tokens(state.protect, self.size).to(tokens.device)
             ranking = ranking._replace(importance=with_protected(ranking.importance, protected))
         return ranking if self.first_map is None else ranking._replace(attention_map=self.first_map, source=None)
 
@@ -111,11 +124,16 @@ class PruningLayer:
 
 
 def queries_and_keys(
-    attention: AttentionModule, norm: torch.nn.Module, tokens: Tensor, context: Tensor | None = None
+    attention: AttentionModule,
+    norm: torch.nn.Module,
+    tokens: Tensor,
+    context: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> QueriesAndKeys:
     """Project (B, N, C) tokens as the attention layer does; keys come from ``context`` where it is given.
 
-    The projections are called, not read, so that LoRA adapters and offload hooks take part.
+    The projections are called, not read, so that LoRA adapters and offload hooks take part. A ``bias`` (B, 1, words) on
+    the logits, by which padded words are masked, comes in one column more of both.
     """
     normed = norm(tokens)
     q = attention.to_q(normed)
@@ -127,7 +145,17 @@ def queries_and_keys(
         k = attention.norm_k(k)
     if attention.upcast_attention:  # their product leaves the range of float16, as in SD 2.1
         q, k = q.float(), k.float()
+    if bias is not None:
+        q, k = _with_bias(q, k, bias, attention.scale)
     return QueriesAndKeys(q, k, attention.scale)
+
+
+def _with_bias(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Let a bias (B, 1, words) on the logits ride in their product, as one on queries and over the scale on keys."""
+    largest = torch.finfo(k.dtype).max
+    column = (bias.float() / scale).to(k.dtype).clamp(-largest, largest)
+    column = column.unsqueeze(-1).expand(*k.shape[:3], 1)
+    return functional.pad(q, (0, 1), value=1.0), torch.cat([k, column], dim=-1)
 
 
 def text_of(encoder_hidden_states: Any) -> Any:
@@ -139,10 +167,13 @@ def bias_for(attention: AttentionModule, bias: Tensor | None) -> Tensor | None:
     """Return as much of a bias on self-attention (B, 1, N) as the processor of an attention layer asks for.
 
     Under perturbed-attention guidance the last part of the batch attends to itself alone, and the processor takes the
-    bias of the others.
+    bias of the others. Processors that make the logits themselves add it to them in float32 where the layer asks for
+    that; fused attention wants it in the dtype of the tokens.
     """
     if bias is None:
         return None
+    if attention.upcast_attention and isinstance(attention.processor, _MAKE_LOGITS):
+        bias = bias.float()
     parts = {PAGCFGIdentitySelfAttnProcessor2_0: 3, PAGIdentitySelfAttnProcessor2_0: 2}.get(type(attention.processor))
     return bias if parts is None else bias[: len(bias) // parts * (parts - 1)]
 

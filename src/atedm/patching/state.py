@@ -51,6 +51,10 @@ class UNetState:
     #: The thread of the last call, see `atedm.patching.threads`.
     caller: int | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of a U-Net, pickled or not, are not observed, as they remember nothing.
+        return vars(self) | {"observers": []}
+
 
 @dataclass
 class BlockPatch:

@@ -25,9 +25,10 @@ def step_position(timestep: Tensor | float, train_timesteps: int = 1000) -> Step
     """Tell where in its run a denoising step stands.
 
     A timestep that is an element of a longer tensor stands where it sits in that tensor. Any other (a number, a tensor
-    of its own) is judged by its value, ``train_timesteps`` being all noise; if it is a tensor of several, by the
-    noisiest. Only that second way has to wait for the device the tensor is on. One element cut from a batch of
-    unrelated timesteps, as in training, would be taken for a step of a run: hand over a copy of it.
+    of its own, the only one of a run of one step) is judged by its value, ``train_timesteps`` being all noise; if it is
+    a tensor of several, by the noisiest. Only that second way has to wait for the device the tensor is on. One element
+    cut from a batch of unrelated timesteps, as in training, would be taken for a step of a run, and so would the steps
+    of one list where each is of another image: hand over a copy of it.
 
     Args:
         timestep: What the U-Net was handed.

@@ -7,6 +7,7 @@ from typing import Any
 
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import PAGCFGIdentitySelfAttnProcessor2_0, PAGIdentitySelfAttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
@@ -110,7 +111,7 @@ def _refuse_unknown(name: str, module: Transformer2DModel) -> None:
         )
     for index, layer in enumerate(module.transformer_blocks):
         where = f"{name}.transformer_blocks.{index}"
-        # Subclasses are what tomesd and other patches make of a layer; they run as they are.
+        # Subclasses are what other patches make of a layer; they run as they are.
         if not isinstance(layer, BasicTransformerBlock):
             raise TypeError(f"{where} is a {type(layer).__name__}, not a BasicTransformerBlock")
         kind = layer.norm_type
@@ -120,6 +121,7 @@ def _refuse_unknown(name: str, module: Transformer2DModel) -> None:
                 f"cross-attention only: {layer.only_cross_attention}); known is the layer of SD and SDXL U-Nets"
             )
     refuse_chunking(name, module)
+    refuse_merging(name, module)
 
 
 def _refuse_changed(name: str, module: Transformer2DModel, pruning_layers: Sequence[int]) -> None:
@@ -131,6 +133,28 @@ def _refuse_changed(name: str, module: Transformer2DModel, pruning_layers: Seque
                 "hook), and would be passed over when tokens are dropped or ranked inside the layer; apply atedm "
                 'first, or prune with place="after-feed-forward" and a ranking by self-attention'
             )
+
+
+def refuse_merging(name: str, module: Transformer2DModel) -> None:
+    """Raise if tomesd has patched a layer: it lays what it merges over a grid, which kept tokens do not fill."""
+    if any(type(layer).__name__ == _MERGING for layer in module.transformer_blocks):
+        raise ValueError(
+            f"the layers of {name} merge tokens (tomesd), which needs the whole grid that pruning takes apart; "
+            "call tomesd.remove_patch(...), or leave pruning out"
+        )
+
+
+_MERGING = "ToMeBlock"
+
+
+def refuse_perturbed(unet: UNet2DConditionModel) -> None:
+    """Raise if guidance perturbs attention: its batch has a part that is no half of guidance."""
+    kinds = (PAGCFGIdentitySelfAttnProcessor2_0, PAGIdentitySelfAttnProcessor2_0)
+    if any(isinstance(processor, kinds) for processor in unet.attn_processors.values()):
+        raise ValueError(
+            "guidance_masks='shared' shares what is kept between the two halves of guidance, but under "
+            "perturbed-attention guidance a batch has another part; use guidance_masks='separate'"
+        )
 
 
 def refuse_chunking(name: str, module: Transformer2DModel) -> None:
