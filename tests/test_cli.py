@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 import atedm
 from atedm import PruningConfig
@@ -176,6 +177,24 @@ def test_reproduce_writes_numbers_a_plot_and_pictures(run: Run, tmp_path: Path) 
     assert len(list(kept.glob("*/00001.png"))) == 4
 
 
+def test_what_takes_more_memory_than_there_is_ends_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object, **__: object) -> None:
+        torch.empty(2**50)
+
+    monkeypatch.setattr("atedm.generate.generate", too_large)
+    done = run("generate", "x", "--steps", "1")
+    assert done.returncode == 2
+    assert "more memory than there is" in done.stderr.splitlines()[-1]
+
+
+def test_metrics_that_cannot_be_had_of_these_prompts_are_named(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    done = run("evaluate", "dense", "--prompts", "prompts.txt", "--steps", "1", "--metrics", "fid,accuracy")
+    assert done.returncode == 0, done.stderr
+    assert "accuracy is left out" in done.stderr
+    assert "fid is left out" in done.stderr
+
+
 def test_generate_keeps_to_a_budget(run: Run, tmp_path: Path) -> None:
     done = run("generate", "a red circle", "--budget", "0.92", "--preset", "paper", "--steps", "2", "--size", "160x128")
     assert done.returncode == 0, done.stderr
@@ -221,6 +240,42 @@ def test_generate_keeps_to_a_budget(run: Run, tmp_path: Path) -> None:
         (("generate", " "), "prompt is empty"),
         (("ablate", "--only", "zero pading"), "did you mean 'zero padding'?"),
         (("ablate", "--captions", "0"), "captions must be at least 1"),
+        (("ablate", "--workers", "0"), "workers must be at least 1"),
+        (("ablate", "--guidance", "nan"), "guidance must be 0 or more and below 1000, not nan"),
+        (("accuracy", "--guidance", "-5"), "guidance must be 0 or more and below 1000, not -5.0"),
+        (("accuracy", "--seed", "-1"), "seed must be 0 or more"),
+        (("evaluate", "--seed", str(2**63)), "seed must be 0 or more and below 2^62"),
+        (("evaluate", "--guidance", "1000"), "0 or more and below 1000"),
+        (("evaluate", "--size", "0x0"), "sides must be from 8 to 32768 pixels"),
+        (("evaluate", "dense", "--captions", "1"), "FID needs at least two images"),
+        (("evaluate", "deepcache+dagger"), "deepcache comes last in a stack"),
+        (("evaluate", "paper+matched"), "two methods of one kind do not stack"),
+        (("evaluate", "tome+dagger"), "ToMe and pruning do not go together"),
+        (("evaluate", "paper[pruning_rate=0.5,pruning_rate=0.2]"), "pruning_rate is given twice"),
+        (("generate", "x", "--size", "800000x800000"), "sides must be from 8 to 32768 pixels"),
+        (("generate", "x", "--device", "gpu"), "unknown device 'gpu'; give cuda, mps or cpu"),
+        (("generate", "x", "--device", "mps" if torch.cuda.is_available() else "cuda"), "there is no device"),
+        (("generate", "x", "--model", "foo[/bar]"), "cannot open the model 'foo[/bar]'"),
+        (("generate", "x", "--model", ""), "the name of the model is empty"),
+        (("generate", "x", "--model", "~/nowhere/at/all"), "/nowhere/at/all"),
+        (("generate", "x", "--beside", "paper"), "give --compare too"),
+        (("bench", "--device", "gpu"), "unknown device"),
+        (("bench", "tome[cost=matched]", "--steps", "0"), "steps must be at least 1"),
+        (("errors", "paper", "--batch", "0"), "batch must be at least 1"),
+        (("errors", "paper", "--steps", "0"), "steps must be at least 1"),
+        (("objects", "--pruning-rate", "0"), "for there to be dropped tokens"),
+        (("agreement", "--pruning-rate", "0"), "for there to be dropped tokens"),
+        (("agreement", "flash/7"), "only a sample has a number of rows"),
+        (("cost", "--model", "tiny", "--budget", "0.7", "--steps", "0"), "steps must be at least 1"),
+        (("cost", "--of", "median"), "unknown of"),
+        (("cost", "--convention", "loose"), "unknown convention"),
+        (("cost", "--tmacs", "4", "--pruning-rate", "0.1"), "--tmacs or --pruning-rate, not both"),
+        (
+            ("cost", "--method", "tome", "--pruning-rate", "0.3", "--preset", "paper"),
+            "ToMe has no --preset, --pruning-rate",
+        ),
+        (("web", "--password", " "), "the password is empty"),
+        (("web", "--host", "not.an.address.invalid"), "give another --host"),
     ],
 )
 def test_what_the_user_got_wrong_ends_in_one_line_and_status_2(

@@ -262,6 +262,31 @@ def test_coco_gives_one_caption_a_picture_cropped_to_the_middle(tmp_path: Path) 
         list(write_references(prompts, tmp_path / "again", (32, 32)))
 
 
+def test_real_pictures_are_those_of_the_prompts_size_and_seed_at_hand(tmp_path: Path) -> None:
+    def written(folder: Path, count: int, seed: int = 0, size: tuple[int, int] = (64, 64)) -> list[bytes]:
+        list(write_references(read_prompts("scenes", count, seed), folder, size, seed))
+        return [image_file(folder, index).read_bytes() for index in range(count)]
+
+    def fresh(*args: Any) -> list[bytes]:
+        return written(tmp_path / f"fresh-{len(list(tmp_path.iterdir()))}", *args)
+
+    used = tmp_path / "used"
+    assert written(used, 3) == fresh(3)
+    first = image_file(used, 0).stat().st_mtime_ns
+    assert written(used, 5) == fresh(5)
+    assert written(used, 2) == fresh(2)
+    assert image_file(used, 0).stat().st_mtime_ns == first  # they stay where they are the same
+    assert written(used, 4, 1) == fresh(4, 1)
+    assert written(used, 4) == fresh(4)
+    assert written(used, 4, 0, (32, 32)) == fresh(4, 0, (32, 32))
+    stopped = write_references(read_prompts("scenes", 4), used, (64, 64))
+    next(stopped)  # and no more
+    assert written(used, 4, 0, (32, 32)) == fresh(4, 0, (32, 32))
+    (used / "settings.json").unlink()
+    image_file(used, 2).write_bytes(b"of who knows what")
+    assert written(used, 4) == fresh(4)
+
+
 def test_files_of_prompts(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a cat\n\n  a dog \n")
     assert [prompt.text for prompt in read_prompts(str(tmp_path / "a.txt"))] == ["a cat", "a dog"]

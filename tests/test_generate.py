@@ -15,11 +15,12 @@ from PIL import Image
 
 import atedm
 from atedm.costs.fit import mean_share
-from atedm.files import save_image
+from atedm.files import remove_partials, save_image
 from atedm.generate import generate, shown_beside, within_budget
 from atedm.patching.survey import find_unet
 from atedm.pipelines import load_pipeline, native_size
 from atedm.request import Request
+from atedm.run_file import read_run_file
 from models import run, sdxl_pipeline, sdxl_unet
 
 PROMPTS = ("a red circle above a blue square", "a yellow ring on a pink background")
@@ -164,6 +165,45 @@ def test_a_run_that_fails_in_the_middle_leaves_a_clean_pipeline(pipe: Any, tmp_p
     assert not atedm.is_applied(pipe)
     assert not find_unet(pipe)._forward_hooks
     assert [file.name for file in tmp_path.iterdir()] == ["pruned-0.png"]
+
+
+def test_images_of_an_earlier_run_make_room(pipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.png").write_bytes(b"kept")
+    generate(pipe, request_for(steps=1, beside=atedm.PRESETS["matched"]), tmp_path, compare=True, maps=True)
+    generate(pipe, request_for(prompts=PROMPTS[:1], steps=1), tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"pruned-0.png", "run.json", "mine.png"}
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipe, request_for(steps=1), tmp_path, progress=stop)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.png"]  # no run.json that says of what they are
+
+
+def test_a_run_is_drawn_again_with_the_mask_beside_it(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 20, 20))
+    mask.save("mask.png")
+    generate(pipe, request_for(steps=2, protect="mask.png"), Path("out"))
+    Path("mask.png").unlink()
+    monkeypatch.chdir(tmp_path)
+    _, again = read_run_file(Path("here/out/run.json"))
+    generate(pipe, again, Path("again"))
+    for index in range(len(PROMPTS)):
+        assert Path(f"again/pruned-{index}.png").read_bytes() == Path(f"here/out/pruned-{index}.png").read_bytes()
+
+
+@pytest.mark.parametrize(("writer", "stays"), [("1", True), ("999999999", False), ("x", False)])
+def test_what_another_process_is_writing_is_left_alone(writer: str, stays: bool, tmp_path: Path) -> None:
+    partial = tmp_path / f".00000.png.{writer}.partial"
+    partial.touch()
+    remove_partials(tmp_path)
+    assert partial.exists() == stays
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

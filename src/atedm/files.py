@@ -83,8 +83,13 @@ def save_text(text: str, file: Path) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def read_json(file: Path, kind: type[Any] = dict) -> Any:
+def read_json(file: Path, kind: type[Any] = dict, *, advice: str = "remove it, and the next run makes it again") -> Any:
     """Read a file that a run of ours wrote and that holds a ``kind``.
+
+    Args:
+        file: What to read.
+        kind: What it holds.
+        advice: What to do about one that is something else.
 
     Raises:
         ValueError: If it is something else; the message names it.
@@ -92,17 +97,21 @@ def read_json(file: Path, kind: type[Any] = dict) -> Any:
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON ({error}); remove it, and the next run makes it again") from error
+        raise ValueError(f"{file} is no JSON ({error}); {advice}") from error
     if not isinstance(content, kind):
         found = type(content).__name__
-        raise ValueError(f"{file} holds a {found}, not what a run writes; remove it, and the next run makes it again")
+        raise ValueError(f"{file} holds a {found}, not what a run writes; {advice}")
     return content
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder; nobody else may be writing there."""
+    """Remove what killed processes left half-written in a folder, and leave what others are writing."""
+    import psutil
+
     for partial in folder.glob(".*.partial"):
-        _remove(partial)
+        writer = partial.name.split(".")[-2]
+        if not writer.isdecimal() or int(writer) == os.getpid() or not psutil.pid_exists(int(writer)):
+            _remove(partial)
 
 
 def _remove(partial: Path) -> None:

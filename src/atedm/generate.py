@@ -22,7 +22,7 @@ from atedm.pictures.maps import maps_sheet
 from atedm.pipelines import native_size
 from atedm.recording import Recording, recorded
 from atedm.request import Made, Request
-from atedm.run_file import NAME, run_file
+from atedm.run_file import NAME, PROTECT, run_file
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being made, the step that is done, and the number of steps."""
@@ -49,7 +49,7 @@ def generate(
     Args:
         pipe: A text-to-image pipeline with a U-Net, not patched.
         request: What to make.
-        out: The folder; made if missing.
+        out: The folder; made if missing. Images of an earlier run in it make room.
         compare: Make each image dense too, and by ``request.beside``, and ``comparison.png``: the dense one, then of
             each way to prune the image, its difference to dense, and the kept tokens.
         maps: Draw ``maps-N.png``: importance and kept tokens over each image, per block and step.
@@ -64,8 +64,6 @@ def generate(
     """
     out.mkdir(parents=True, exist_ok=True)
     mask = None if request.protect is None else _picture(Path(request.protect))
-    if mask is not None:
-        save_image(mask, out / "protect.png")
     ways = {"pruned": request.config}
     if compare and request.beside is not None:
         ways["beside"] = request.beside
@@ -75,6 +73,9 @@ def generate(
             pass  # before any work: refuses what cannot be pruned
     summary = summaries["pruned"]
     names = {way: _name_with_cost(pipe, request, config) for way, config in ways.items()} if compare else {}
+    _clear(out)
+    if mask is not None:
+        save_image(mask, out / PROTECT)
     made: list[Made] = []
     comparisons: list[Comparison] = []
     for index, prompt in enumerate(request.prompts):
@@ -114,6 +115,16 @@ def generate(
         save_image(comparison_sheet(comparisons, headline), out / "comparison.png")
     save_json(run_file(pipe, request, model, summary, made), out / NAME)
     return made
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier run left in a folder, or its images would lie beside a ``run.json`` they are not of."""
+    if not (out / NAME).exists():
+        return
+    (out / NAME).unlink()
+    for pattern in ("pruned-*.png", "dense-*.png", "beside-*.png", "maps-*.png", "comparison.png", PROTECT):
+        for file in out.glob(pattern):
+            file.unlink()
 
 
 def within_budget(pipe: Any, request: Request, share: float) -> Request:

@@ -78,9 +78,10 @@ def load_pipeline(model: str = TINY, *, device: str | None = None, dtype: torch.
 
     Raises:
         FileNotFoundError: If a local folder or file is not there.
-        ValueError: If it is not something diffusers can open, or the hub cannot be reached.
+        ValueError: If it is not something diffusers can open, the hub cannot be reached, or as `check_device`.
     """
-    device = device or best_device()
+    device = best_device() if device is None else device
+    check_device(device)
     dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
     with warnings.catch_warnings():
         # The newest diffusers calls torch_dtype old, the oldest knows no other name for it.
@@ -93,6 +94,10 @@ def load_pipeline(model: str = TINY, *, device: str | None = None, dtype: torch.
 def _open(model: str, dtype: torch.dtype) -> Any:
     from diffusers import AutoPipelineForText2Image, StableDiffusionXLPipeline
 
+    if not model.strip():
+        raise ValueError("the name of the model is empty; give 'tiny', a folder, a .safetensors file or a hub id")
+    if model.startswith("~"):
+        model = str(Path(model).expanduser())
     if model == TINY:
         return StableDiffusionXLPipeline.from_pretrained(tiny_folder(), torch_dtype=dtype)
     if model.endswith((".safetensors", ".ckpt")):
@@ -130,6 +135,25 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(name: str) -> None:
+    """See that torch knows a device and that it is there.
+
+    Raises:
+        ValueError: If not; the message says what is.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}; give cuda, mps or cpu") from error
+    is_there = True
+    if device.type == "cuda":
+        is_there = (device.index or 0) < torch.cuda.device_count()
+    elif device.type == "mps":
+        is_there = torch.backends.mps.is_available()
+    if not is_there:
+        raise ValueError(f"there is no device {name!r} here; the fastest there is, {best_device()!r}, is the default")
 
 
 def _from_file(file: Path, dtype: torch.dtype) -> Any:

@@ -31,7 +31,7 @@ class Request:
         if not is_whole(self.steps) or self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps!r}")
         if not is_number(self.guidance) or not 0 <= self.guidance < 1000:
-            raise ValueError(f"guidance must be 0 or more, not {self.guidance!r}")
+            raise ValueError(f"guidance must be 0 or more and below 1000, not {self.guidance!r}")
         if not is_whole(self.seed) or not -(2**63) <= self.seed < 2**63 - len(self.prompts):
             raise ValueError(f"seed must be a whole number of 63 bits and a sign, not {self.seed!r}")
         for name, side in (("width", self.width), ("height", self.height)):

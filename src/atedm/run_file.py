@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from atedm.patching.summary import PatchSummary
 
 NAME = "run.json"
+PROTECT = "protect.png"
+"""The mask of a run, beside it."""
 
 
 def run_file(pipe: Any, request: Request, model: str, summary: PatchSummary, made: Sequence[Made]) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def read_run_file(file: Path) -> tuple[str, Request]:
         FileNotFoundError: If it is not there.
         ValueError: If it is no run file, or of a run that cannot be had from it alone; the message says why.
     """
-    run = read_json(file)
+    run = read_json(file, advice="give the run.json of a run")
     model, asked = run.get("model"), run.get("request")
     if not isinstance(model, str) or not isinstance(asked, dict):
         raise ValueError(f"{file} is no run file: it names no model and request, as the run.json of a run does")
@@ -71,6 +73,8 @@ def read_run_file(file: Path) -> tuple[str, Request]:
         config, beside = (_config(fields.pop(name, None)) for name in ("config", "beside"))
         if config is None:
             raise ValueError("it has no pruning config")
+        if fields.get("protect") and (kept := file.parent / PROTECT).exists():
+            fields["protect"] = str(kept)  # the picture itself may be named from another folder, or be gone
         return model, Request(**fields | {"prompts": tuple(prompts), "config": config, "beside": beside})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} holds no run that can be drawn: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 import typer
@@ -75,6 +76,12 @@ def main() -> None:
     except (ValueError, TypeError, OSError, ImportError) as error:
         line = " ".join(str(error).split()) or type(error).__name__
         typer.secho(f"atedm: {line}", err=True, fg="red")
+        sys.exit(2)
+    except RuntimeError as error:
+        if not re.search("out of memory|allocate|storage size", str(error), re.IGNORECASE):
+            raise
+        line = str(error).strip().splitlines()[0]
+        typer.secho(f"atedm: this takes more memory than there is ({line})", err=True, fg="red")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

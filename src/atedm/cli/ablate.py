@@ -7,18 +7,20 @@ from typing import Annotated
 
 import typer
 
-from atedm.cli.options import CaptionGuidance, CaptionSeed, CaptionSteps
+from atedm.cli.options import CaptionGuidance, CaptionSeed, CaptionSteps, at_least_one
 
 
 def ablate(
-    captions: Annotated[int, typer.Option(help="Held-out captions per row.")] = 200,
+    captions: Annotated[int, typer.Option(help="Held-out captions per row.", callback=at_least_one)] = 200,
     steps: CaptionSteps = 20,
     guidance: CaptionGuidance = 3.0,
     seed: CaptionSeed = 0,
     only: Annotated[
         list[str] | None, typer.Option(help="A row by its name; may be given again.", show_default=False)
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes; give as many as there are cores.")] = 1,
+    workers: Annotated[
+        int, typer.Option(help="Processes; give as many as there are cores.", callback=at_least_one)
+    ] = 1,
     out: Annotated[Path, typer.Option(help="Folder of the rows: a run that was stopped goes on from there.")] = Path(
         "out/ablation"
     ),

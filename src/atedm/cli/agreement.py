@@ -49,11 +49,17 @@ def agreement(
 
     if captions < 1:
         raise ValueError(f"captions must be at least 1, not {captions}")
+    if not 0 < pruning_rate < 1:
+        raise ValueError(
+            f"pruning_rate must be above 0, for there to be dropped tokens, and below 1, not {pruning_rate}"
+        )
     configs = {}
     for name in modes.split(","):
         mode, _, rows = name.strip().partition("/")
         if rows and not rows.isdecimal():
             raise ValueError(f"a number of rows follows the slash, as in sampled/64, not {rows!r}")
+        if rows and mode != "sampled":
+            raise ValueError(f"only a sample has a number of rows, as in sampled/64, not {name.strip()!r}")
         config = PruningConfig(map_mode=mode)
         configs[name.strip()] = config.replace(sampled_rows=int(rows)) if rows else config
     console = Console(stderr=True)

@@ -15,6 +15,7 @@ from atedm.cli.options import (
     SizeOption,
     TimedDtypeOption,
     TimedGuidanceOption,
+    at_least_one,
     parse_size,
 )
 
@@ -47,7 +48,9 @@ def bench(
             help="Time whole images, or steps of the U-Net; by default images where the weights are at hand.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps of an image.", rich_help_panel="Image")] = 20,
+    steps: Annotated[
+        int, typer.Option(help="Denoising steps of an image.", rich_help_panel="Image", callback=at_least_one)
+    ] = 20,
     repeats: RepeatsOption = 5,
     memory: Annotated[bool, typer.Option(help="Also measure the peak of activations, in one round more.")] = True,
     json: JsonOption = False,
@@ -72,6 +75,7 @@ def bench(
 
     import torch
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     from atedm.bench import bench as measure
@@ -89,7 +93,7 @@ def bench(
     quiet_libraries()
     chosen = {spec: method_by_name(spec, model, size=pixels, steps=steps) for spec in parse_methods(methods)}
     with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"opening {model}", total=None)
+        task = bar.add_task(f"opening {escape(model)}", total=None)
         report = measure(
             model,
             chosen,
@@ -102,7 +106,7 @@ def bench(
             device=device,
             repeats=repeats,
             memory=memory,
-            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+            progress=lambda what, done, total: bar.update(task, description=escape(what), completed=done, total=total),
         )
     if out is not None:
         save_json(report.as_dict(), out)

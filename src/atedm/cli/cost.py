@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atedm.cli.options import BudgetOption, PresetOption, RateOption, budget_share, parse_size
+from atedm.cli.options import BudgetOption, PresetOption, RateOption, at_least_one, budget_share, parse_size
 
 if TYPE_CHECKING:
     from atedm.config import PruningConfig
@@ -32,7 +32,9 @@ def cost(
     size: Annotated[
         str | None, typer.Option(help="WxH in pixels; by default the model's own.", rich_help_panel="Model")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Images made at once.", rich_help_panel="Model")] = 1,
+    batch: Annotated[
+        int, typer.Option(help="Images made at once.", rich_help_panel="Model", callback=at_least_one)
+    ] = 1,
     guidance: Annotated[
         bool | None,
         typer.Option(
@@ -43,7 +45,10 @@ def cost(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Denoising steps; 50, or 4 for few-step models.", rich_help_panel="Model")
+        int | None,
+        typer.Option(
+            help="Denoising steps; 50, or 4 for few-step models.", rich_help_panel="Model", callback=at_least_one
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help="**at-edm** or **tome**.", rich_help_panel="Pruning")] = "at-edm",
     preset: PresetOption = None,
@@ -121,6 +126,7 @@ def cost(
     `atedm cost --method tome --ratio 0.5`
     """
     from rich.console import Console
+    from rich.markup import escape
 
     from atedm.choices import check_name
     from atedm.costs.report import cost as cost_of
@@ -134,10 +140,18 @@ def cost(
     check_name("memory", memory, ("traced", "measured", "none"))
     check_name("dtype", dtype, ("float16", "bfloat16", "float32"))
     check_name("attention", attention, ("fused", "plain"))
+    check_name("of", of, ("mean", "normal-step"))
+    check_name("convention", convention, ("exact", "paper"))
+    if method == "tome":
+        theirs = {"--preset": preset, "--pruning-rate": pruning_rate, "--place": place, "--map-mode": map_mode}
+        if given := [name for name, value in theirs.items() if value is not None]:
+            raise ValueError(f"ToMe has no {', '.join(given)}; its amount is --ratio")
     width, height = parse_size(size)
     pixels = None if width is None or height is None else (width, height)
     tome = ToMe(ratio, merge, levels)
     chosen: PruningConfig | ToMe = tome if method == "tome" else _config(model, preset, pruning_rate, place, map_mode)
+    if tmacs is not None and pruning_rate is not None:
+        raise ValueError("give --tmacs or --pruning-rate, not both: a budget is solved for its rate")
     if budget_share(budget, pruning_rate) is not None or tmacs is not None:
         from atedm.costs.fit import fit_to_budget
         from atedm.pipelines import habits
@@ -153,7 +167,7 @@ def cost(
             steps=habits(model).steps if steps is None else steps,
             convention=convention,
         )
-    with Console(stderr=True).status(f"counting {model}"):
+    with Console(stderr=True).status(f"counting {escape(model)}"):
         report = cost_of(model, chosen, size=pixels, batch=batch, guidance=guidance, steps=steps)
         footprint = _memory(report, memory, dtype, attention)
     if plot is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from atedm.cli.options import parse_size
+from atedm.cli.options import at_least_one, checked_guidance, checked_seed, parse_size
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -39,17 +39,25 @@ PromptsOption = Annotated[
 CaptionsOption = Annotated[
     int | None, typer.Option(help="How many, from the first; all, or 500 scenes.", rich_help_panel=IMAGES_PANEL)
 ]
-StepsOption = Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=IMAGES_PANEL)]
+StepsOption = Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=IMAGES_PANEL, callback=at_least_one)]
 GuidanceOption = Annotated[
-    float | None, typer.Option(help="Guidance scale; by default what suits the model.", rich_help_panel=IMAGES_PANEL)
+    float | None,
+    typer.Option(
+        help="Guidance scale; by default what suits the model.", rich_help_panel=IMAGES_PANEL, callback=checked_guidance
+    ),
 ]
 SizeOption = Annotated[
     str | None, typer.Option(help="WxH in pixels; by default the model's own.", rich_help_panel=IMAGES_PANEL)
 ]
 SeedOption = Annotated[
-    int, typer.Option(help="Of the first image; each next has one more.", rich_help_panel=IMAGES_PANEL)
+    int,
+    typer.Option(
+        help="Of the first image; each next has one more.", rich_help_panel=IMAGES_PANEL, callback=checked_seed
+    ),
 ]
-BatchOption = Annotated[int, typer.Option(help="Images drawn at once.", rich_help_panel=IMAGES_PANEL)]
+BatchOption = Annotated[
+    int, typer.Option(help="Images drawn at once.", rich_help_panel=IMAGES_PANEL, callback=at_least_one)
+]
 MetricsOption = Annotated[
     str,
     typer.Option(
@@ -65,7 +73,9 @@ ClipModelOption = Annotated[
         rich_help_panel=METRICS_PANEL,
     ),
 ]
-ClipWeightsOption = Annotated[str, typer.Option(help="Its weights.", rich_help_panel=METRICS_PANEL)]
+ClipWeightsOption = Annotated[
+    str, typer.Option(help="Its weights, and those of FID's open_clip model.", rich_help_panel=METRICS_PANEL)
+]
 FidFeaturesOption = Annotated[
     str | None,
     typer.Option(
@@ -81,6 +91,7 @@ FolderOption = Annotated[
 def opened_alone(model: str, device: str | None, dtype: str | None, console: Console) -> Any:
     """Open a pipeline for one process, and say so while it lasts."""
     import torch
+    from rich.markup import escape
 
     from atedm.choices import check_name
     from atedm.pipelines import load_pipeline, quiet_libraries
@@ -88,7 +99,7 @@ def opened_alone(model: str, device: str | None, dtype: str | None, console: Con
     if dtype is not None:
         check_name("dtype", dtype, ("float32", "bfloat16", "float16"))
     quiet_libraries()
-    with console.status(f"opening {model}"):
+    with console.status(f"opening {escape(model)}"):
         return load_pipeline(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
 
 
@@ -135,8 +146,10 @@ def read_options(
     scale = habits(model).guidance if guidance is None else guidance
     drawing = Drawing(model, steps, scale, seed, batch, width, height, dtype or "")
     of_scenes = prompts == SCENES
+    read = read_prompts(prompts, captions, seed)
+    _tell_what_is_left_out(names, read)
     return Asked(
-        read_prompts(prompts, captions, seed),
+        read,
         Metrics(
             names,
             clip_model or (TINY_CLIP if of_scenes else "ViT-g-14"),
@@ -145,6 +158,15 @@ def read_options(
         ),
         drawing,
     )
+
+
+def _tell_what_is_left_out(metrics: tuple[str, ...], prompts: list[Prompt]) -> None:
+    from atedm.evaluation.scores import ACCURACY, FID
+
+    if ACCURACY in metrics and not any(prompt.scene is not None for prompt in prompts):
+        typer.echo("accuracy is left out: only the captions of scenes can be read back", err=True)
+    if FID in metrics and not all(prompt.scene is not None or prompt.picture is not None for prompt in prompts):
+        typer.echo("fid is left out: it needs a real picture of every prompt, as scenes and MS-COCO have", err=True)
 
 
 class Opened(NamedTuple):
@@ -161,6 +183,7 @@ def opened(drawing: Drawing, device: str | None) -> Iterator[Opened]:
     """Open the model that ``drawing`` names, and show a progress bar in the first process."""
     import torch
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     from atedm.evaluation.sharing import shared_work
@@ -168,13 +191,13 @@ def opened(drawing: Drawing, device: str | None) -> Iterator[Opened]:
 
     state = shared_work(device)
     console = Console(stderr=True, quiet=not state.is_main_process)
-    with console.status(f"opening {drawing.model}"):
+    with console.status(f"opening {escape(drawing.model)}"):
         precision = getattr(torch, drawing.dtype) if drawing.dtype else None
         pipe = load_pipeline(drawing.model, device=device or str(state.device), dtype=precision)
     with Progress(console=console) as bar:
         task = bar.add_task("images", total=None)
 
         def tell(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
+            bar.update(task, description=escape(what), completed=done, total=total)
 
         yield Opened(pipe, replace(drawing, dtype=str(pipe.unet.dtype).removeprefix("torch.")), state, tell)

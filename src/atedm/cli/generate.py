@@ -86,6 +86,7 @@ def generate(
     `atedm generate --again out/run.json --out out/again` draws a run again.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     from atedm.generate import generate as make
@@ -94,6 +95,8 @@ def generate(
     from atedm.request import Request
     from atedm.run_file import read_run_file
 
+    if beside and not compare:
+        raise ValueError("--beside is what --compare shows beside an image; give --compare too")
     if again is not None:
         named = {
             "prompts": prompts, "--model": model != "tiny", "--preset": preset, "--protect": protect, "--size": size,
@@ -119,7 +122,7 @@ def generate(
     share = budget_share(budget, pruning_rate)
     console = Console(stderr=True)
     quiet_libraries()
-    with console.status(f"opening {model}"):
+    with console.status(f"opening {escape(model)}"):
         pipe = load_pipeline(model, device=device)
         if share is not None:
             request = within_budget(pipe, request, share)
@@ -132,7 +135,7 @@ def generate(
         done = {"whole": 0}
 
         def on_step(what: str, step: int, steps: int) -> None:
-            bar.update(task, description=what, completed=done["whole"] + step)
+            bar.update(task, description=escape(what), completed=done["whole"] + step)
             done["whole"] += steps if step == steps else 0
 
         made = make(pipe, request, out, compare=compare, maps=maps, model=model, progress=on_step)

@@ -50,6 +50,7 @@ def latency(
 
     import torch
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     from atedm.choices import check_name
@@ -66,7 +67,7 @@ def latency(
     name = preset or suits.preset
     quiet_libraries()
     with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"opening {model}", total=None)
+        task = bar.add_task(f"opening {escape(model)}", total=None)
         report = measure(
             model,
             pruning_config(name, pruning_rate),
@@ -77,7 +78,7 @@ def latency(
             dtype=None if dtype is None else getattr(torch, dtype),
             device=device,
             repeats=repeats,
-            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+            progress=lambda what, done, total: bar.update(task, description=escape(what), completed=done, total=total),
         )
     if plot is not None:
         save_image(latency_chart(report), plot)

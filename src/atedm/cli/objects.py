@@ -51,6 +51,10 @@ def objects(
     check_writable(plot)
     if captions < 1:
         raise ValueError(f"captions must be at least 1, not {captions}")
+    if not 0 < pruning_rate < 1:
+        raise ValueError(
+            f"pruning_rate must be above 0, for there to be dropped tokens, and below 1, not {pruning_rate}"
+        )
     console = Console(stderr=True)
     pipe = opened_alone("tiny", device, dtype, console)
     with rounds_shown(console, -(-captions // batch)) as on_call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,8 +18,45 @@ MODEL_HELP = (
 )
 
 ModelOption = Annotated[str, typer.Option(help=MODEL_HELP, rich_help_panel="Model")]
+_LONGEST_SIDE = 32768
+"""In pixels; longer than any U-Net of today can be run on, and short enough to be counted."""
+
+
+def checked_device(name: str | None) -> str | None:
+    """See that there is such a device, where one is asked for."""
+    if name is not None:
+        from atedm.pipelines import check_device
+
+        check_device(name)
+    return name
+
+
+def at_least_one(param: typer.CallbackParam, value: int | None) -> int | None:
+    """See that a count is one, where it is given."""
+    if value is not None and value < 1:
+        raise ValueError(f"{param.name} must be at least 1, not {value}")
+    return value
+
+
+def checked_guidance(scale: float | None) -> float | None:
+    """See that a guidance scale is one, where it is asked for."""
+    if scale is not None and not (math.isfinite(scale) and 0 <= scale < 1000):
+        raise ValueError(f"guidance must be 0 or more and below 1000, not {scale}")
+    return scale
+
+
+def checked_seed(seed: int) -> int:
+    """See that a seed is in the range that everything which draws from it takes."""
+    if not 0 <= seed < 2**62:
+        raise ValueError(f"seed must be 0 or more and below 2^62, not {seed}")
+    return seed
+
+
 DeviceOption = Annotated[
-    str | None, typer.Option(help="cuda, mps or cpu; the fastest there is by default.", rich_help_panel="Model")
+    str | None,
+    typer.Option(
+        help="cuda, mps or cpu; the fastest there is by default.", rich_help_panel="Model", callback=checked_device
+    ),
 ]
 PresetOption = Annotated[
     str | None,
@@ -50,12 +88,14 @@ TimedDtypeOption = Annotated[
 SizeOption = Annotated[
     str | None, typer.Option(help="WxH in pixels; by default the model's own.", rich_help_panel="Image")
 ]
-BatchOption = Annotated[int, typer.Option(help="Images at a time.", rich_help_panel="Image")]
+BatchOption = Annotated[int, typer.Option(help="Images at a time.", rich_help_panel="Image", callback=at_least_one)]
 TimedGuidanceOption = Annotated[
     bool | None,
     typer.Option(help="Whether the U-Net runs on two of each; by default as usual.", rich_help_panel="Image"),
 ]
-RepeatsOption = Annotated[int, typer.Option(help="Times that everything is timed, after once to warm up.")]
+RepeatsOption = Annotated[
+    int, typer.Option(help="Times that everything is timed, after once to warm up.", callback=at_least_one)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Output")]
 BudgetOption = Annotated[
     float | None,
@@ -64,9 +104,9 @@ BudgetOption = Annotated[
         rich_help_panel="Pruning",
     ),
 ]
-CaptionSteps = Annotated[int, typer.Option(help="Denoising steps.")]
-CaptionGuidance = Annotated[float, typer.Option(help="Guidance scale.")]
-CaptionSeed = Annotated[int, typer.Option(help="Seed of captions and noise.")]
+CaptionSteps = Annotated[int, typer.Option(help="Denoising steps.", callback=at_least_one)]
+CaptionGuidance = Annotated[float, typer.Option(help="Guidance scale.", callback=checked_guidance)]
+CaptionSeed = Annotated[int, typer.Option(help="Seed of captions and noise.", callback=checked_seed)]
 OutOption = Annotated[Path, typer.Option(help="Folder for the results.", rich_help_panel="Output")]
 
 
@@ -85,7 +125,10 @@ def parse_size(size: str | None) -> tuple[int | None, int | None]:
     match = re.fullmatch(r"(\d+)[x×](\d+)", size.strip().lower())
     if match is None:
         raise ValueError(f"size must be WIDTHxHEIGHT in pixels, such as 128x128, not {size!r}")
-    return int(match[1]), int(match[2])
+    width, height = int(match[1]), int(match[2])
+    if not all(8 <= side <= _LONGEST_SIDE for side in (width, height)):
+        raise ValueError(f"sides must be from 8 to {_LONGEST_SIDE} pixels, not {size!r}")
+    return width, height
 
 
 def budget_share(budget: float | None, pruning_rate: float | None) -> float | None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 @contextmanager
 def rounds_shown(console: Console, rounds: int) -> Iterator[Callable[[str, int, int], None]]:
     """Show a bar of so many rounds; yields what is told of every step: what, which step, of how many in the round."""
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=console) as bar:
@@ -21,7 +22,7 @@ def rounds_shown(console: Console, rounds: int) -> Iterator[Callable[[str, int, 
 
         def on_step(what: str, step: int, steps: int) -> None:
             nonlocal whole
-            bar.update(task, description=what, completed=whole + step / steps)
+            bar.update(task, description=escape(what), completed=whole + step / steps)
             whole += step == steps
 
         yield on_step

@@ -51,6 +51,7 @@ def variance(
     from json import dumps
 
     from rich.console import Console
+    from rich.markup import escape
 
     from atedm.costs.variance import attention_variance
     from atedm.files import check_writable, save_image
@@ -65,7 +66,7 @@ def variance(
     prompts = list(prompts or suits.prompts)
     console = Console(stderr=True)
     quiet_libraries()
-    with console.status(f"opening {model}"):
+    with console.status(f"opening {escape(model)}"):
         pipe = load_pipeline(model, device=device)
     with rounds_shown(console, len(prompts)) as on_call:
         report = attention_variance(

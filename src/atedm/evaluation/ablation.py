@@ -65,7 +65,8 @@ class Row:
 def measure_row(name: str, settings: Settings, folder: Path) -> Row:
     """Make and judge one variant's images; keep the row, and dense's images, in ``folder``."""
     file = folder / f"{name.replace(' ', '-').replace(',', '')}.json"
-    dense_file = folder / "dense.npy"
+    # By the settings, so that a run under others does not take its place.
+    dense_file = folder / f"dense-{zlib.crc32(repr(settings).encode()):08x}.npy"
     pipe = load_pipeline(TINY, device="cpu")
     config = _variants(pipe, settings)[name]
     stored = _read(file, settings, config)
@@ -156,16 +157,19 @@ def _read(file: Path, settings: Settings, config: PruningConfig | None) -> Row |
     if not file.exists():
         return None
     stored = read_json(file)
-    if stored["settings"] != asdict(settings) or stored["config"] != (config and config.as_dict()):
-        return None
-    return Row(
-        stored["name"],
-        settings,
-        stored["config"],
-        stored["cost"],
-        {key: Interval(*value) for key, value in stored["accuracy"].items()},
-        None if stored["psnr"] is None else Interval(*stored["psnr"]),
-    )
+    try:
+        if stored["settings"] != asdict(settings) or stored["config"] != (config and config.as_dict()):
+            return None
+        return Row(
+            stored["name"],
+            settings,
+            stored["config"],
+            stored["cost"],
+            {key: Interval(*value) for key, value in stored["accuracy"].items()},
+            None if stored["psnr"] is None else Interval(*stored["psnr"]),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} holds no row of this table; remove it, and the next run makes it again") from error
 
 
 def markdown(rows: Sequence[Row]) -> str:

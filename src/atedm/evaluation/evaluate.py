@@ -102,10 +102,12 @@ def evaluate(
         The results in the order of the methods; an empty list in all processes but the first.
 
     Raises:
-        ValueError: If ``out`` holds images of something else, or the weights of a metric cannot be had; or as
-            `shared_work`.
+        ValueError: If FID is asked for of one image, ``out`` holds images of something else, or the weights of a metric
+            cannot be had; or as `shared_work`.
     """
     state = state or shared_work()
+    if FID in metrics.names and _have_references(prompts) and len(prompts) < 2:
+        raise ValueError("FID needs at least two images; ask for more captions, or leave fid out of the metrics")
     to_dense = DISTANCE in metrics.names or LPIPS in metrics.names
     if to_dense and not any(method == Dense() for method in methods.values()):
         methods = {"dense": Dense(), **methods}

@@ -86,14 +86,14 @@ def folder_features(
     return np.asarray(features, dtype=np.float64)
 
 
-def check_features(extractor: str, *, device: str | None = None) -> None:
+def check_features(extractor: str, pretrained: str = CLIP_WEIGHTS, *, device: str | None = None) -> None:
     """Open what looks at images once, as `folder_features` will, and let go of it.
 
     Raises:
         ImportError: If clean-fid is not installed.
         ValueError: If the extractor cannot be opened.
     """
-    _extractor(extractor, CLIP_WEIGHTS, device or best_device(), _clean_fid()[1])
+    _extractor(extractor, pretrained, device or best_device(), _clean_fid()[1])
 
 
 def fid(features: NDArray[Any], reference_features: NDArray[Any]) -> float:

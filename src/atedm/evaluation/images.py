@@ -41,7 +41,9 @@ class Drawing:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.guidance < 1000:
-            raise ValueError(f"guidance must be 0 or more, not {self.guidance}")
+            raise ValueError(f"guidance must be 0 or more and below 1000, not {self.guidance}")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed must be 0 or more and below 2^62, not {self.seed}")
 
     @property
     def size(self) -> tuple[int, int] | None:

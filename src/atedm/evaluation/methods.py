@@ -134,15 +134,20 @@ class Stacked:
     """Several at once, the first one applied first. Pruning has to come before caching, which wraps what it finds.
 
     Raises:
-        ValueError: If ToMe and pruning are among them: it merges over a whole grid, which pruning takes apart.
+        ValueError: If there are two of a kind, something after caching, or ToMe and pruning among them: it merges over
+            a whole grid, which pruning takes apart.
     """
 
     methods: tuple[Method, ...]
 
     def __post_init__(self) -> None:
         """Refuse what cannot go together."""
-        kinds = {type(method) for method in self.methods}
-        if {Pruning, Merging} <= kinds:
+        kinds = [type(method) for method in self.methods]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError("two methods of one kind do not stack; each changes the same part of the model")
+        if Caching in kinds[:-1] and kinds[-1] is not Dense:
+            raise ValueError("deepcache comes last in a stack, because it wraps what it finds, as in matched+deepcache")
+        if {Pruning, Merging} <= set(kinds):
             raise ValueError(
                 "ToMe and pruning do not go together: ToMe merges over a whole grid of tokens, which pruning takes "
                 "apart; stack either with deepcache or fewer steps"

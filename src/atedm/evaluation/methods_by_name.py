@@ -95,11 +95,13 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _fields(text: str) -> dict[str, Any]:
-    fields = {}
+    fields: dict[str, Any] = {}
     for pair in filter(None, _split(text, ",")):
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"cannot read {pair!r}; write field=value")
+        if key.strip() in fields:
+            raise ValueError(f"{key.strip()} is given twice in [{text}]")
         try:
             fields[key.strip()] = json.loads(value)
         except json.JSONDecodeError:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from atedm.files import save_image
+from atedm.files import read_json, save_image, save_json
 from atedm.tiny.scenes import Scene, held_out_scenes, render
 
 SCENES = "scenes"
@@ -115,7 +118,7 @@ def write_references(prompts: Sequence[Prompt], folder: Path, size: tuple[int, i
     """Write the real pictures that images are held against, PNGs named by number, and yield after each.
 
     MS-COCO is cropped to the middle and resized, as the paper does; scenes are rendered with jitter from ``seed``.
-    Those that are there already stay.
+    Those of the same prompts, size and seed that are there already stay; others make room.
 
     Args:
         prompts: All with a picture, or all scenes.
@@ -127,11 +130,26 @@ def write_references(prompts: Sequence[Prompt], folder: Path, size: tuple[int, i
         ValueError: If a prompt has nothing to hold against, or a picture cannot be read; the message names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "settings.json"
+    asked: dict[str, Any] = {"size": list(size), "seed": seed, "prompts": [_checksum(prompt) for prompt in prompts]}
+    stored = read_json(file) if file.exists() else {}
+    same = stored.get("size") == asked["size"] and stored.get("seed") == seed
+    before = stored.get("prompts", []) if same else []
+    pairs = zip(before, asked["prompts"], strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if shared < len(prompts):  # until all are there, it vouches for those only
+        save_json(asked | {"prompts": asked["prompts"][:shared]}, file)
     for index, prompt in enumerate(prompts):
-        file = folder / f"{index:05d}.png"
-        if not file.exists():
-            save_image(_reference(prompt, size, [seed, index]), file)
+        picture = folder / f"{index:05d}.png"
+        if index >= shared or not picture.exists():
+            save_image(_reference(prompt, size, [seed, index]), picture)
         yield index
+    if shared < len(prompts):
+        save_json(asked, file)
+
+
+def _checksum(prompt: Prompt) -> int:
+    return zlib.crc32(repr((prompt.text, prompt.scene, str(prompt.picture))).encode())
 
 
 def _reference(prompt: Prompt, size: tuple[int, int], seed: list[int]) -> Image.Image:

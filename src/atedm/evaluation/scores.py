@@ -34,7 +34,7 @@ class Metrics:
     #: An open_clip model, "local-dir:..." or a name.
     clip_model: str = "ViT-g-14"
     clip_pretrained: str = "laion2b_s34b_b88k"
-    #: Features that FID compares: "inception", or an open_clip model.
+    #: Features that FID compares: "inception", or an open_clip model, with the same weights.
     fid_features: str = "inception"
     #: Network of LPIPS.
     lpips_net: str = "alex"
@@ -160,7 +160,7 @@ def check_metrics(metrics: Metrics, device: str, *, has_references: bool = True)
     if FID in metrics.names and has_references:
         from atedm.evaluation.fid import check_features
 
-        check_features(metrics.fid_features, device=device)
+        check_features(metrics.fid_features, metrics.clip_pretrained, device=device)
     if LPIPS in metrics.names:
         from atedm.evaluation.perceptual import lpips_model
 
@@ -192,20 +192,21 @@ def _clip(files: Sequence[Path], prompts: Sequence[Prompt], metrics: Metrics, fo
 def _fid(folder: Path, references: Path, count: int, metrics: Metrics, device: str) -> Interval:
     from atedm.evaluation.fid import fid_interval
 
-    ours, theirs = (_features(where, count, metrics.fid_features, device) for where in (folder, references))
+    ours, theirs = (_features(where, count, metrics, device) for where in (folder, references))
     return fid_interval(ours, theirs)
 
 
-def _features(folder: Path, count: int, extractor: str, device: str) -> Any:
+def _features(folder: Path, count: int, metrics: Metrics, device: str) -> Any:
     from atedm.evaluation.fid import folder_features
 
     files = sorted(folder.glob("*.png"))[:count]
-    terms = {"extractor": extractor, "files": _checksums(files)}
+    extractor, pretrained = metrics.fid_features, metrics.clip_pretrained
+    terms = {"extractor": extractor, "pretrained": pretrained, "files": _checksums(files)}
     cache = folder / "features.json"
     stored = read_json(cache) if cache.exists() else {}
     if stored.get("terms") == terms:
         return np.asarray(stored["features"])
-    features = folder_features(folder, extractor, device=device)[:count]
+    features = folder_features(folder, extractor, pretrained=pretrained, device=device)[:count]
     save_json({"terms": terms, "features": features.tolist()}, cache)
     return features
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import secrets
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,13 @@ def serve(
         device: Where models go.
 
     Raises:
-        OSError: If the port is taken.
-        ValueError: If no model is named, or the first one cannot be opened.
+        OSError: If the port is taken, or the address is not of this machine.
+        ValueError: If the password is empty, no model is named, or the first one cannot be
+            opened.
     """
+    if password is not None and not password.strip():
+        raise ValueError("the password is empty, and a page with none cannot be entered; leave it out, or give one")
+    _check_address(host, port)
     studio = Studio(checked_models(models), out.resolve(), device)
     studio.folder.mkdir(parents=True, exist_ok=True)
     if password is None and not is_loopback(host):
@@ -81,6 +86,17 @@ def serve(
         **options,
     )
     return Served(page, url, password)
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """See that one can listen there, before a model is opened."""
+    try:
+        with socket.create_server((host, port or 0)):
+            pass
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        where = host if port is None else f"{host}, port {port}"
+        raise OSError(f"cannot listen at {where}: {reason}; give another --host or --port") from error
 
 
 def is_loopback(host: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -135,7 +136,7 @@ class Studio:
         """
         pipe = self.pipe(model)
         stop = self._running[who] = threading.Event()
-        job = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{next(self._numbers):03d}"
+        job = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(self._numbers):03d}"
         try:
             with self._busy:
                 yield from run_job(pipe, request, job, model, stop)
