@@ -275,6 +275,7 @@ def test_generate_keeps_to_a_budget(run: Run, tmp_path: Path) -> None:
             "ToMe has no --preset, --pruning-rate",
         ),
         (("web", "--password", " "), "the password is empty"),
+        (("web", "--host", "::1"), "is an address of IPv6"),
         (("web", "--host", "not.an.address.invalid"), "give another --host"),
     ],
 )

@@ -60,7 +60,7 @@ def serve(
 
     Raises:
         OSError: If the port is taken, or the address is not of this machine.
-        ValueError: If the password is empty, no model is named, or the first one cannot be
+        ValueError: If the password is empty, the address is of IPv6, no model is named, or the first one cannot be
             opened.
     """
     if password is not None and not password.strip():
@@ -90,6 +90,10 @@ def serve(
 
 def _check_address(host: str, port: int | None) -> None:
     """See that one can listen there, before a model is opened."""
+    if ":" in host:
+        raise ValueError(
+            f"{host} is an address of IPv6, which the page cannot be served at; give a name or four numbers"
+        )
     try:
         with socket.create_server((host, port or 0)):
             pass
