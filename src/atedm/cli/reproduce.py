@@ -162,7 +162,7 @@ def _row_name(experiment: Experiment, outcome: Outcome, result: Result) -> str:
 
 
 def _kind(method: Method) -> str:
-    """What a chart calls methods that differ in their settings alone."""
+    """What a chart of costs calls methods that differ in their settings alone."""
     from atedm.evaluation.methods import Caching, Merging, Pruning, Stacked
 
     if isinstance(method, Pruning):
@@ -171,4 +171,4 @@ def _kind(method: Method) -> str:
         return "ToMe, DSAP" if method.tome.prune_less_share > 0 else "ToMe"
     if isinstance(method, Stacked):
         return " + ".join(_kind(part) for part in method.methods)
-    return "DeepCache" if isinstance(method, Caching) else "dense"
+    return "DeepCache" if isinstance(method, Caching) else "dense, fewer steps"
