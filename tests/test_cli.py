@@ -171,7 +171,7 @@ def test_reproduce_writes_numbers_a_plot_and_pictures(run: Run, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert "supplement C.1" in done.stdout
     assert "| after-self-attention | 0." in done.stdout
-    for file in ("place.json", "place.md", "place.png", "place-sheet.png"):
+    for file in ("place-2-steps.json", "place-2-steps.md", "place-2-steps.png", "place-2-steps-sheet.png"):
         assert (tmp_path / "out" / "reproduce" / file).stat().st_size > 200
     kept = tmp_path / "out" / "reproduce" / "2-steps-guidance-3-float32" / "images"
     assert len(list(kept.glob("*/00001.png"))) == 4

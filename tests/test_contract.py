@@ -30,7 +30,7 @@ from atedm.config import PRESETS, PruningConfig
 from atedm.patching.survey import find_blocks
 from models import run, sd1_unet, sdxl_unet, small_unet, snapshot
 
-SEQUENCES = int(os.environ.get("ATEDM_SEQUENCES", "100"))
+SEQUENCES = int(os.environ.get("ATEDM_SEQUENCES", "60"))
 DONE: Counter[str] = Counter()
 """What was done, over all sequences."""
 

@@ -87,9 +87,9 @@ def test_pictures_keep_their_shape() -> None:
 
 def test_kept_share_counts_spared_blocks_as_whole() -> None:
     recording = Recording([observation(0), observation(0, (0, 5))], ("mid_block.attentions.0", "other"))
-    recording.end_call(0)  # two pruning layers in one block: the second one's 2 of 16 are left
+    recording.end_call()  # two pruning layers in one block: the second one's 2 of 16 are left
     assert recording.kept_share == pytest.approx((0.125 + 1) / 2)
-    recording.end_call(2)  # a call in which every block was spared
+    recording.end_call()  # a call in which every block was spared
     assert recording.kept_share == pytest.approx((0.125 + 3) / 4)
     with pytest.raises(ValueError, match="nothing was recorded"):
         _ = Recording().kept_share

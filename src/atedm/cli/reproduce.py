@@ -163,7 +163,7 @@ def _row_name(experiment: Experiment, outcome: Outcome, result: Result) -> str:
 
 def _kind(method: Method) -> str:
     """What a chart of costs calls methods that differ in their settings alone."""
-    from atedm.evaluation.methods import Caching, Merging, Pruning, Stacked
+    from atedm.evaluation.methods import Caching, Dense, Merging, Pruning, Stacked
 
     if isinstance(method, Pruning):
         return method.config.method_name + ("†" if method.config.where == "not-second-level" else "")
@@ -171,4 +171,6 @@ def _kind(method: Method) -> str:
         return "ToMe, DSAP" if method.tome.prune_less_share > 0 else "ToMe"
     if isinstance(method, Stacked):
         return " + ".join(_kind(part) for part in method.methods)
-    return "DeepCache" if isinstance(method, Caching) else "dense, fewer steps"
+    if isinstance(method, Caching):
+        return "DeepCache"
+    return "dense" if method == Dense() else "dense, fewer steps"

@@ -143,15 +143,16 @@ class Stacked:
     def __post_init__(self) -> None:
         """Refuse what cannot go together."""
         kinds = [type(method) for method in self.methods]
-        if len(set(kinds)) < len(kinds):
-            raise ValueError("two methods of one kind do not stack; each changes the same part of the model")
-        if Caching in kinds[:-1] and kinds[-1] is not Dense:
-            raise ValueError("deepcache comes last in a stack, because it wraps what it finds, as in matched+deepcache")
         if {Pruning, Merging} <= set(kinds):
             raise ValueError(
                 "ToMe and pruning do not go together: ToMe merges over a whole grid of tokens, which pruning takes "
                 "apart; stack either with deepcache or fewer steps"
             )
+        if len(set(kinds)) < len(kinds):
+            raise ValueError("two methods of one kind do not stack; each changes the same part of the model")
+        after_caching = kinds[kinds.index(Caching) + 1 :] if Caching in kinds else []
+        if {Pruning, Merging} & set(after_caching):
+            raise ValueError("deepcache comes last in a stack, because it wraps what it finds, as in matched+deepcache")
 
     @contextmanager
     def applied(self, pipe: Any, seed: int = 0) -> Iterator[None]:
