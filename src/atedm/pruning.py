@@ -98,4 +98,4 @@ def put_first(importance: Tensor, first: Tensor) -> Tensor:
     above = highest - lowest + highest.abs() + lowest.abs() + 1  # more than rounding takes
     # Infinities one step outside of the finite ones.
     held = torch.where(importance.isnan(), -torch.inf, importance).clamp(lowest - above, highest + above)
-    return held + 4 * above * first.float()
+    return torch.where(first, held + 4 * above, held)

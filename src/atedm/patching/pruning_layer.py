@@ -12,14 +12,13 @@ from diffusers.models.attention_processor import Attention as AttentionModule
 from diffusers.models.attention_processor import (
     AttnProcessor,
     CustomDiffusionAttnProcessor,
-    PAGCFGIdentitySelfAttnProcessor2_0,
-    PAGIdentitySelfAttnProcessor2_0,
     SlicedAttnProcessor,
 )
 from torch import Tensor
 from torch.nn import functional
 
 from atedm.patching.state import BlockObservation, BlockPatch
+from atedm.patching.survey import PERTURBED
 from atedm.protection import protected_tokens, with_protected
 from atedm.token_pruning import Choice, Dropped, choose_tokens, drop_tokens, match_tokens
 from atedm.token_ranking import QueriesAndKeys, Ranking, rank_tokens
@@ -174,7 +173,7 @@ def bias_for(attention: AttentionModule, bias: Tensor | None) -> Tensor | None:
         return None
     if attention.upcast_attention and isinstance(attention.processor, _MAKE_LOGITS):
         bias = bias.float()
-    parts = {PAGCFGIdentitySelfAttnProcessor2_0: 3, PAGIdentitySelfAttnProcessor2_0: 2}.get(type(attention.processor))
+    parts = PERTURBED.get(type(attention.processor))
     return bias if parts is None else bias[: len(bias) // parts * (parts - 1)]
 
 

@@ -16,6 +16,10 @@ from atedm.schedule import BlockPlace
 
 KNOWN_NORM = "layer_norm"
 """The kind of `BasicTransformerBlock` whose queries, keys and insides are known here: that of all SD U-Nets."""
+_MERGING = "ToMeBlock"
+"""What tomesd calls the class of a layer that it has patched."""
+PERTURBED = {PAGCFGIdentitySelfAttnProcessor2_0: 3, PAGIdentitySelfAttnProcessor2_0: 2}
+"""Attention processors of perturbed-attention guidance, and the parts of their batch; the last one is perturbed."""
 
 
 def find_unet(target: Any) -> UNet2DConditionModel:
@@ -144,13 +148,9 @@ def refuse_merging(name: str, module: Transformer2DModel) -> None:
         )
 
 
-_MERGING = "ToMeBlock"
-
-
 def refuse_perturbed(unet: UNet2DConditionModel) -> None:
     """Raise if guidance perturbs attention: its batch has a part that is no half of guidance."""
-    kinds = (PAGCFGIdentitySelfAttnProcessor2_0, PAGIdentitySelfAttnProcessor2_0)
-    if any(isinstance(processor, kinds) for processor in unet.attn_processors.values()):
+    if any(type(processor) in PERTURBED for processor in unet.attn_processors.values()):
         raise ValueError(
             "guidance_masks='shared' shares what is kept between the two halves of guidance, but under "
             "perturbed-attention guidance a batch has another part; use guidance_masks='separate'"
