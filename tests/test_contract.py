@@ -12,11 +12,20 @@ import pickle
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from hypothesis import HealthCheck, settings
@@ -30,7 +39,7 @@ from atedm.config import PRESETS, PruningConfig
 from atedm.patching.survey import find_blocks
 from models import run, sd1_unet, sdxl_unet, small_unet, snapshot
 
-SEQUENCES = int(os.environ.get("ATEDM_SEQUENCES", "60"))
+SEQUENCES = int(os.environ.get("ATEDM_SEQUENCES", "100"))
 DONE: Counter[str] = Counter()
 """What was done, over all sequences."""
 
@@ -42,6 +51,17 @@ SHAPES = {
 }
 SIZES = st.sampled_from([(16, 16), (8, 24), (10, 14), (20, 12)])
 RUNS = st.sampled_from([(999,), (1,), (999, 500, 1), (801, 601, 401, 201), (999, 1)])
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
+SCHEDULERS = st.sampled_from(
+    [
+        EulerDiscreteScheduler,
+        EulerAncestralDiscreteScheduler,
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        HeunDiscreteScheduler,  # asks twice for a step
+        LCMScheduler,
+    ]
+)
 RATES = st.sampled_from([0.0, 0.2, 0.5, 0.63, 0.9])
 
 
@@ -88,6 +108,26 @@ def drawn(unet: UNet2DConditionModel, timesteps: tuple[int, ...], size: tuple[in
     return [run(unet, timestep, size=size, batch=batch) for timestep in torch.tensor(timesteps)]
 
 
+def noise_from(scheduler: Any, generator: torch.Generator) -> dict[str, torch.Generator]:
+    """What tells a scheduler where to take noise from, if it takes any."""
+    return {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
+
+
+@torch.no_grad()
+def generated(unet: UNet2DConditionModel, scheduler_class: Any, steps: int, size: tuple[int, int]) -> Tensor:
+    """The latents of an image, denoised as a pipeline does it, with guidance."""
+    scheduler = scheduler_class()
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(steps)
+    latents = torch.randn(1, 4, *size, generator=generator) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        both = scheduler.scale_model_input(latents.repeat(2, 1, 1, 1), timestep).to(unet.dtype)
+        without, with_prompt = run(unet, timestep, size=size, sample=both).float().chunk(2)
+        noise = without + 3 * (with_prompt - without)
+        latents = scheduler.step(noise, timestep, latents, **noise_from(scheduler, generator)).prev_sample
+    return latents
+
+
 class Contract(RuleBasedStateMachine):
     """One U-Net that all is done to, and its twin."""
 
@@ -95,10 +135,16 @@ class Contract(RuleBasedStateMachine):
     twin: UNet2DConditionModel
     config: PruningConfig | None
 
-    @initialize(shape=st.sampled_from([*SHAPES]), double=st.booleans(), config=st.none() | configs())
-    def begin(self, shape: str, double: bool, config: PruningConfig | None) -> None:
-        self.unet = SHAPES[shape]().to(torch.float64 if double else torch.float32)
+    @initialize(
+        shape=st.sampled_from([*SHAPES]),
+        dtype=DTYPES,
+        config=st.none() | configs(),
+        compiles=st.sampled_from([False] * 9 + [True]),
+    )
+    def begin(self, shape: str, dtype: torch.dtype, config: PruningConfig | None, compiles: bool) -> None:
+        self.unet = SHAPES[shape]().to(dtype)
         self.twin = copy.deepcopy(self.unet)
+        self.may_compile = compiles
         self.config, self.loras = None, 0
         if config is not None:
             self.apply_or_be_refused(config)
@@ -145,13 +191,34 @@ class Contract(RuleBasedStateMachine):
     def draw_pruned(self, timesteps: tuple[int, ...], size: tuple[int, int], batch: int) -> None:
         self.draws_as_a_fresh_one(timesteps, size, batch)
 
-    def draws_as_a_fresh_one(self, timesteps: tuple[int, ...], size: tuple[int, int], batch: int) -> None:
+    def fresh(self) -> UNet2DConditionModel:
+        """The untouched twin, patched just now if ours is."""
         fresh = copy.deepcopy(self.twin)
         if self.config is not None:
             atedm.apply(fresh, self.config)
-        ours, theirs = (drawn(unet, timesteps, size, batch) for unet in (self.unet, fresh))
+        return fresh
+
+    def draws_as_a_fresh_one(self, timesteps: tuple[int, ...], size: tuple[int, int], batch: int) -> None:
+        ours, theirs = (drawn(unet, timesteps, size, batch) for unet in (self.unet, self.fresh()))
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
         self.note("draw pruned" if self.config is not None else "draw dense")
+
+    @rule(scheduler_class=SCHEDULERS, steps=st.integers(1, 4), size=SIZES)
+    def generate(self, scheduler_class: Any, steps: int, size: tuple[int, int]) -> None:
+        ours, theirs = (generated(unet, scheduler_class, steps, size) for unet in (self.unet, self.fresh()))
+        assert ours.isfinite().all()
+        assert torch.equal(ours, theirs)
+        self.note("generate")
+
+    @precondition(lambda self: self.may_compile)
+    @rule(timesteps=RUNS)
+    def compile(self, timesteps: tuple[int, ...]) -> None:
+        torch._dynamo.reset()
+        compiled = torch.compile(self.unet, backend="eager")  # traced and guarded as ever, and the same bits
+        ours, theirs = (drawn(unet, timesteps, (16, 16), 2) for unet in (compiled, self.fresh()))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        self.may_compile = False  # it takes seconds
+        self.note("compile")
 
     @rule(error=st.sampled_from([ValueError("in the middle"), Interrupted()]), timesteps=RUNS)
     def raise_in_the_middle(self, error: BaseException, timesteps: tuple[int, ...]) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from atedm import flash_maps, plain_maps
-from atedm.attention_map import in_range, rows_at_once, without_autocast
+from atedm.attention_map import empty_map, in_range, rows_at_once, without_autocast
 from atedm.matching import point_to_themselves
 from atedm.pruning import gather_tokens
 from atedm.ranking import ITERATIONS, normalise, root_mean_square
@@ -162,16 +162,20 @@ def scores_of_rows(
     Returns:
         The `Scores`. Where none of the rows is kept, all copy the first kept token.
     """
-    batch = q.shape[0]
+    batch, heads = q.shape[:2]
+    sampled = scale * q[:, :, rows]
+    mean_rows = empty_map(sampled, k)
+    per_map = []
     with without_autocast(q.device):
-        a = torch.softmax(in_range((scale * q[:, :, rows]) @ k.mT), dim=-1, dtype=torch.float32)
-        maps = _fused(a, head_fusion).flatten(0, 1)
-        s_q = maps.new_full(maps.shape[:2], 1 / len(rows))
-        s_k = maps.new_full(maps[:, 0].shape, 1 / k.shape[2])
-        for _ in range(iterations):
-            s_k = normalise((s_q.unsqueeze(1) @ maps).squeeze(1))
-            s_q = normalise(s_k[:, rows])
-    mean_rows = a.mean(1)
+        for q_heads, k_heads in zip(*(x.split(_heads_at_once(sampled, k), 1) for x in (sampled, k)), strict=True):
+            a = torch.softmax(in_range(q_heads @ k_heads.mT), dim=-1, dtype=torch.float32)
+            mean_rows.add_(a.sum(1), alpha=1 / heads)
+            if head_fusion == "rms":
+                per_map.append(_passed_by_rows(a, rows, iterations))
+            del a  # or it lives on while the next heads are computed
+        if head_fusion != "rms":
+            per_map.append(_passed_by_rows(mean_rows.unsqueeze(1), rows, iterations))
+    importance = root_mean_square(torch.cat(per_map, 1).transpose(0, 1))
 
     def source(keep: Tensor) -> Tensor:
         place = torch.full((batch, k.shape[2]), -1, device=keep.device)
@@ -181,7 +185,29 @@ def scores_of_rows(
         found = place_of_row.gather(1, candidates.argmax(1))
         return point_to_themselves(found.clamp_min(0), keep)
 
-    return Scores(_over_heads(s_k, batch), source)
+    return Scores(importance, source)
+
+
+def _passed_by_rows(a: Tensor, rows: Tensor, iterations: int) -> Tensor:
+    """Importance (B, H, N) of all tokens by G-WPR on ``rows`` (m,) of the maps, ``a`` (B, H, m, N)."""
+    maps = a.flatten(0, 1)
+    s_q = maps.new_full(maps.shape[:2], 1 / maps.shape[1])
+    s_k = maps.new_full(maps[:, 0].shape, 1 / maps.shape[2])
+    for _ in range(iterations):
+        s_k = normalise((s_q.unsqueeze(1) @ maps).squeeze(1))
+        s_q = normalise(s_k[:, rows])
+    return s_k.unflatten(0, a.shape[:2])
+
+
+def _heads_at_once(q: Tensor, k: Tensor) -> int:
+    """How many heads of q (B, H, m, D) and k (B, H, N, D) are mapped at once: few in a CPU's caches, all elsewhere.
+
+    Elsewhere starting an operation is what takes time.
+    """
+    batch, heads = q.shape[:2]
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return heads
+    return min(heads, rows_at_once(batch * q.shape[2] * k.shape[2]))
 
 
 def _blocks(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, Tensor]]:
