@@ -45,7 +45,9 @@ def test_blocks_give_what_the_whole_map_gives(
 
 
 @pytest.mark.parametrize("fusion", HEAD_FUSIONS)
-def test_all_rows_give_what_the_whole_map_gives(fusion: str) -> None:
+@pytest.mark.parametrize("block", [1, 26_000, 2**23])  # one head at a time, two and then the third, all
+def test_all_rows_give_what_the_whole_map_gives(monkeypatch: pytest.MonkeyPatch, block: int, fusion: str) -> None:
+    monkeypatch.setattr(attention_map, "_BLOCK_BYTES", block)
     q, k = queries_and_keys(2, 3, 40)
     whole = rank_by_attention(q, k, 0.3, head_fusion=fusion)
     scores = scores_of_rows(q, k, 0.3, torch.arange(40), head_fusion=fusion)

@@ -199,6 +199,21 @@ EXPERIMENTS: dict[str, Experiment] = {
             **{f"{share:.0%}": _paper(f"prune_less_share={share},cost=paper") for share in (0.0, 0.1, 0.2, 0.5)},
         },
     ),
+    "reuse": Experiment(
+        "A choice of tokens kept for several steps, at equal mean cost",
+        "supplement F(2)",
+        {
+            "dense": "dense",
+            "AT-EDM†": "dagger",
+            **{f"kept for {n} steps": f"dagger[refresh_every={n},cost=dagger]" for n in (2, 5)},
+            **{
+                f"kept for {n}, whole blocks where reused": (
+                    f"dagger[refresh_every={n},reuse_place=before-self-attention,cost=dagger]"
+                )
+                for n in (2, 5)
+            },
+        },
+    ),
     "few-steps": Experiment(
         "On top of few-step sampling",
         "supplement E",
