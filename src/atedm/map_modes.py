@@ -167,7 +167,7 @@ def scores_of_rows(
     mean_rows = empty_map(sampled, k)
     per_map = []
     with without_autocast(q.device):
-        for q_heads, k_heads in zip(*(x.split(_heads_at_once(sampled, k), 1) for x in (sampled, k)), strict=True):
+        for q_heads, k_heads in _few_heads(sampled, k):
             a = torch.softmax(in_range(q_heads @ k_heads.mT), dim=-1, dtype=torch.float32)
             mean_rows.add_(a.sum(1), alpha=1 / heads)
             if head_fusion == "rms":
@@ -196,18 +196,19 @@ def _passed_by_rows(a: Tensor, rows: Tensor, iterations: int) -> Tensor:
     for _ in range(iterations):
         s_k = normalise((s_q.unsqueeze(1) @ maps).squeeze(1))
         s_q = normalise(s_k[:, rows])
-    return s_k.unflatten(0, a.shape[:2])
+    return torch.unflatten(s_k, 0, a.shape[:2])
 
 
-def _heads_at_once(q: Tensor, k: Tensor) -> int:
-    """How many heads of q (B, H, m, D) and k (B, H, N, D) are mapped at once: few in a CPU's caches, all elsewhere.
+def _few_heads(q: Tensor, k: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield q (B, H, m, D) and k (B, H, N, D) by as many heads as a CPU's caches hold the maps of, elsewhere by all.
 
     Elsewhere starting an operation is what takes time.
     """
-    batch, heads = q.shape[:2]
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
-        return heads
-    return min(heads, rows_at_once(batch * q.shape[2] * k.shape[2]))
+    batch, heads, queries, _ = q.shape
+    few = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    step = rows_at_once(batch * queries * k.shape[2]) if few else heads
+    for start in range(0, heads, step):
+        yield q[:, start : start + step], k[:, start : start + step]
 
 
 def _blocks(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, Tensor]]:
