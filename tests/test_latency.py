@@ -23,6 +23,7 @@ from atedm.costs import latency as latency_module
 from atedm.costs import pruning_parts
 from atedm.costs.architectures import architecture
 from atedm.costs.latency import PAPER, LatencyReport, Spread, WayLatency, latency, time_parts, time_steps
+from atedm.costs.machine import processor_of, versions_of
 from atedm.costs.pruning_parts import MAP_WAYS, PARTS, WAYS, PrunedShape, prune_once, pruned_shapes, why_not
 from atedm.costs.random_weights import random_unet
 from atedm.costs.stopwatch import Stopwatch, free_memory
@@ -55,6 +56,7 @@ def report_of(way: WayLatency, dense: float = 40.0) -> LatencyReport:
         steps=50,
         dtype="bfloat16",
         device="cpu",
+        processor="a CPU",
         threads=2,
         repeats=3,
         versions={},
@@ -273,6 +275,9 @@ def test_all_heads_are_passed_over_where_memory_is_short(monkeypatch: pytest.Mon
 def test_a_way_passed_over_is_said_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pruning_parts, "free_memory", lambda device: 1000.0)
     report = latency("tiny", "dagger", repeats=1, device="cpu")
+    assert report.as_dict()["device"] == "cpu"
+    assert processor_of("cpu") == report.processor in report.headline()
+    assert report.versions == versions_of("torch", "diffusers")
     assert report.ways["all-heads"].run == {}
     assert "third of the 0.0 GiB free" in report.ways["all-heads"].skipped
     assert report.ways["head-by-head"].run.keys() == set(PARTS)
@@ -347,8 +352,9 @@ def test_report_of_the_shipped_model() -> None:
     assert [shape.tokens for shape in report.shapes] == [8 * 12, 4 * 6]
     plain = json.loads(json.dumps(report.as_dict()))
     assert {
-        "model", "weights", "config", "size", "batch", "guidance", "steps", "dtype", "device", "threads", "repeats",
-        "versions", "dense_step", "pruned_step", "step_ratio", "shapes", "ways", "dense_run", "share_of_dense_run",
+        "model", "weights", "config", "size", "batch", "guidance", "steps", "dtype", "device", "processor", "threads",
+        "repeats", "versions", "dense_step", "pruned_step", "step_ratio", "shapes", "ways", "dense_run",
+        "share_of_dense_run",
     } == plain.keys()  # fmt: skip
     assert plain["dtype"] == "float32"
     assert plain["config"]["pruning_rate"] == 0.63

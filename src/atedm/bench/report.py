@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from atedm.costs.latency import Spread
@@ -66,25 +63,3 @@ class BenchReport:
             for name, row in self.rows.items()
         }
         return {**asdict(self), "rows": rows}
-
-
-def versions_of(*packages: str) -> dict[str, str]:
-    """Return the versions of Python and some packages; "none" of one that is not installed."""
-
-    def of(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "none"
-
-    return {"python": platform.python_version()} | {package: of(package) for package in packages}
-
-
-def cpu_name() -> str:
-    """Return the name of the CPU, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

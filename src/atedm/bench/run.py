@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from atedm.bench.report import BenchReport, Timed, cpu_name, versions_of
+from atedm.bench.report import BenchReport, Timed
 from atedm.bench.turns import counted_share, images_in_turns, steps_in_turns
 from atedm.costs.architectures import architecture
 from atedm.costs.fit import mean_share
 from atedm.costs.latency import Spread
+from atedm.costs.machine import processor_of, versions_of
 from atedm.costs.random_weights import random_unet
 from atedm.evaluation.methods import Dense, Merging, Method, Pruning
 from atedm.generate import Progress
@@ -103,7 +104,7 @@ def bench(
         steps=None if pipe is None else steps,
         dtype=str(dtype).removeprefix("torch."),
         device=device,
-        processor=torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name(),
+        processor=processor_of(device),
         threads=torch.get_num_threads(),
         repeats=repeats,
         versions=versions_of(*_PACKAGES),

@@ -6,19 +6,18 @@ many such blocks a run prunes how often. The way to the attention map is the one
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 from diffusers import UNet2DConditionModel
 
 from atedm.config import PruningConfig, preset
 from atedm.costs.architectures import Architecture, architecture
+from atedm.costs.machine import processor_of, versions_of
 from atedm.costs.pruning_parts import PARTS, WAYS, PrunedShape, prune_once, pruned_shapes, why_not
 from atedm.costs.random_weights import random_unet
 from atedm.costs.stopwatch import Stopwatch
@@ -79,6 +78,7 @@ class LatencyReport:
     steps: int
     dtype: str
     device: str
+    processor: str
     threads: int
     repeats: int
     versions: dict[str, str]
@@ -101,7 +101,7 @@ class LatencyReport:
         width, height = self.size
         return (
             f"{self.model}, {width} x {height} pixels, batch {self.batch} {'with' if self.guidance else 'without'} "
-            f"guidance, {self.steps} steps, {self.weights} weights in {self.dtype}, on {self.device}, "
+            f"guidance, {self.steps} steps, {self.weights} weights in {self.dtype}, on {self.processor}, "
             f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         )
 
@@ -179,10 +179,11 @@ def latency(
         guidance=guidance,
         steps=steps,
         dtype=str(dtype).removeprefix("torch."),
-        device=torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} ({platform.machine()})",
+        device=device,
+        processor=processor_of(device),
         threads=torch.get_num_threads(),
         repeats=repeats,
-        versions={"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__},
+        versions=versions_of("torch", "diffusers"),
         dense_step=dense,
         pruned_step=patched,
         step_ratio=ratio,

@@ -42,6 +42,6 @@ def bench_chart(report: BenchReport) -> Image.Image:
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, 1.22 * max(max(row.ratio.high, row.arithmetic) for row in report.rows.values()))
     axes.set_xlabel(f"of the dense {report.timed}", color=INK_HEX)
-    figure.suptitle(report.headline(), x=0.01, ha="left", color=FAINT_HEX, fontsize=8)
+    figure.suptitle(report.headline(), x=0.01, ha="left", color=FAINT_HEX, fontsize=8, wrap=True)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), labelcolor=INK_HEX)
     return picture_of(figure)

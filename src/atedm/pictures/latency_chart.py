@@ -46,6 +46,6 @@ def latency_chart(report: LatencyReport) -> Image.Image:
     share.set_xlabel(f"% of the dense run, {dense:.0f} {unit}", color=INK_HEX)
     share.spines["top"].set_color(FAINT_HEX)
     share.tick_params(colors=INK_HEX, width=0.6)
-    figure.suptitle(report.headline(), x=0.01, ha="left", color=FAINT_HEX, fontsize=9)
+    figure.suptitle(report.headline(), x=0.01, ha="left", color=FAINT_HEX, fontsize=9, wrap=True)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), labelcolor=INK_HEX)
     return picture_of(figure)
