@@ -25,7 +25,7 @@ def test_two_rankings_are_compared_by_what_they_keep_and_copy() -> None:
     )
     # It keeps 0 and 2 in place of 0 and 1; 2 and 3 are dropped by the whole map and copy token 0, the first of equals.
     ours = Ranking(torch.tensor([[9.0, 1.0, 5.0, 0.0]]), None, lambda keep: torch.tensor([[0, 1, 0, 1]]))
-    kept, importance, source = _compared(whole, ours, 2)
+    ((kept, importance, source),) = _compared(whole, ours, 2)
     assert kept == 0.5
     assert importance == pytest.approx(0.6 / 0.7)
     assert source == 0.5
@@ -53,11 +53,21 @@ def test_exact_modes_agree_and_a_sample_the_better_the_more_there_is_of_it(pipe:
         assert few.source < many.source < 1
 
 
+def test_every_image_weighs_the_same(pipe: Any) -> None:
+    modes = {"few": PruningConfig(map_mode="sampled", sampled_rows=8)}
+    prompts = ["a red circle", "a blue ring", "a green cross"]
+    one, two = (map_agreement(pipe, prompts, modes, steps=1, batch=batch).rows for batch in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert (a.kept, a.importance, a.source) == pytest.approx((b.kept, b.importance, b.source), abs=2e-3)
+
+
 def test_it_is_looked_at_dense_and_on_something(pipe: Any) -> None:
     with pytest.raises(ValueError, match="no prompts"):
         map_agreement(pipe, [], {})
     with atedm.pruned(pipe), pytest.raises(ValueError, match="patched"):
         map_agreement(pipe, ["a red circle"], {})
+    with pytest.raises(ValueError, match=r"no token of .* is dropped at a pruning_rate of 0\.001; give 0\.0"):
+        map_agreement(pipe, ["a red circle"], {"full": PruningConfig()}, steps=1, pruning_rate=0.001)
 
 
 def test_the_command_prints_a_table_and_says_what_it_cannot_read() -> None:

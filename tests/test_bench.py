@@ -175,6 +175,9 @@ def test_weights_are_random_unless_they_are_there_and_the_model_is_left_as_it_wa
 def test_what_a_step_does_not_show_is_refused() -> None:
     with pytest.raises(ValueError, match="fewer steps"):
         bench("tiny", {"it": Dense(0.5)}, whole_images=False)
+    stack = Stacked((Dense(0.75), Pruning(PRESETS["matched"])))
+    with pytest.raises(ValueError, match="both takes fewer steps"):
+        bench("tiny", {"matched": Pruning(PRESETS["matched"]), "both": stack}, whole_images=False)
     for name in ("repeats", "steps", "batch"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1"):
             bench("tiny", {}, **{name: 0})  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ import torch
 import atedm
 from atedm import PruningConfig
 from atedm.cli import main
+from atedm.evaluation.experiments import EXPERIMENTS
 
 
 class Done(NamedTuple):
@@ -175,6 +176,20 @@ def test_reproduce_writes_numbers_a_plot_and_pictures(run: Run, tmp_path: Path) 
         assert (tmp_path / "out" / "reproduce" / file).stat().st_size > 200
     kept = tmp_path / "out" / "reproduce" / "2-steps-guidance-3-float32" / "images"
     assert len(list(kept.glob("*/00001.png"))) == 4
+    done = run("reproduce", "place", "--captions", "2", "--steps", "2", "--metrics", "")
+    assert done.returncode == 0, done.stderr
+    assert not (
+        tmp_path / "out" / "reproduce" / "place-2-steps.png"
+    ).exists()  # nothing to chart, and no chart of before
+
+
+def test_reproduce_says_what_there_is_and_takes_what_a_file_holds(run: Run, tmp_path: Path) -> None:
+    shown = run("reproduce", "--help").stdout
+    assert [name for name in EXPERIMENTS if name not in shown] == []
+    (tmp_path / "two.txt").write_text("a red circle\na blue ring\n")
+    done = run("reproduce", "place", "--prompts", "two.txt", "--steps", "1", "--metrics", "distance")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").rglob("dense/*.png"))) == 2
 
 
 def test_what_takes_more_memory_than_there_is_ends_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +266,11 @@ def test_generate_keeps_to_a_budget(run: Run, tmp_path: Path) -> None:
         (("evaluate", "deepcache+dagger"), "deepcache comes last in a stack"),
         (("evaluate", "paper+matched"), "two methods of one kind do not stack"),
         (("evaluate", "tome+dagger"), "ToMe and pruning do not go together"),
+        (("evaluate", "paper[pruning_rate=0.3,cost=0.8]"), "give pruning_rate or cost in"),
+        (("evaluate", "tome[ratio=0.2,cost=paper]"), "give ratio or cost in"),
+        (("evaluate", "paper[cost=deepcache]"), "a share of dense, or the name of a way to prune or of tome"),
+        (("generate", "x", "--device", "meta"), "there is no device 'meta'"),
+        (("bench", "--out", "a.png", "--plot", "a.png"), "named for two results"),
         (("evaluate", "paper[pruning_rate=0.5,pruning_rate=0.2]"), "pruning_rate is given twice"),
         (("generate", "x", "--size", "800000x800000"), "sides must be from 8 to 32768 pixels"),
         (("generate", "x", "--device", "gpu"), "unknown device 'gpu'; give cuda, mps or cpu"),

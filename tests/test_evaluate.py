@@ -12,7 +12,7 @@ from PIL import Image
 
 import atedm
 from atedm.cli.reproduce import _kind
-from atedm.config import PRESETS
+from atedm.config import PRESETS, PruningConfig
 from atedm.costs.fit import mean_share
 from atedm.costs.tome import ToMe
 from atedm.evaluation.clip_score import TINY_CLIP
@@ -104,6 +104,14 @@ def test_a_cost_may_be_given_as_a_share_of_dense() -> None:
         assert mean_share(TINY, what, steps=20) == pytest.approx(0.85, abs=0.01)
 
 
+def test_a_cost_is_solved_for_the_steps_that_are_left() -> None:
+    both = method_by_name("dense[cost=0.3]+paper[cost=0.85]", TINY, steps=4)
+    assert isinstance(both, Stacked)
+    assert both.methods[1] == method_by_name("paper[cost=0.85]", TINY, steps=1)
+    assert both.methods[1] != method_by_name("paper[cost=0.85]", TINY, steps=4)
+    assert method_by_name("dense[cost=paper]", TINY, steps=20) == Dense(mean_share(TINY, PRESETS["paper"], steps=20))
+
+
 def test_fewer_steps_are_another_image_and_the_full_ones_are_what_is_compared_with(pipe: Any, tmp_path: Path) -> None:
     methods = {"half": Dense(0.5), "dense": Dense()}
     half, dense = evaluate(pipe, methods, read_prompts("scenes", 2), Drawing(steps=4, batch=2), QUICK, tmp_path)
@@ -182,7 +190,7 @@ def test_equal_cost_is_solved_for(pipe: Any) -> None:
         ("paper[ranking]", "write field=value"),
         ("paper[", "brackets do not match"),
         ("deepcache[interval=0]", "interval must be"),
-        ("tome[cost=deepcache]", "equal cost is solved for"),
+        ("tome[cost=deepcache]", "cost must be a share of dense"),
         ("tome[cost=paper[pruning_rate=0.0,schedule=constant]]+papre", "unknown method"),
     ],
 )
@@ -212,6 +220,7 @@ def test_a_run_from_before_a_choice_was_added_goes_on(tmp_path: Path) -> None:
     drawing, prompts = Drawing(steps=1), [Prompt("a")]
     method = Stacked((Pruning(PRESETS["dagger"]), Caching(3)))
     claim_folder(tmp_path, method, drawing, prompts, 1)
+    image_file(tmp_path, 0).touch()
     file = tmp_path / "settings.json"
     stored = json.loads(file.read_text())
     del stored["method"]["methods"][0]["cover_share"]
@@ -290,6 +299,10 @@ def test_real_pictures_are_those_of_the_prompts_size_and_seed_at_hand(tmp_path: 
 def test_files_of_prompts(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a cat\n\n  a dog \n")
     assert [prompt.text for prompt in read_prompts(str(tmp_path / "a.txt"))] == ["a cat", "a dog"]
+    assert len(read_prompts(str(tmp_path / "a.txt"), at_most=50)) == 2
+    assert len(read_prompts(str(tmp_path / "a.txt"), at_most=1)) == 1
+    (tmp_path / "b.txt").write_bytes("a cat\u2028on a mat\x85\r\na dog\r\n".encode())
+    assert [prompt.text for prompt in read_prompts(str(tmp_path / "b.txt"))] == ["a cat\u2028on a mat", "a dog"]
     (tmp_path / "a.csv").write_text('number,Prompt\n1,"a cat,\n asleep"\n2,\n3,a dog\n')
     assert [prompt.text for prompt in read_prompts(str(tmp_path / "a.csv"))] == ["a cat, asleep", "a dog"]
     assert len(read_prompts(str(tmp_path / "a.csv"), 1)) == 1
@@ -393,6 +406,7 @@ def test_results_of_one_setting_do_not_take_the_place_of_those_of_another() -> N
     assert results_name("curve") == "curve"
     assert results_name("curve", steps=10, guidance=2.5) == "curve-10-steps-guidance-2.5"
     assert results_name("few-steps", steps=1, size=(192, 256)) == "few-steps-1-step-192x256"
+    assert results_name("why", steps=10, dtype="bfloat16") == "why-10-steps-bfloat16"
     assert folder_name(Drawing(steps=10, dtype="bfloat16")) != folder_name(Drawing(steps=10, dtype="float32"))
 
 
@@ -408,6 +422,23 @@ def test_figures_are_of_the_images(pipe: Any, tmp_path: Path) -> None:
     image_file(dagger.folder, 3).write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"cannot read the image .*00003\.png"):
         run(pipe, tmp_path)
+    Image.new("RGB", (64, 32)).save(image_file(dagger.folder, 3))
+    with pytest.raises(ValueError, match=r"00003\.png has 64 x 32 pixels, .*00003\.png has 128 x 128"):
+        run(pipe, tmp_path)
+
+
+def test_what_cannot_be_applied_is_told_before_anything_is_drawn_and_leaves_the_folder_free(
+    pipe: Any, tmp_path: Path
+) -> None:
+    methods = {"dense": Dense(), "deep": Pruning(PruningConfig(gradual=((5, 0.5),)))}
+    prompts = read_prompts("scenes", 2)
+    with pytest.raises(ValueError, match="deep cannot be applied: nothing to prune"):
+        evaluate(pipe, methods, prompts, Drawing(steps=1), QUICK, tmp_path)
+    assert not list(tmp_path.rglob("*.png"))
+    with pytest.raises(ValueError, match="divisible by 8"):
+        evaluate(pipe, {"dense": Dense()}, prompts, Drawing(steps=1, width=100, height=100), QUICK, tmp_path)
+    (dense,) = evaluate(pipe, {"dense": Dense()}, prompts, Drawing(steps=1), QUICK, tmp_path)
+    assert image_file(dense.folder, 1).exists()
 
 
 def test_clip_score_and_fid_are_taken_by_the_shipped_clip_and_kept_until_an_image_changes(
@@ -431,6 +462,10 @@ def test_clip_score_and_fid_are_taken_by_the_shipped_clip_and_kept_until_an_imag
     assert real["fid"].mean == pytest.approx(0, abs=1e-3)
     assert real["fid"].mean < first["fid"].mean
     assert real["clip"].mean > first["clip"].mean
+    for stray in ("00000 (1).png", "._00000.png", "00000-copy.png"):  # is no image of the run
+        (folder / "dense" / stray).write_bytes(image_file(folder / "dense", 1).read_bytes())
+    (folder / "dense" / "features.json").unlink()
+    assert figures()["fid"] == real["fid"]
 
 
 def test_paired_differences_are_narrower_than_the_figures() -> None:

@@ -217,6 +217,7 @@ def test_caption_files(tmp_path: Path) -> None:
 def test_files_of_runs(tmp_path: Path) -> None:
     folder, prompts = tmp_path / "dense", read_prompts("scenes", 3, 0)
     claim_folder(folder, Dense(), Drawing(), prompts, 1)
+    (folder / "00000.png").touch()  # where nothing is drawn, nothing stands in the way
     file = folder / SETTINGS
     whole = file.read_bytes()
 

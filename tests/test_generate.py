@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 
 import atedm
 from atedm.costs.fit import mean_share
-from atedm.files import remove_partials, save_image
+from atedm.files import check_writable, remove_partials, save_image, save_json
 from atedm.generate import generate, shown_beside, within_budget
 from atedm.patching.survey import find_unet
 from atedm.pipelines import load_pipeline, native_size
@@ -164,21 +165,45 @@ def test_a_run_that_fails_in_the_middle_leaves_a_clean_pipeline(pipe: Any, tmp_p
         generate(pipe, request_for(), tmp_path, progress=stop)
     assert not atedm.is_applied(pipe)
     assert not find_unet(pipe)._forward_hooks
-    assert [file.name for file in tmp_path.iterdir()] == ["pruned-0.png"]
+    assert {file.name for file in tmp_path.iterdir()} == {"pruned-0.png", "run.json"}
+    assert [made["file"] for made in json.loads((tmp_path / "run.json").read_text())["images"]] == ["pruned-0.png"]
+    _, again = read_run_file(tmp_path / "run.json")
+    assert again == request_for()
 
 
 def test_images_of_an_earlier_run_make_room(pipe: Any, tmp_path: Path) -> None:
-    (tmp_path / "mine.png").write_bytes(b"kept")
+    mine = {"mine.png", "pruned-0-favourite.png", "maps-of-paris.png"}
+    for name in mine:
+        (tmp_path / name).write_bytes(b"kept")
     generate(pipe, request_for(steps=1, beside=atedm.PRESETS["matched"]), tmp_path, compare=True, maps=True)
     generate(pipe, request_for(prompts=PROMPTS[:1], steps=1), tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"pruned-0.png", "run.json", "mine.png"}
+    assert {file.name for file in tmp_path.iterdir()} == {"pruned-0.png", "run.json", *mine}
+
+
+def test_an_earlier_run_stays_until_there_is_an_image_to_take_its_place(pipe: Any, tmp_path: Path) -> None:
+    def content() -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
+    def stop_at_second(what: str, *_: Any) -> None:
+        if what.endswith("1"):
+            raise KeyboardInterrupt
+
+    Image.new("L", (8, 8), 255).save(tmp_path / "everything.png")
+    generate(pipe, request_for(steps=1), tmp_path, compare=True)
+    before = content()
     with pytest.raises(KeyboardInterrupt):
-        generate(pipe, request_for(steps=1), tmp_path, progress=stop)
-    assert [file.name for file in tmp_path.iterdir()] == ["mine.png"]  # no run.json that says of what they are
+        generate(pipe, request_for(steps=1, seed=9), tmp_path, progress=stop)
+    with pytest.raises(ValueError, match=r"tokens of .* are protected"):
+        generate(pipe, request_for(steps=1, protect=str(tmp_path / "everything.png")), tmp_path, compare=True)
+    assert content() == before
+    _, again = read_run_file(tmp_path / "run.json")
+    with pytest.raises(KeyboardInterrupt):  # a run drawn again in its own folder
+        generate(pipe, again, tmp_path, progress=stop_at_second)
+    assert set(content()) == {"pruned-0.png", "run.json", "everything.png"}
+    assert read_run_file(tmp_path / "run.json")[1] == again
 
 
 def test_a_run_is_drawn_again_with_the_mask_beside_it(
@@ -221,11 +246,32 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "image.png").read_bytes() == before
 
 
+def test_links_are_followed_and_pipes_take_what_comes(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "elsewhere" / "it.json")
+    save_json([1], tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "elsewhere" / "it.json").read_text()) == [1]
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        save_json([2], tmp_path / "pipe")
+        assert json.loads(os.read(reader, 100)) == [2]
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(OSError, match="directory"):
+        save_json([3], tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="named for two results"):
+        check_writable(tmp_path / "a.png", None, tmp_path / "elsewhere" / ".." / "a.png")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"prompts": ()}, "prompt is empty"),
         ({"prompts": ("a", " ")}, "prompt is empty"),
+        ({"prompts": ("\udcff",)}, r"the prompt '\\udcff' is not text in UTF-8"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"guidance": -1.0}, "guidance must be 0 or more"),
         ({"guidance": float("nan")}, "guidance must be 0 or more"),

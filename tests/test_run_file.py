@@ -38,12 +38,31 @@ def test_the_images_are_the_same_again(folder: Path, tmp_path: Path) -> None:
     assert first["request"] == again["request"]
 
 
-@pytest.mark.parametrize("extra", [("a prompt",), ("--steps", 4), ("--model", "other"), ("--seed", 1), ("--budget", 1)])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("a prompt",),
+        ("--steps", 4),
+        ("--model", "other"),
+        ("--model", "tiny"),
+        ("--seed", 0),
+        ("--budget", 1),
+        ("--beside", "paper"),
+    ],
+)
 def test_what_it_says_already_is_not_said_twice(folder: Path, extra: tuple[Any, ...]) -> None:
-    done = atedm_("generate", "--again", folder / "run.json", *extra)
+    done = atedm_("generate", "--again", folder / "run.json", *extra, *(["--compare"] if "--beside" in extra else []))
     said = str(done.exception)
     assert said.startswith("--again draws a run as it was; leave out ")
     assert said.endswith(str(extra[0]) if len(extra) > 1 else "prompts")
+
+
+def test_what_was_beside_it_may_be_left_out(folder: Path, tmp_path: Path) -> None:
+    done = atedm_("generate", "--again", folder / "run.json", "--compare", "--beside", "none", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "pruned-1.png").read_bytes() == (folder / "pruned-1.png").read_bytes()
+    assert not list(tmp_path.glob("beside-*"))
+    assert json.loads((tmp_path / "run.json").read_text())["request"]["beside"] is None
 
 
 @pytest.mark.parametrize(

@@ -16,19 +16,24 @@ from PIL import Image
 def written_whole(file: Path) -> Iterator[Path]:
     """Give a path to write to, which becomes ``file`` at the end; whatever goes wrong on the way leaves nothing.
 
-    The folder is made if missing. A process that is killed leaves a hidden file that ends in ".partial".
+    The folder is made if missing. A process that is killed leaves a hidden file that ends in ".partial". A link stays
+    one, and what it leads to is written; a pipe or a device takes what comes, because it cannot be replaced.
 
     Raises:
         OSError: If it cannot be written; the message names ``file``.
     """
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    target = Path(os.path.realpath(file))
+    is_stream = target.exists() and not target.is_file() and not target.is_dir()
+    partial = target if is_stream else target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        partial.replace(file)
+        if not is_stream:
+            partial.replace(target)
     except BaseException as error:
         # Where the folder itself is at fault there is nothing to remove, and the first error is the one to tell.
-        _remove(partial)
+        if not is_stream:
+            _remove(partial)
         if isinstance(error, OSError):
             raise OSError(f"cannot write {file}: {error.strerror or error}") from error
         raise
@@ -38,11 +43,13 @@ def check_writable(*files: Path | None) -> None:
     """See before long work that its results can be written; None is a file that was not asked for.
 
     Raises:
+        ValueError: If two are the same.
         OSError: As `written_whole`.
     """
-    for file in files:
-        if file is None:
-            continue
+    named = [file for file in files if file is not None]
+    for index, file in enumerate(named):
+        if any(os.path.realpath(file) == os.path.realpath(other) for other in named[:index]):
+            raise ValueError(f"{file} is named for two results; give each a file of its own")
         if file.is_dir():
             raise IsADirectoryError(f"cannot write {file}: it is a folder")
         with suppress(_Checked), written_whole(file) as partial:

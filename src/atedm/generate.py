@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +17,7 @@ from atedm.config import PRESETS, PruningConfig, preset
 from atedm.costs.budget import CostOutOfReach
 from atedm.costs.fit import mean_share
 from atedm.files import save_image, save_json
-from atedm.patching.apply import pruned
+from atedm.patching.apply import check_protected, pruned
 from atedm.pictures.comparison import Comparison, Pruned, comparison_sheet, psnr
 from atedm.pictures.maps import maps_sheet
 from atedm.pipelines import native_size
@@ -44,12 +45,13 @@ def generate(
 ) -> list[Made]:
     """Make one pruned image a prompt and write PNGs, sheets and ``run.json`` to a folder.
 
-    Image i has seed ``request.seed + i``. Files appear whole or not at all.
+    Image i has seed ``request.seed + i``. Files appear whole or not at all. ``run.json`` is there from the first image
+    on, and lists those made so far: a run that broke off can be drawn again from it.
 
     Args:
         pipe: A text-to-image pipeline with a U-Net, not patched.
         request: What to make.
-        out: The folder; made if missing. Images of an earlier run in it make room.
+        out: The folder; made if missing. Images of an earlier run in it make room as soon as there is one of this.
         compare: Make each image dense too, and by ``request.beside``, and ``comparison.png``: the dense one, then of
             each way to prune the image, its difference to dense, and the kept tokens.
         maps: Draw ``maps-N.png``: importance and kept tokens over each image, per block and step.
@@ -60,7 +62,7 @@ def generate(
     Raises:
         TypeError: If the pipeline has no U-Net.
         FileNotFoundError: If the mask of ``request.protect`` is not there.
-        ValueError: If there is nothing to prune in it, or the mask is no picture.
+        ValueError: If there is nothing to prune in it, or the mask is no picture or protects more than is kept.
     """
     out.mkdir(parents=True, exist_ok=True)
     mask = None if request.protect is None else _picture(Path(request.protect))
@@ -69,20 +71,29 @@ def generate(
         ways["beside"] = request.beside
     summaries = {}
     for way, config in ways.items():
-        with pruned(pipe, config, protect=mask) as summaries[way]:
-            pass  # before any work: refuses what cannot be pruned
+        with pruned(pipe, config, protect=mask) as summaries[way]:  # before any work: refuses what cannot be pruned
+            check_protected(pipe, _latent_size(pipe, request))
     summary = summaries["pruned"]
     names = {way: _name_with_cost(pipe, request, config) for way, config in ways.items()} if compare else {}
-    _clear(out)
-    if mask is not None:
-        save_image(mask, out / PROTECT)
     made: list[Made] = []
+    begun = False
+
+    def save(image: Image.Image, name: str) -> None:
+        nonlocal begun
+        if not begun:  # not before there is something to put in the place of an earlier run
+            _clear(out)
+            save_json(run_file(pipe, request, model, summary, made), out / NAME)
+            if mask is not None:
+                save_image(mask, out / PROTECT)
+            begun = True
+        save_image(image, out / name)
+
     comparisons: list[Comparison] = []
     for index, prompt in enumerate(request.prompts):
         dense, dense_seconds = None, None
         if compare:
             dense, dense_seconds = _make(pipe, request, index, f"dense {index}", progress)
-            save_image(dense, out / f"dense-{index}.png")
+            save(dense, f"dense-{index}.png")
             if watch is not None:
                 watch("dense", dense, None)
         drawn: dict[str, Made] = {}
@@ -90,13 +101,13 @@ def generate(
         for way, config in ways.items():
             with pruned(pipe, config, protect=mask), recorded(pipe) as recording:
                 image, seconds = _make(pipe, request, index, f"{way} {index}", progress)
-            save_image(image, out / f"{way}-{index}.png")
+            save(image, f"{way}-{index}.png")
             if watch is not None:
                 watch(way, image, recording)
             if dense is not None:
                 shown.append(Pruned(names[way], image, recording))
             if maps and way == "pruned" and recording.observations:
-                save_image(maps_sheet(image, recording, prompt), out / f"maps-{index}.png")
+                save(maps_sheet(image, recording, prompt), f"maps-{index}.png")
             drawn[way] = Made(
                 file=f"{way}-{index}.png",
                 prompt=prompt,
@@ -110,20 +121,23 @@ def generate(
         if dense is not None:
             comparisons.append(Comparison(prompt, dense, tuple(shown)))
         made.append(dataclasses.replace(drawn["pruned"], beside=drawn.get("beside")))
+        save_json(run_file(pipe, request, model, summary, made), out / NAME)
     if comparisons:
         headline = f"Same noise, {request.steps} steps; cost is the share of the dense arithmetic"
-        save_image(comparison_sheet(comparisons, headline), out / "comparison.png")
-    save_json(run_file(pipe, request, model, summary, made), out / NAME)
+        save(comparison_sheet(comparisons, headline), "comparison.png")
     return made
+
+
+_OURS = re.compile(r"(pruned|dense|beside|maps)-\d+\.png|comparison\.png")
+"""Names that a run gives its pictures, and nobody else is likely to."""
 
 
 def _clear(out: Path) -> None:
     """Remove what an earlier run left in a folder, or its images would lie beside a ``run.json`` they are not of."""
     if not (out / NAME).exists():
         return
-    (out / NAME).unlink()
-    for pattern in ("pruned-*.png", "dense-*.png", "beside-*.png", "maps-*.png", "comparison.png", PROTECT):
-        for file in out.glob(pattern):
+    for file in out.iterdir():
+        if file.name == PROTECT or _OURS.fullmatch(file.name):
             file.unlink()
 
 
@@ -180,6 +194,11 @@ def _picture(file: Path) -> Image.Image:
 def _size(pipe: Any, request: Request) -> tuple[int, int]:
     width, height = native_size(pipe)
     return (request.width or width, request.height or height)
+
+
+def _latent_size(pipe: Any, request: Request) -> tuple[int, int]:
+    width, height = _size(pipe, request)
+    return height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
 
 
 def _name_with_cost(pipe: Any, request: Request, config: PruningConfig) -> str:

@@ -152,6 +152,9 @@ def check_device(name: str) -> None:
         is_there = (device.index or 0) < torch.cuda.device_count()
     elif device.type == "mps":
         is_there = torch.backends.mps.is_available()
+    elif device.type != "cpu":
+        backend = getattr(torch, device.type, None)  # such as torch.xpu; there is none for "meta"
+        is_there = backend is not None and backend.is_available()
     if not is_there:
         raise ValueError(f"there is no device {name!r} here; the fastest there is, {best_device()!r}, is the default")
 

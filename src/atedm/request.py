@@ -28,6 +28,11 @@ class Request:
         """Check every value."""
         if not self.prompts or any(not isinstance(prompt, str) or not prompt.strip() for prompt in self.prompts):
             raise ValueError("a prompt is empty; give a line of text for each image")
+        for prompt in self.prompts:
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"the prompt {prompt!r} is not text in UTF-8") from error
         if not is_whole(self.steps) or self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps!r}")
         if not is_number(self.guidance) or not 0 <= self.guidance < 1000:

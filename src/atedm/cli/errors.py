@@ -48,7 +48,12 @@ def errors(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     prompts: PromptsOption = "scenes",
-    captions: Annotated[int, typer.Option(help="How many, from the first.", rich_help_panel="Images")] = 50,
+    captions: Annotated[
+        int | None,
+        typer.Option(
+            help="How many, from the first; by default 50, or all that a file holds if fewer.", rich_help_panel="Images"
+        ),
+    ] = None,
     steps: StepsOption = 20,
     guidance: GuidanceOption = None,
     seed: SeedOption = 0,
@@ -80,8 +85,6 @@ def errors(
     from atedm.pipelines import habits
 
     check_writable(plot)
-    if captions < 1:
-        raise ValueError(f"captions must be at least 1, not {captions}")
     configs = {}
     asked = METHODS if methods is None else {spec: spec for spec in parse_methods(methods)}
     for name, spec in asked.items():
@@ -89,7 +92,7 @@ def errors(
         if not isinstance(method, Pruning):
             raise ValueError(f"errors are looked for where tokens are pruned, not with {spec!r}")
         configs[name] = method.config
-    texts = [prompt.text for prompt in read_prompts(prompts, captions, seed)]
+    texts = [prompt.text for prompt in read_prompts(prompts, captions, seed, at_most=50)]
     console = Console(stderr=True)
     pipe = opened_alone(model, device, dtype, console)
     with rounds_shown(console, -(-len(texts) // batch)) as on_step:

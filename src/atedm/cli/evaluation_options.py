@@ -37,7 +37,8 @@ PromptsOption = Annotated[
     ),
 ]
 CaptionsOption = Annotated[
-    int | None, typer.Option(help="How many, from the first; all, or 500 scenes.", rich_help_panel=IMAGES_PANEL)
+    int | None,
+    typer.Option(help="How many, from the first; by default all, or 500 scenes.", rich_help_panel=IMAGES_PANEL),
 ]
 StepsOption = Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=IMAGES_PANEL, callback=at_least_one)]
 GuidanceOption = Annotated[
@@ -52,7 +53,9 @@ SizeOption = Annotated[
 SeedOption = Annotated[
     int,
     typer.Option(
-        help="Of the first image; each next has one more.", rich_help_panel=IMAGES_PANEL, callback=checked_seed
+        help="Of the noise of the first image, each next has one more; and of which scenes are drawn.",
+        rich_help_panel=IMAGES_PANEL,
+        callback=checked_seed,
     ),
 ]
 BatchOption = Annotated[
@@ -125,8 +128,9 @@ def read_options(
     clip_model: str | None,
     clip_pretrained: str,
     fid_features: str | None,
+    at_most: int | None = None,
 ) -> Asked:
-    """Check the options and read the prompts."""
+    """Check the options and read the prompts: ``at_most`` where no number of captions is given."""
     from atedm.choices import check_name
     from atedm.evaluation.clip_score import TINY_CLIP
     from atedm.evaluation.images import Drawing
@@ -146,7 +150,7 @@ def read_options(
     scale = habits(model).guidance if guidance is None else guidance
     drawing = Drawing(model, steps, scale, seed, batch, width, height, dtype or "")
     of_scenes = prompts == SCENES
-    read = read_prompts(prompts, captions, seed)
+    read = read_prompts(prompts, captions, seed, at_most=at_most)
     _tell_what_is_left_out(names, read)
     return Asked(
         read,

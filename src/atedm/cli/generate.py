@@ -19,8 +19,12 @@ from atedm.cli.options import (
     pruning_config,
 )
 
+_WITH_AGAIN = ("again", "out", "device", "compare", "maps")
+"""What may be given beside ``--again``, because it is not of the run itself."""
+
 
 def generate(
+    context: typer.Context,
     prompts: Annotated[
         list[str] | None,
         typer.Argument(help="One image each. Without any, a good set for the model.", show_default=False),
@@ -85,6 +89,8 @@ def generate(
 
     `atedm generate --again out/run.json --out out/again` draws a run again.
     """
+    from dataclasses import replace
+
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress
@@ -98,14 +104,11 @@ def generate(
     if beside and not compare:
         raise ValueError("--beside is what --compare shows beside an image; give --compare too")
     if again is not None:
-        named = {
-            "prompts": prompts, "--model": model != "tiny", "--preset": preset, "--protect": protect, "--size": size,
-            "--pruning-rate": pruning_rate is not None, "--budget": budget is not None, "--steps": steps is not None,
-            "--guidance": guidance is not None, "--seed": seed != 0, "--beside": beside,
-        }  # fmt: skip
-        if extra := [name for name, given in named.items() if given]:
+        if extra := [name for name in _given(context, _WITH_AGAIN) if (name, beside) != ("--beside", "none")]:
             raise ValueError(f"--again draws a run as it was; leave out {', '.join(extra)}")
         model, request = read_run_file(again)
+        if beside == "none":
+            request = replace(request, beside=None)
     else:
         suits = habits(model)
         width, height = parse_size(size)
@@ -152,3 +155,15 @@ def generate(
                 f"  ({other.psnr_to_dense:.1f} dB apart)"
             )
     typer.echo(f"{out / 'comparison.png'}" if compare else f"{out / 'run.json'}")
+
+
+def _given(context: typer.Context, but: tuple[str, ...]) -> list[str]:
+    """Options that were given, whatever their value, but for some."""
+    return [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in but
+        and parameter.name is not None
+        and (source := context.get_parameter_source(parameter.name)) is not None
+        and source.name == "COMMANDLINE"
+    ]

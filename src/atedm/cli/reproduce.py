@@ -10,7 +10,6 @@ import typer
 from atedm.cli.evaluation_options import (
     IMAGES_PANEL,
     BatchOption,
-    CaptionsOption,
     ClipModelOption,
     ClipWeightsOption,
     DtypeOption,
@@ -40,14 +39,21 @@ def reproduce(
         str,
         typer.Argument(
             help="**table1**, **curve**, **place**, **rankings**, **blocks**, **early**, **recovery**, "
-            "**prune-less-steps**, **few-steps**, **stacking**, **questions**, **why**, **pareto** or **matched**."
+            "**prune-less-steps**, **few-steps**, **stacking**, **questions**, **why**, **pareto**, **matched** or "
+            "**reuse**."
         ),
     ],
     model: ModelOption = "tiny",
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     prompts: PromptsOption = "scenes",
-    captions: CaptionsOption = 1000,
+    captions: Annotated[
+        int | None,
+        typer.Option(
+            help="How many, from the first; by default 1000, or all that a file holds if fewer.",
+            rich_help_panel=IMAGES_PANEL,
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(help="Denoising steps; by default 20, or what few-steps varies.", rich_help_panel=IMAGES_PANEL),
@@ -86,7 +92,7 @@ def reproduce(
     check_name("experiment", experiment, EXPERIMENTS)
     asked = read_options(
         model, dtype, prompts, captions, 20 if steps is None else steps, guidance, size, seed, batch, metrics,
-        clip_model, clip_pretrained, fid_features,
+        clip_model, clip_pretrained, fid_features, at_most=1000,
     )  # fmt: skip
     what = only_as_asked(EXPERIMENTS[experiment], steps, guidance)
     with opened(asked.drawing, device) as (pipe, drawing, state, tell):
@@ -94,11 +100,13 @@ def reproduce(
     if not state.is_main_process:
         return
     text = f"## {what.title} ({what.source})\n\n{markdown_of(what, outcomes)}\n"
-    name = results_name(experiment, steps, guidance, asked.drawing.size)
+    name = results_name(experiment, steps, guidance, asked.drawing.size, dtype)
     save_json([outcome.as_dict() for outcome in outcomes], out / f"{name}.json")
     save_text(text, out / f"{name}.md")
     chart = _chart(what, outcomes)
-    if chart is not None:
+    if chart is None:
+        (out / f"{name}.png").unlink(missing_ok=True)  # of other metrics, beside these figures
+    else:
         save_image(chart, out / f"{name}.png")
     save_image(sheet_of(what, outcomes, asked.prompts), out / f"{name}-sheet.png")
     typer.echo(text)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from atedm.config import PruningConfig
-from atedm.evaluation.dense_runs import FirstLayer, dense_blocks, draw_watched
+from atedm.evaluation.dense_runs import FirstLayer, dense_blocks, draw_watched, kept_of
 from atedm.generate import Progress
 from atedm.matching import attention_source
-from atedm.pruning import keep_count, keep_most_important
+from atedm.pruning import keep_most_important
 from atedm.token_ranking import Ranking, rank_tokens
 
 
@@ -73,7 +73,7 @@ def map_agreement(
 
     Raises:
         TypeError: If the pipeline has no U-Net.
-        ValueError: If it is patched or compiled, or there is nothing to draw.
+        ValueError: If it is patched or compiled, or there is nothing to draw or nothing dropped.
     """
     if not prompts:
         raise ValueError("there are no prompts to draw")
@@ -82,11 +82,11 @@ def map_agreement(
     values: defaultdict[tuple[str, int], list[tuple[float, float, float]]] = defaultdict(list)
 
     def compare(layer: FirstLayer) -> None:
-        count = keep_count(layer.tokens.shape[1], pruning_rate)
+        count = kept_of(layer, pruning_rate)
         whole = _ranked(layer, PruningConfig(map_mode="full"), count)
         for name, config in configs.items():
             found = _compared(whole, _ranked(layer, config, count), count)
-            values[name, blocks[layer.block][0].level].append(found)
+            values[name, blocks[layer.block][0].level] += found
 
     drawn = draw_watched(
         pipe,
@@ -121,8 +121,8 @@ def _ranked(layer: FirstLayer, config: PruningConfig, count: int) -> Ranking:
     )
 
 
-def _compared(whole: Ranking, ours: Ranking, count: int) -> tuple[float, float, float]:
-    """(kept, importance, source) of `Agreement`."""
+def _compared(whole: Ranking, ours: Ranking, count: int) -> list[tuple[float, float, float]]:
+    """(kept, importance, source) of `Agreement`, for every image."""
     keep, our_keep = (keep_most_important(ranking.importance, count) for ranking in (whole, ours))
     is_kept = torch.zeros_like(whole.importance).scatter(1, keep, 1.0)
     importance = whole.importance.gather(1, our_keep).sum(1) / whole.importance.gather(1, keep).sum(1)
@@ -130,5 +130,6 @@ def _compared(whole: Ranking, ours: Ranking, count: int) -> tuple[float, float, 
     source = attention_source(whole.attention_map, keep)
     our_source = source if ours.source is None else ours.source(keep)  # the whole map itself gives no function
     same = (source == our_source).float() * (1 - is_kept)
-    of_dropped = same.sum() / (1 - is_kept).sum()
-    return float(is_kept.gather(1, our_keep).mean()), float(importance.mean()), float(of_dropped)
+    of_dropped = same.sum(1) / (1 - is_kept).sum(1)
+    columns = (is_kept.gather(1, our_keep).mean(1), importance, of_dropped)
+    return [*zip(*(column.tolist() for column in columns), strict=True)]

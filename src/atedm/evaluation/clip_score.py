@@ -163,7 +163,7 @@ def _open(image: Picture) -> Image.Image:
     try:
         with Image.open(image) as opened:
             return opened.convert("RGB")
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {image}: {_first_line(error)}") from error
 
 

@@ -14,6 +14,7 @@ from atedm.generate import Progress
 from atedm.patching.apply import is_applied
 from atedm.patching.pruning_layer import queries_and_keys
 from atedm.patching.survey import find_blocks, find_unet
+from atedm.pruning import keep_count
 from atedm.schedule import BlockPlace
 from atedm.token_ranking import QueriesAndKeys
 
@@ -30,6 +31,22 @@ class FirstLayer(NamedTuple):
     cross_attention: QueriesAndKeys
     #: (h, w) of the grid.
     size: tuple[int, int]
+
+
+def kept_of(layer: FirstLayer, pruning_rate: float) -> int:
+    """How many tokens of a layer stay at a pruning rate.
+
+    Raises:
+        ValueError: If all do, because then there are no dropped ones to look at; the message says what works.
+    """
+    tokens = layer.tokens.shape[1]
+    count = keep_count(tokens, pruning_rate)
+    if count == tokens:
+        raise ValueError(
+            f"no token of {layer.block} is dropped at a pruning_rate of {pruning_rate}; give {1 / tokens:.4g} or more, "
+            f"or a size at which it has more than {tokens} tokens"
+        )
+    return count
 
 
 #: Told of every block in every call of the U-Net.

@@ -102,8 +102,8 @@ def evaluate(
         The results in the order of the methods; an empty list in all processes but the first.
 
     Raises:
-        ValueError: If FID is asked for of one image, ``out`` holds images of something else, or the weights of a metric
-            cannot be had; or as `shared_work`.
+        ValueError: If FID is asked for of one image, a method cannot be applied, ``out`` holds images of something
+            else, or the weights of a metric cannot be had; or as `shared_work`.
     """
     state = state or shared_work()
     if FID in metrics.names and _have_references(prompts) and len(prompts) < 2:
@@ -112,9 +112,16 @@ def evaluate(
     if to_dense and not any(method == Dense() for method in methods.values()):
         methods = {"dense": Dense(), **methods}
     folders = {name: out / "images" / slug(name) for name in methods}
+    undrawn = [name for name, folder in folders.items() if missing_groups(folder, len(prompts), drawing.batch)]
+    for name in undrawn:
+        try:
+            with methods[name].applied(pipe):
+                pass  # told now what cannot be applied, and not when all before it are drawn
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be applied: {error}") from error
     weights = checksum(pipe.unet)
     if state.is_main_process:
-        if any(missing_groups(folder, len(prompts), drawing.batch) for folder in folders.values()):
+        if undrawn:
             check_metrics(metrics, str(state.device), has_references=_have_references(prompts))
         for name, method in methods.items():
             claim_folder(folders[name], method, drawing, prompts, weights)

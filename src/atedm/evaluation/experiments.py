@@ -42,7 +42,11 @@ def only_as_asked(experiment: Experiment, steps: int | None = None, guidance: fl
 
 
 def results_name(
-    experiment: str, steps: int | None = None, guidance: float | None = None, size: tuple[int, int] | None = None
+    experiment: str,
+    steps: int | None = None,
+    guidance: float | None = None,
+    size: tuple[int, int] | None = None,
+    dtype: str | None = None,
 ) -> str:
     """Return what results are called, so that those of one setting do not take the place of another's.
 
@@ -51,6 +55,7 @@ def results_name(
         steps: Denoising steps, where they were asked for.
         guidance: Guidance scale, where it was asked for.
         size: (width, height) in pixels, where it was asked for.
+        dtype: Where it was asked for.
     """
     parts = [experiment]
     if steps is not None:
@@ -59,6 +64,8 @@ def results_name(
         parts.append(f"guidance-{guidance:g}")
     if size is not None:
         parts.append(f"{size[0]}x{size[1]}")
+    if dtype is not None:
+        parts.append(dtype)
     return "-".join(parts)
 
 

@@ -6,7 +6,7 @@ and the distance are the library's; only what looks at the images may be replace
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,27 @@ Extractor = Callable[[Tensor], Tensor]
 """Looks at (B, 3, H, W) float images in [0, 255] and gives (B, d)."""
 
 
-def folder_features(
-    folder: str | Path,
+def folder_features(folder: str | Path, extractor: str | Extractor = INCEPTION, **options: Any) -> NDArray[np.float64]:
+    """Look at every image of a folder and its subfolders, as `file_features` does.
+
+    Args:
+        folder: What holds the images, as png, jpg, webp, bmp, tiff or ppm.
+        extractor: What looks at them.
+        **options: Of `file_features`.
+
+    Returns:
+        (n, d), rows in the order of the sorted file names.
+
+    Raises:
+        ImportError: As `file_features`.
+        ValueError: As `file_features`, or if there is no image.
+    """
+    _clean_fid()
+    return file_features(_images(Path(folder)), extractor, **options)
+
+
+def file_features(
+    files: Sequence[str | Path],
     extractor: str | Extractor = INCEPTION,
     *,
     pretrained: str = CLIP_WEIGHTS,
@@ -37,10 +56,10 @@ def folder_features(
     workers: int = 0,
     progress: Progress | None = None,
 ) -> NDArray[np.float64]:
-    """Look at every image of a folder and its subfolders.
+    """Look at images.
 
     Args:
-        folder: What holds the images, as png, jpg, webp, bmp, tiff or ppm.
+        files: Where they lie.
         extractor: "inception" for clean-fid's own network (downloaded by clean-fid, d = 2048); a model as
             `open_clip_model` takes it, such as "local-dir:FOLDER", for the image tower of that; or anything that looks
             at images. Images are resized by clean-fid's antialiased bicubic filter, without rounding: to 299 px, or to
@@ -52,14 +71,14 @@ def folder_features(
         progress: Called with the number of images looked at since the last call.
 
     Returns:
-        (n, d), rows in the order of the sorted file names.
+        (n, d), rows in the order of the files.
 
     Raises:
         ImportError: If clean-fid, or open_clip where it is asked for, is not installed.
-        ValueError: If there is no image, one cannot be read, or the network cannot be had.
+        ValueError: If one cannot be read, or the network cannot be had.
     """
     fid_library, resize = _clean_fid()
-    files = _images(Path(folder))
+    names = [str(file) for file in files]
     where = device or best_device()
     looks_at, custom_resize = _extractor(extractor, pretrained, where, resize)
 
@@ -71,7 +90,7 @@ def folder_features(
 
     try:
         features = fid_library.get_files_features(
-            files,
+            names,
             counted,
             num_workers=workers,
             batch_size=batch,
@@ -81,7 +100,7 @@ def folder_features(
             verbose=False,
         )
     except Exception as error:
-        _name_unreadable(files, error)
+        _name_unreadable(names, error)
         raise
     return np.asarray(features, dtype=np.float64)
 

@@ -1,7 +1,9 @@
 """Draw every prompt with one method into a folder: a run that lasts, can be stopped and goes on, and can be shared out.
 
 Image i always starts from the noise of seed ``seed + i``, and images are drawn in fixed groups, so that it does not
-matter how often a run was stopped or how many processes it was shared among.
+matter how often a run was stopped, how many processes it was shared among, or whether more were asked for later. Only
+the last group may be smaller. Where fewer images are asked for later, those of a group that is cut are kept: what is
+random in a method, and the last bits of any, are those of the whole group.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def missing_groups(folder: Path, count: int, batch: int) -> list[range]:
 
 
 def claim_folder(folder: Path, method: Method, drawing: Drawing, prompts: Sequence[Prompt], weights: int) -> None:
-    """Write down in ``folder`` what is drawn there, or see that it is the same.
+    """Write down in ``folder`` what is drawn there, or see that it is the same if anything is there.
 
     Args:
         folder: Made if missing.
@@ -84,7 +86,8 @@ def claim_folder(folder: Path, method: Method, drawing: Drawing, prompts: Sequen
     asked: dict[str, Any] = {"method": method.as_dict(), "drawing": asdict(drawing), "weights": weights}
     asked["prompts"] = [zlib.crc32(prompt.text.encode()) for prompt in prompts]
     file = folder / SETTINGS
-    if file.exists():
+    drawn = any(folder.glob("*.png"))
+    if file.exists() and drawn:
         stored = _settings(file)
         for key in ("method", "drawing", "weights"):
             if stored.get(key) != asked[key]:
@@ -94,7 +97,7 @@ def claim_folder(folder: Path, method: Method, drawing: Drawing, prompts: Sequen
             raise ValueError(f"{folder} holds images of other prompts; give another --out, or remove it")
         if len(stored["prompts"]) >= len(asked["prompts"]):
             return
-    elif any(folder.glob("*.png")):
+    elif drawn:
         raise ValueError(f"{folder} holds images, but no {SETTINGS} says of what; give another --out, or remove it")
     save_json(asked, file)
 

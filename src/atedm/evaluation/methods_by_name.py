@@ -19,6 +19,8 @@ from atedm.evaluation.methods import Caching, Dense, Merging, Method, Pruning, S
 NAMES = ("dense", *PRESETS, "tome", "deepcache")
 EQUAL_COST = "cost"
 """Key that has a rate or ratio solved for the mean cost of another method: ``tome[cost=paper]``."""
+SOLVED = ("pruning_rate", "ratio", "steps_share")
+"""Fields that are solved for a cost."""
 
 
 def parse_methods(specs: str) -> list[str]:
@@ -60,21 +62,26 @@ def method_by_name(
         steps: Steps of the run, for equal cost.
 
     Raises:
-        ValueError: If a name or a field is unknown, or a cost cannot be had.
+        ValueError: If a name or a field is unknown, a cost cannot be had, or is given beside what is solved for it.
     """
     parts = _split(spec, "+")
     if len(parts) > 1:
-        methods = tuple(method_by_name(part, model, size=size, steps=steps) for part in parts)
-        return Stacked(methods)
+        methods: list[Method] = []
+        for part in parts:  # each is solved for the steps that those before it leave
+            methods.append(method_by_name(part, model, size=size, steps=steps))
+            steps = methods[-1].steps_of(steps)
+        return Stacked(tuple(methods))
     match = re.fullmatch(r"([\w-]+)(?:\[(.*)\])?", spec.strip())
     if match is None:
         raise ValueError(f"cannot read the method {spec!r}; write NAME or NAME[field=value,...]")
     name, fields = match[1], _fields(match[2] or "")
     check_name("method", name, NAMES)
-    other = fields.pop(EQUAL_COST, None)
+    if EQUAL_COST not in fields:
+        return _build(name, fields)
+    other = fields.pop(EQUAL_COST)
+    if twice := [field for field in fields if field in SOLVED]:
+        raise ValueError(f"give {twice[0]} or {EQUAL_COST} in {spec!r}, not both: a cost is solved for it")
     method = _build(name, fields)
-    if other is None:
-        return method
     if isinstance(other, int | float) and not isinstance(other, bool):
         return _at_cost(float(other), method, model, size, steps)
     return _at_cost_of(str(other), method, model, size, steps)
@@ -152,8 +159,8 @@ def _replace(default: Any, fields: dict[str, Any]) -> Any:
 
 def _at_cost_of(other: str, method: Method, model: Any, size: tuple[int, int] | None, steps: int) -> Method:
     target = method_by_name(other, model, size=size, steps=steps)
-    if not isinstance(target, Pruning | Merging) or not isinstance(method, Pruning | Merging):
-        raise ValueError(f"equal cost is solved for pruning and for ToMe, not for {other!r}")
+    if not isinstance(target, Pruning | Merging):
+        raise ValueError(f"cost must be a share of dense, or the name of a way to prune or of tome, not {other!r}")
     what = target.config if isinstance(target, Pruning) else target.tome
     return _at_cost(mean_share(model, what, size=size, steps=steps), method, model, size, steps)
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from atedm.config import PruningConfig
-from atedm.evaluation.dense_runs import FirstLayer, dense_blocks, draw_watched
+from atedm.evaluation.dense_runs import FirstLayer, dense_blocks, draw_watched, kept_of
 from atedm.generate import Progress
 from atedm.matching import attention_source, match_by_features
-from atedm.pruning import gather_tokens, keep_count, keep_most_important
+from atedm.pruning import gather_tokens, keep_most_important
 from atedm.tiny.scenes import BACKGROUNDS, COLOURS, Scene
 from atedm.token_ranking import rank_tokens
 
@@ -166,7 +166,7 @@ def find_objects(
 
     Raises:
         TypeError: If the pipeline has no U-Net.
-        ValueError: If it is patched or compiled, there is nothing to draw, or a ranking is unknown.
+        ValueError: If it is patched or compiled, there is nothing to draw or nothing dropped, or a ranking is unknown.
     """
     if not scenes:
         raise ValueError("there are no scenes to draw")
@@ -210,7 +210,7 @@ def find_objects(
 def _rank(layer: FirstLayer, config: PruningConfig) -> _Seen:
     """Rank the tokens of one layer, and see whom its dropped tokens would be refilled from."""
     tokens = layer.tokens
-    count = keep_count(tokens.shape[1], config.pruning_rate)
+    count = kept_of(layer, config.pruning_rate)
     ranking = rank_tokens(
         config,
         tokens,

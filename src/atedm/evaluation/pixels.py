@@ -25,5 +25,5 @@ def read_pixels(file: Path, side: int | None = None) -> torch.Tensor:
             if side is not None and picture.size != (side, side):
                 picture = picture.resize((side, side), Image.Resampling.LANCZOS)
             return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {file}: {error}") from error

@@ -33,7 +33,7 @@ class Prompt:
     picture: Path | None = None
 
 
-def read_prompts(source: str, count: int | None = None, seed: int = 0) -> list[Prompt]:
+def read_prompts(source: str, count: int | None = None, seed: int = 0, *, at_most: int | None = None) -> list[Prompt]:
     """Read prompts from where ``source`` says.
 
     Args:
@@ -42,6 +42,7 @@ def read_prompts(source: str, count: int | None = None, seed: int = 0) -> list[P
             ``annotations/captions_*.json`` and the pictures of that split beside.
         count: How many, from the first; None takes all, or 500 scenes.
         seed: Which scenes.
+        at_most: How many where no ``count`` is given; a file may hold fewer.
 
     Raises:
         FileNotFoundError: If it is not there.
@@ -50,7 +51,7 @@ def read_prompts(source: str, count: int | None = None, seed: int = 0) -> list[P
     if count is not None and count < 1:
         raise ValueError(f"captions must be at least 1, not {count}")
     if source == SCENES:
-        return [Prompt(scene.caption, scene) for scene in held_out_scenes(count or 500, seed)]
+        return [Prompt(scene.caption, scene) for scene in held_out_scenes(count or at_most or 500, seed)]
     path = Path(source).expanduser()
     if path.is_dir():
         prompts = _read_coco(path)
@@ -62,7 +63,7 @@ def read_prompts(source: str, count: int | None = None, seed: int = 0) -> list[P
         raise ValueError(f"{source} holds no prompts")
     if count is not None and len(prompts) < count:
         raise ValueError(f"{source} holds {len(prompts)} prompts, fewer than the {count} asked for")
-    return prompts[:count]
+    return prompts[: count or at_most]
 
 
 def _read_lines(file: Path) -> list[str]:
@@ -71,7 +72,8 @@ def _read_lines(file: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not text in UTF-8: {error}") from error
     if file.suffix.lower() != ".csv":
-        return [line.strip() for line in text.splitlines() if line.strip()]
+        # Not at every sign that Unicode takes for the end of a line, which a prompt may hold.
+        return [line.strip() for line in text.split("\n") if line.strip()]
     try:
         rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         names, content = [*(rows.fieldnames or ())], [*rows]
@@ -100,7 +102,10 @@ def _read_coco(folder: Path) -> list[Prompt]:
             coco = COCO(str(file))
         named = [(image_id, Path(coco.imgs[image_id]["file_name"])) for image_id in sorted(coco.getImgIds())]
         captions = {image_id: coco.loadAnns(sorted(coco.getAnnIds(imgIds=image_id))) for image_id, _ in named}
-        texts = {image_id: " ".join(found[0]["caption"].split()) for image_id, found in captions.items() if found}
+        worded = {
+            i: [text for one in found if (text := " ".join(one["caption"].split()))] for i, found in captions.items()
+        }
+        texts = {image_id: found[0] for image_id, found in worded.items() if found}
         places = {image_id: pictures / name for image_id, name in named if image_id in texts}
         there = {image_id for image_id, place in places.items() if place.is_file()}
     except Exception as error:  # whatever the package comes upon in a file that is none
@@ -161,7 +166,7 @@ def _reference(prompt: Prompt, size: tuple[int, int], seed: list[int]) -> Image.
     try:
         with Image.open(prompt.picture) as opened:
             picture = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the picture {prompt.picture}: {error}") from error
     scale = max(size[0] / picture.width, size[1] / picture.height)
     width, height = size[0] / scale, size[1] / scale

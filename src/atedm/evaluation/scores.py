@@ -168,11 +168,19 @@ def check_metrics(metrics: Metrics, device: str, *, has_references: bool = True)
 
 
 def distances(files: Sequence[Path], references: Sequence[Path]) -> list[float]:
-    """PSNR in dB of each picture to its reference, capped at 99 where they are equal."""
-    return [
-        psnr_each(read_pixels(file).unsqueeze(0), read_pixels(reference).unsqueeze(0))[0]
-        for file, reference in zip(files, references, strict=True)
-    ]
+    """PSNR in dB of each picture to its reference, capped at 99 where they are equal.
+
+    Raises:
+        ValueError: If one cannot be read, or two differ in size.
+    """
+    found = []
+    for file, reference in zip(files, references, strict=True):
+        ours, theirs = read_pixels(file), read_pixels(reference)
+        if ours.shape != theirs.shape:
+            sizes = [f"{pixels.shape[2]} x {pixels.shape[1]}" for pixels in (ours, theirs)]
+            raise ValueError(f"{file} has {sizes[0]} pixels, {reference} has {sizes[1]}; remove the one that is wrong")
+        found += psnr_each(ours.unsqueeze(0), theirs.unsqueeze(0))
+    return found
 
 
 def _clip(files: Sequence[Path], prompts: Sequence[Prompt], metrics: Metrics, folder: Path, device: str) -> list[float]:
@@ -197,16 +205,16 @@ def _fid(folder: Path, references: Path, count: int, metrics: Metrics, device: s
 
 
 def _features(folder: Path, count: int, metrics: Metrics, device: str) -> Any:
-    from atedm.evaluation.fid import folder_features
+    from atedm.evaluation.fid import file_features
 
-    files = sorted(folder.glob("*.png"))[:count]
+    files = [image_file(folder, index) for index in range(count)]
     extractor, pretrained = metrics.fid_features, metrics.clip_pretrained
     terms = {"extractor": extractor, "pretrained": pretrained, "files": _checksums(files)}
     cache = folder / "features.json"
     stored = read_json(cache) if cache.exists() else {}
     if stored.get("terms") == terms:
         return np.asarray(stored["features"])
-    features = folder_features(folder, extractor, pretrained=pretrained, device=device)[:count]
+    features = file_features(files, extractor, pretrained=pretrained, device=device)
     save_json({"terms": terms, "features": features.tolist()}, cache)
     return features
 

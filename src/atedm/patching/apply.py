@@ -225,15 +225,32 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
             block._atedm.memory.begin_step(follows, state.config.refresh_every)
     state.step = torch.tensor(position.step, device="cpu")
     state.prune_less = is_prune_less(position.share, state.config.schedule, state.config.prune_less_share)
-    if state.protect is not None and isinstance(given.get("sample"), Tensor):
-        _make_room(unet, state, given["sample"])
+    sample = given.get("sample")
+    if state.protect is not None and isinstance(sample, Tensor):
+        state.protect = state.protect.to(sample.device)
+        _see_room(unet, state, (sample.shape[-2], sample.shape[-1]))
 
 
-def _make_room(unet: UNet2DConditionModel, state: UNetState, sample: Tensor) -> None:
-    """See that no block keeps fewer tokens than are protected, and bring the mask to where the sample is."""
+def check_protected(model: Any, size: tuple[int, int]) -> None:
+    """See before any work that no block will keep fewer tokens in a normal step than are protected.
+
+    Args:
+        model: A patched pipeline or U-Net, not in the midst of a run.
+        size: (height, width) of the latents.
+
+    Raises:
+        ValueError: If one will; the message names a rate that leaves enough.
+    """
+    unet = find_unet(model)
+    state: UNetState = unet._atedm
+    if state.protect is not None and state.config.prune_less_share < 1:
+        _see_room(unet, state, size)
+
+
+def _see_room(unet: UNet2DConditionModel, state: UNetState, size: tuple[int, int]) -> None:
+    """See that no block keeps fewer tokens than are protected in a step such as this."""
     assert state.protect is not None
-    state.protect = state.protect.to(sample.device)
-    height, width = sample.shape[-2:]
+    height, width = size
     if (height, width, state.prune_less) in state.roomy:
         return
     for name in state.blocks:
