@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import re
+import threading
 from typing import Any
 
 import pytest
@@ -104,6 +105,19 @@ def test_a_layer_is_opened_only_where_something_happens_inside(changes: dict[str
 def test_where_may_be_a_predicate() -> None:
     config = PruningConfig(where=lambda block: block.level == 3)
     assert [config.prunes(place(level)) for level in (2, 3)] == [False, True]
+
+
+def test_what_is_said_of_functions_copies_none_of_them() -> None:
+    class Ranks:
+        def __init__(self) -> None:
+            self.lock = threading.Lock()  # which cannot be copied
+
+        def __call__(self, to_rank: Any) -> Any:
+            return to_rank
+
+    config = PruningConfig(ranking=Ranks(), where=functools.partial(lambda lock, block: True, threading.Lock()))
+    assert isinstance(json.dumps(config.as_dict()), str)
+    assert "Ranks" in config.as_dict()["ranking"]
 
 
 def test_replace_checks_like_a_new_one() -> None:

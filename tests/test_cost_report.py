@@ -331,3 +331,49 @@ def test_macs_add_up_part_by_part() -> None:
 
 def test_reports_are_of_one_kind() -> None:
     assert isinstance(atedm.cost(TINY), CostReport)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PruningConfig(tolerance=1e-3, map_mode="blocked"),
+        PruningConfig(tolerance=1e-3, map_mode="sampled", sampled_rows=8),
+        PruningConfig(
+            ranking="cross-attention-entropy", importance_share=0.3, place="after-self-attention", iterations=20
+        ),
+        *(PruningConfig(copy_map="first", map_mode=mode, pruning_rate=0.3) for mode in ("blocked", "flash")),
+    ],
+    ids=["tolerance, blocked", "tolerance, sampled", "two rankings", "first map, blocked", "first map, flash"],
+)
+def test_rare_settings_are_counted_too(config: PruningConfig) -> None:
+    report = atedm.cost("tiny", config)  # which holds the formula against what torch counts, and refuses if they differ
+    assert 0 < report.figures().mean < 1.2 * report.figures().dense
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "steps must be a whole number of at least 1, not 0"),
+        ({"steps": 2.5}, ValueError, "not 2.5"),
+        ({"size": 64}, ValueError, r"size must be \(width, height\) in pixels, not 64"),
+        ({"size": (64.0, 64)}, ValueError, "width must be a multiple of 4 pixels"),
+        ({"config": None}, TypeError, "in a PruningConfig, the name of a preset or ToMe, not in None"),
+    ],
+)
+def test_a_budget_of_nonsense_is_told(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        PruningConfig.for_budget("tiny", share=0.9, **options)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_class_embeds": 10},
+        {"class_embed_type": "timestep"},
+        {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 80},
+    ],
+)
+def test_models_with_classes_are_counted(changes: dict[str, Any]) -> None:
+    unet = sd1_unet(**changes)
+    with atedm.pruned(unet, PruningConfig(place="after-self-attention"), budget=0.99) as summary:
+        assert summary.saving > 0

@@ -105,6 +105,11 @@ def test_functions_are_given_what_is_promised() -> None:
         ({"ranking": lambda to_rank: None}, "not NoneType"),
         ({"recovery": lambda to_refill: to_refill.kept}, r"recovery .* must give a tensor of shape \(2, \d+, \d+\)"),
         ({"map_mode": lambda q, k, *_, **__: Scores(q, lambda keep: keep)}, "map_mode .* must give"),
+        ({"map_mode": lambda q, k, *_, **__: q}, "map_mode .* must give Scores, not a Tensor"),
+        (
+            {"map_mode": lambda q, k, *_, **__: Scores(q[:, 0, :, 0], lambda keep: keep[:, :3])},
+            r"the source of map_mode .* of shape \(2, \d+\), not \(2, 3\)",
+        ),
     ],
 )
 def test_a_wrong_shape_is_named_and_the_model_left_clean(own: dict[str, Any], message: str) -> None:

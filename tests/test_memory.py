@@ -373,6 +373,9 @@ def test_a_short_run_has_its_own_share_of_steps() -> None:
 def test_a_tolerance_counts_as_never_met() -> None:
     unet = small_unet()
     assert memory(unet, PruningConfig(tolerance=1e-3)) == memory(unet, PruningConfig())
+    sampled = PruningConfig(map_mode="sampled", sampled_rows=4)  # in place of which a tolerance takes the whole map
+    assert memory(unet, sampled.replace(tolerance=1e-3)) == memory(unet, sampled.replace(map_mode="full"))
+    assert memory(unet, sampled) != memory(unet, sampled.replace(map_mode="full"))
 
 
 def test_a_batch_of_nothing_is_refused() -> None:

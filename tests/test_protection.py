@@ -1,5 +1,6 @@
 """Regions that are never pruned: how masks are read, and that their tokens stay whatever the ranking says."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import atedm
 from atedm.config import PRESETS, PruningConfig
+from atedm.patching.apply import check_protected
 from atedm.protection import protected_tokens, region, with_protected
 from atedm.pruning import keep_most_important
 from models import EARLY, LATE, run, sdxl_unet, small_unet, snapshot
@@ -29,8 +31,31 @@ CORNER[:10, :7] = True
         CORNER.numpy(),
         Image.fromarray(255 * CORNER.numpy().astype(np.uint8)),
         Image.fromarray(255 * CORNER.numpy().astype(np.uint8)).convert("RGB"),
+        CORNER.byte(),
+        CORNER.long(),
+        CORNER.numpy().astype(">f4"),
+        CORNER.flip(0).numpy()[::-1],
+        np.asarray(Image.fromarray(255 * CORNER.numpy().astype(np.uint8))),
+        1.04 * CORNER.float(),
+        40000 * CORNER.numpy().astype(np.uint16) + 20000,
+        Image.fromarray(40000 * CORNER.numpy().astype(np.uint16) + 20000),
     ],
-    ids=["bool", "float with axes", "bytes", "array", "picture", "picture in colour"],
+    ids=[
+        "bool",
+        "float with axes",
+        "bytes",
+        "array",
+        "picture",
+        "picture in colour",
+        "bytes of ones",
+        "whole numbers",
+        "of another byte order",
+        "back to front",
+        "read only",
+        "a little above one",
+        "16 bits",
+        "picture of 16 bits",
+    ],
 )
 def test_a_mask_may_be_given_in_many_ways(mask: Any) -> None:
     assert torch.equal(region(mask), CORNER.float())
@@ -43,6 +68,9 @@ def test_a_mask_may_be_given_in_many_ways(mask: Any) -> None:
         (torch.ones(2, 8, 8), ValueError, "one for all images"),
         (torch.ones(8), ValueError, r"must be \(H, W\)"),
         (torch.ones(0, 8), ValueError, r"must be \(H, W\)"),
+        (255 * torch.ones(8, 8), ValueError, "a mask of float32 that goes up to 255 may mean anything"),
+        (200 * np.ones((8, 8), np.int64), ValueError, "give zeros and ones, or uint8 from 0 to 255"),
+        (np.array([["a"]]), TypeError, "an array of numbers"),
     ],
 )
 def test_what_is_no_mask_is_said(mask: Any, error: type[Exception], message: str) -> None:
@@ -150,3 +178,45 @@ def test_more_than_is_kept_is_refused_by_the_first_step_and_a_lower_rate_would_d
     with pytest.raises(ValueError, match="one pruning layer"):
         atedm.apply(unet, PruningConfig(gradual=((0, 0.3), (1, 0.3))), protect=most)
     assert not atedm.is_applied(unet)
+
+
+def test_what_no_later_step_could_keep_is_refused_by_the_first() -> None:
+    unet = sdxl_unet()
+    most = torch.zeros(8, 8)
+    most[:5] = 1
+    late: list[dict[str, Any]] = [{"prune_less_factor": 0.3}, {"where": lambda block: block.index == 0}]
+    for changes in late:
+        with (
+            atedm.pruned(unet, PruningConfig(**changes), protect=most),
+            pytest.raises(ValueError, match="are protected, and only"),
+        ):
+            run(unet, EARLY)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PruningConfig(),
+        PruningConfig(level_factors=((2, 0.9), (3, 1.0))),
+        PruningConfig(pruning_rate=0.1, gradual=((0, 0.63),)),
+        PRESETS["matched"],
+    ],
+    ids=["paper", "levels", "gradual", "matched"],
+)
+def test_the_rate_that_is_named_protects_enough(config: PruningConfig) -> None:
+    unet = sdxl_unet()
+    scattered = torch.zeros(256, 256)
+    scattered[::40] = 1  # next to nothing of the image, but some of many a token
+    with (
+        atedm.pruned(unet, config, protect=scattered),
+        pytest.raises(ValueError, match="protect less, or give a") as refused,
+    ):
+        check_protected(unet, (32, 32))
+    said = re.search(r"give a (pruning_rate|rate in gradual) of ([\d.]+)$", str(refused.value))
+    assert said is not None
+    assert (said[1] == "rate in gradual") == bool(config.gradual)
+    rate = float(said[2])
+    lower = config.replace(gradual=((0, rate),)) if config.gradual else config.replace(pruning_rate=rate)
+    with atedm.pruned(unet, lower, protect=scattered):
+        check_protected(unet, (32, 32))
+        run(unet, LATE, size=(32, 32))

@@ -241,6 +241,14 @@ def test_tolerance_stops_once_every_image_has_settled() -> None:
     assert torch.equal(gwpr(slow, iterations=100, tolerance=1e-4), last)
 
 
+def test_each_map_of_a_batch_settles_by_itself() -> None:
+    maps = torch.cat([torch.full((1, 6, 6), 1 / 6), random_map(3, 6, 6).float(), torch.full((1, 6, 6), torch.nan)])
+    together = gwpr(maps, iterations=50, tolerance=1e-2)
+    for index in range(4):
+        torch.testing.assert_close(gwpr(maps[index], iterations=50, tolerance=1e-2), together[index])
+    assert (together[:4] - gwpr(maps[:4], iterations=50)).abs().max() > 1e-4
+
+
 def test_no_iteration_is_refused() -> None:
     with pytest.raises(ValueError, match="iterations"):
         gwpr(random_map(1, 3, 3), iterations=0)

@@ -267,7 +267,7 @@ class PruningConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values; a function becomes its qualified name, if it has one."""
-        fields = dataclasses.asdict(self)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("where", *OWN_FIELDS):
             if callable(value := getattr(self, name)):
                 fields[name] = name_of(value)

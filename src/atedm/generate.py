@@ -21,6 +21,7 @@ from atedm.patching.apply import check_protected, pruned
 from atedm.pictures.comparison import Comparison, Pruned, comparison_sheet, psnr
 from atedm.pictures.maps import maps_sheet
 from atedm.pipelines import native_size
+from atedm.protection import region
 from atedm.recording import Recording, recorded
 from atedm.request import Made, Request
 from atedm.run_file import NAME, PROTECT, run_file
@@ -176,7 +177,7 @@ def shown_beside(pipe: Any, request: Request, name: str = "") -> Request:
 
 
 def _picture(file: Path) -> Image.Image:
-    """Read a mask.
+    """Read a mask, black and white.
 
     Raises:
         FileNotFoundError: If it is not there.
@@ -184,7 +185,7 @@ def _picture(file: Path) -> Image.Image:
     """
     try:
         with Image.open(file) as picture:
-            return picture.convert("L")
+            return Image.fromarray(region(picture).mul(255).byte().numpy())
     except FileNotFoundError:
         raise
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:

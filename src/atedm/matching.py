@@ -200,12 +200,12 @@ def _is_outside(tokens: Tensor, keep: Tensor, size: tuple[int, int], window: int
 
 def _nearest_first(tokens: Tensor, keep: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, M, K) float32, largest for the kept token nearest in the grid."""
-    return -_squared_distance(keep, size).gather(1, tokens.unsqueeze(-1).expand(-1, -1, keep.shape[1]))
+    return -_squared_distance(keep, size, tokens)
 
 
-def _squared_distance(keep: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, N, K) float32: of each token to each kept one."""
-    token = torch.arange(size[0] * size[1], device=keep.device)
+def _squared_distance(keep: Tensor, size: tuple[int, int], tokens: Tensor | None = None) -> Tensor:
+    """(B, M, K) float32: of ``tokens`` (B, M), or of all, to each kept one."""
+    token = torch.arange(size[0] * size[1], device=keep.device) if tokens is None else tokens
     down = (token // size[1]).unsqueeze(-1) - (keep // size[1]).unsqueeze(1)
     across = (token % size[1]).unsqueeze(-1) - (keep % size[1]).unsqueeze(1)
     return (down * down + across * across).float()

@@ -82,7 +82,7 @@ def load_pipeline(model: str = TINY, *, device: str | None = None, dtype: torch.
     """
     device = best_device() if device is None else device
     check_device(device)
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
     with warnings.catch_warnings():
         # The newest diffusers calls torch_dtype old, the oldest knows no other name for it.
         warnings.simplefilter("ignore", FutureWarning)

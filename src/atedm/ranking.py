@@ -154,8 +154,8 @@ def gwpr(
         attention_map: A, (..., M, N), rows sum to 1, any floating dtype.
         f: Importance of keys to importance of queries, see `MAPPINGS`.
         iterations: How often; with a ``tolerance``, how often at most.
-        tolerance: Stop once ``sum |s_new - s_old|`` is below this in every map of the batch. This waits for the
-            device in each iteration; None runs a fixed count and never waits.
+        tolerance: A map is done once ``sum |s_new - s_old|`` is below this, whatever others of the batch are at. This
+            waits for the device in each iteration; None runs a fixed count and never waits.
 
     Returns:
         ``s_q``, (..., M) float32, sums to 1. Differentiable.
@@ -168,12 +168,16 @@ def gwpr(
     with without_autocast(attention_map.device):
         a = attention_map.float()
         s_q = a.new_full(a.shape[:-1], 1 / a.shape[-2])
+        done = torch.zeros_like(s_q[..., :1], dtype=torch.bool)
         for _ in range(iterations):
             s_old = s_q
             s_k = (s_q.unsqueeze(-2) @ a).squeeze(-2)  # A^T s_q as a row times A: reads A in the order it lies
             s_q = normalise(f(a, s_k))
-            if tolerance is not None and (s_q - s_old).abs().sum(-1).max() < tolerance:
-                break
+            if tolerance is not None:
+                s_q = torch.where(done, s_old, s_q)
+                done = done | ((s_q - s_old).abs().sum(-1, keepdim=True) < tolerance)
+                if done.all():
+                    break
     return s_q
 
 

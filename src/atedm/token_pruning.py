@@ -245,7 +245,10 @@ def _source(
     if config.similarity == "distance":
         return nearest_source(keep, size)
     if ranking is not None and ranking.source is not None:
-        return ranking.source(keep)
+        source = ranking.source(keep)
+        if callable(config.map_mode):
+            check_shape(source, tokens.shape[:2], "the source of map_mode", config.map_mode)
+        return source
     return attention_source(_map_to_copy_by(ranking, config), keep)
 
 

@@ -186,6 +186,8 @@ def _without_whole_map(
     if callable(mode) or mode in _EXACT:
         scores_by = mode if callable(mode) else _EXACT[mode]
         scores: Scores = scores_by(*attention, head_fusion=fusion, iterations=iterations)
+        if not isinstance(scores, Scores):
+            raise ValueError(f"map_mode {name_of(scores_by)} must give Scores, not a {type(scores).__name__}")
         check_shape(scores.importance, attention.k.shape[:3:2], "map_mode", scores_by)
         return scores
     tokens, device = attention.k.shape[2], attention.k.device

@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from atedm.checks import is_whole
 from atedm.choices import check_name
 from atedm.patching.summary import WORDS
 from atedm.patching.survey import find_unet
@@ -58,11 +59,14 @@ class Architecture:
         """Return (height, width) of the latents of an image of ``size`` (width, height) pixels.
 
         Raises:
-            ValueError: If a side is no multiple of the pixels that one latent stands for.
+            ValueError: If these are no two sides, or one is no multiple of the pixels that one latent stands for.
         """
-        width, height = size or self.default_size
+        try:
+            width, height = size or self.default_size
+        except (TypeError, ValueError):
+            raise ValueError(f"size must be (width, height) in pixels, not {size!r}") from None
         for name, side in (("width", width), ("height", height)):
-            if side < self.factor or side % self.factor:
+            if not is_whole(side) or side < self.factor or side % self.factor:
                 raise ValueError(
                     f"{name} must be a multiple of {self.factor} pixels for {self.name}, one latent each, not {side}"
                 )
@@ -115,6 +119,15 @@ class Architecture:
             # Six sizes and crops in SDXL, five in its refiner; only the sum of both widths matters.
             pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
             call["added_cond_kwargs"] = {"text_embeds": noise(batch, pooled), "time_ids": noise(batch, 6)}
+        kind = config.get("class_embed_type")
+        if kind is None and config.get("num_class_embeds") is not None:
+            call["class_labels"] = torch.zeros(batch, dtype=torch.long, device=device)
+        elif kind == "timestep":
+            call["class_labels"] = noise(batch)
+        elif kind == "identity":
+            call["class_labels"] = noise(batch, 4 * config["block_out_channels"][0])
+        elif kind is not None:  # projections of any vector
+            call["class_labels"] = noise(batch, config["projection_class_embeddings_input_dim"])
         return call
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 
+from atedm.checks import is_whole
 from atedm.choices import check_name
 from atedm.config import PruningConfig
 from atedm.costs.architectures import Architecture, architecture
@@ -46,9 +47,9 @@ def fit_to_budget(
         convention: "exact", overheads counted, or "paper".
 
     Raises:
-        TypeError: If there is no U-Net.
-        ValueError: If not just one of ``share`` and ``tmacs`` is given, or the budget cannot be kept; the message names
-            the floor.
+        TypeError: If there is no U-Net, or ``method`` is neither.
+        ValueError: If ``size`` or ``steps`` is none, not just one of ``share`` and ``tmacs`` is given, or the budget
+            cannot be kept; the message names the floor.
     """
     check_name("convention", convention, CONVENTIONS)
     if (share is None) == (tmacs is None):
@@ -56,6 +57,10 @@ def fit_to_budget(
     given = tmacs if share is None else share
     if not isinstance(given, int | float) or isinstance(given, bool) or not given > 0:
         raise ValueError(f"a budget must be a number above 0, not {given!r}")
+    if not isinstance(method, PruningConfig | ToMe):
+        raise TypeError(f"a rate is solved for in a PruningConfig, the name of a preset or ToMe, not in {method!r}")
+    if not is_whole(steps) or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, not {steps!r}")
     arch = architecture(model)
     profile = profile_of(arch, size)
     images = 2 if (arch.guidance if guidance is None else guidance) else 1

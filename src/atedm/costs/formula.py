@@ -139,6 +139,11 @@ def block_macs(
     return total
 
 
+def at_most(config: PruningConfig) -> PruningConfig:
+    """Return ``config`` as it costs most: a tolerance is never met, and has nothing to compare on the meta device."""
+    return config if config.tolerance is None else config.replace(tolerance=None, map_mode="full")
+
+
 def map_macs(shape: BlockShape, tokens: int) -> int:
     """MACs of queries, keys and the self-attention map of so many tokens."""
     return 2 * tokens * shape.channels * shape.channels + tokens * tokens * shape.channels
@@ -165,7 +170,7 @@ def overhead_macs(shape: BlockShape, config: PruningConfig, tokens: int, kept: i
         of_ranking = 0 if mode == "flash" else passes * rows * tokens  # which is part of its products
     if config.ranks_by_words:
         of_map += tokens * c * c + t * d * c + tokens * t * c
-        of_ranking = ranked * tokens * t * _PRODUCTS[str(config.ranking)]
+        of_ranking += ranked * tokens * t * _PRODUCTS[str(config.ranking)]
     if config.ranking == "representative":
         cover = max(1, round(config.cover_share * kept))
         of_matching += cover * (tokens - cover) * c
@@ -184,7 +189,7 @@ def _map_products(shape: BlockShape, config: PruningConfig, mode: str | Own, tok
     if mode == "sampled":
         return min(config.sampled_rows, tokens) * tokens * c
     passes = _iterations(config)
-    copied = kept * tokens * c if config.copies_by_attention else 0
+    copied = kept * tokens * c if config.copies_by_attention and config.copy_map == "own" else 0
     if mode == "blocked":
         return passes * tokens * tokens * c + copied
     if mode == "triton":

@@ -18,6 +18,7 @@ from atedm.choices import Own
 from atedm.config import PruningConfig, preset
 from atedm.costs.architectures import architecture
 from atedm.costs.counting import LATE, kinds_of_step
+from atedm.costs.formula import at_most
 from atedm.costs.memory_measured import measured_footprint
 from atedm.costs.memory_traced import Footprint, gib, mean, traced_footprint
 from atedm.costs.random_weights import random_unet
@@ -149,7 +150,7 @@ def memory(
         schedule, patched = "prune-less-early", with_tomesd(unet, method)
     else:
         schedule = method.schedule
-        patched = pruned(unet, method.replace(tolerance=None))  # what it compares has no value on meta
+        patched = pruned(unet, at_most(method))
     with patched:
         kinds = kinds_of_step(schedule, method.prune_less_share)
         found_by_kind = {kind: footprint(timestep) for kind, timestep in kinds.items()}

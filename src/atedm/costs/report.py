@@ -9,7 +9,7 @@ import atedm
 from atedm.config import PruningConfig, preset
 from atedm.costs.architectures import architecture
 from atedm.costs.counting import LATE, Counted, count_macs, kinds_of_step
-from atedm.costs.formula import CONVENTIONS, BlockShape, Macs, block_macs, block_run_macs
+from atedm.costs.formula import CONVENTIONS, BlockShape, Macs, at_most, block_macs, block_run_macs
 from atedm.costs.tome import ToMe, tome_macs, tome_mean_macs, tome_step_macs
 from atedm.patching.apply import pruned
 from atedm.patching.summary import block_shape
@@ -224,7 +224,7 @@ def cost(
     _check(report.figures().dense, dense.total * images, "dense")
     if isinstance(method, PruningConfig):
         for kind, timestep in kinds_of_step(method.schedule, method.prune_less_share).items():
-            with pruned(unet, method.replace(tolerance=None)):  # what it compares has no value on meta
+            with pruned(unet, at_most(method)):
                 counted = count_macs(unet, call, timestep)
             _check(getattr(report.figures(), kind), counted.total * images, kind)
     return report

@@ -232,7 +232,7 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
 
 
 def check_protected(model: Any, size: tuple[int, int]) -> None:
-    """See before any work that no block will keep fewer tokens in a normal step than are protected.
+    """See before any work that no block will keep fewer tokens than are protected.
 
     Args:
         model: A patched pipeline or U-Net, not in the midst of a run.
@@ -243,25 +243,34 @@ def check_protected(model: Any, size: tuple[int, int]) -> None:
     """
     unet = find_unet(model)
     state: UNetState = unet._atedm
-    if state.protect is not None and state.config.prune_less_share < 1:
+    if state.protect is not None:
         _see_room(unet, state, size)
 
 
 def _see_room(unet: UNet2DConditionModel, state: UNetState, size: tuple[int, int]) -> None:
-    """See that no block keeps fewer tokens than are protected in a step such as this."""
-    assert state.protect is not None
-    height, width = size
-    if (height, width, state.prune_less) in state.roomy:
+    """See that no block keeps fewer tokens than are protected, in any step that the schedule has."""
+    if size in state.roomy:
         return
+    assert state.protect is not None
+    config = state.config
+    kinds = {is_prune_less(i / 50, config.schedule, config.prune_less_share) for i in range(50)}
+    lacking, most = [], 1.0  # what a rate may be multiplied by
     for name in state.blocks:
         patch: BlockPatch = unet.get_submodule(name)._atedm
-        grid = tuple(-(-side // 2 ** (patch.place.level - 1)) for side in (height, width))
+        grid = tuple(-(-side // 2 ** (patch.place.level - 1)) for side in size)
         tokens = grid[0] * grid[1]
         protected = int(protected_tokens(state.protect, (grid[0], grid[1])).sum())
-        for left in patch.counts(tokens).values():
+        for prune_less in kinds:
+            if prune_less and patch.spared:
+                continue
+            left = min(config.tokens_left(patch.place, tokens, prune_less=prune_less).values(), default=tokens)
             if left < protected:
-                raise ValueError(
-                    f"{protected} of the {tokens} tokens of {name} are protected, and only {left} are kept; "
-                    f"protect less, or give a pruning_rate of {math.floor(100 * (1 - protected / tokens)) / 100}"
-                )
-    state.roomy.add((height, width, state.prune_less))
+                lacking.append(f"{protected} of the {tokens} tokens of {name} are protected, and only {left} are kept")
+                # One layer prunes, because what protects needs a whole grid.
+                rate = config.rates_in(patch.place, prune_less=prune_less)[0][1]
+                most = min(most, (1 - protected / tokens) / rate)
+    if lacking:
+        asked = config.rates[0][1]
+        what = "rate in gradual" if config.gradual else "pruning_rate"
+        raise ValueError(f"{lacking[0]}; protect less, or give a {what} of {math.floor(100 * most * asked) / 100}")
+    state.roomy.add(size)

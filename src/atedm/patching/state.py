@@ -44,8 +44,8 @@ class UNetState:
     observers: list[Any] = field(default_factory=list)
     #: What is never dropped, (H, W) of zeros and ones over the image.
     protect: Tensor | None = None
-    #: Sizes of latents, and whether steps prune less, for which that was found to leave room.
-    roomy: set[tuple[int, int, bool]] = field(default_factory=set)
+    #: Sizes of latents, (height, width), for which that was found to leave room.
+    roomy: set[tuple[int, int]] = field(default_factory=set)
     #: For configs that remember.
     run: Run = field(default_factory=Run)
     #: The thread of the last call, see `atedm.patching.threads`.
