@@ -59,7 +59,7 @@ def self_attention(attention_map: Tensor, s_k: Tensor) -> Tensor:
 def entropy(attention_map: Tensor, s_k: Tensor, floor: float = 1e-6) -> Tensor:
     """``s_q(i) = sum_j A_ij s_k(j) / (-sum_j A_ij ln A_ij)``: attend to what matters, and to few.
 
-    The main paper's mapping for cross-attention (named in supplement C.2).
+    Supplement C.2 says that it rewards by the dot product and penalises by the entropy; the quotient is our reading.
 
     Args:
         attention_map: A, (..., M, N).

@@ -105,7 +105,7 @@ def _refuse_applied(unet: UNet2DConditionModel) -> None:
 def suiting_preset(target: Any) -> str:
     """Return the preset that suits a pipeline or U-Net by its name and scheduler.
 
-    "turbo" for few-step models, whose steps are too few to tell early from late (supplement E), which is logged once;
+    "turbo" for few-step models, whose steps are too few to tell early from late, which is logged once;
     else "paper".
     """
     unet = find_unet(target)
