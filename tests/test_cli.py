@@ -16,6 +16,7 @@ import atedm
 from atedm import PruningConfig
 from atedm.cli import main
 from atedm.evaluation.experiments import EXPERIMENTS
+from atedm.pipelines import tiny_folder
 
 
 class Done(NamedTuple):
@@ -97,11 +98,15 @@ def test_ablate_measures_rows_keeps_them_and_goes_on(run: Run, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert "| dense | 1.000 |" in done.stdout
     assert "| zero padding | 0." in done.stdout
-    row = tmp_path / "rows" / "zero-padding.json"
+    (row,) = (tmp_path / "rows").glob("zero-padding-*.json")
     stored = json.loads(row.read_text())
     stored["cost"] = 0.123  # a stored row is read back, not measured again
     row.write_text(json.dumps(stored))
     assert "| zero padding | 0.123 |" in run(*command).stdout
+    other = run("ablate", "--captions", "2", "--steps", "3", "--only", "direct copy", "--out", "rows")
+    assert other.returncode == 0, other.stderr
+    assert "| zero padding | 0.123 |" in run(*command).stdout  # and a run under other settings takes no row's place
+    assert not (tmp_path / "rows" / "table.md").exists()  # which is the whole table or none
 
 
 def test_cost_prints_json_and_nothing_else(run: Run) -> None:
@@ -136,6 +141,8 @@ def test_cost_measures_memory_on_the_device_at_hand(run: Run) -> None:
 def test_scaling_counts_every_model_at_every_size(run: Run, tmp_path: Path) -> None:
     done = run("scaling", "--models", "tiny,sd15", "--sizes", "128,512", "--json", "--plot", "scaling.png")
     points = json.loads(done.stdout)
+    again = run("scaling", "--models", "tiny,tiny,sd15", "--sizes", "512,128,512", "--json")
+    assert json.loads(again.stdout) == points
     assert [(point["model"], point["side"]) for point in points] == [
         ("tiny", 128), ("tiny", 512), ("sd15", 128), ("sd15", 512),
     ]  # fmt: skip
@@ -192,6 +199,19 @@ def test_reproduce_says_what_there_is_and_takes_what_a_file_holds(run: Run, tmp_
     assert len(list((tmp_path / "out").rglob("dense/*.png"))) == 2
 
 
+def test_a_folder_in_brackets_is_called_by_its_name(run: Run, tmp_path: Path) -> None:
+    for name in ("m[v2]", "[red]q", "long" * 30):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text((tiny_folder() / "unet" / "config.json").read_text())
+        shown = run("cost", "--model", f"./{name}", "--size", "128x128", "--memory", "none")
+        assert shown.returncode == 0, shown.stderr
+        assert name in shown.stdout.replace("\n", "")
+        shown = run("scaling", "--models", f"./{name}", "--sizes", "128")
+        assert shown.returncode == 0, shown.stderr
+        assert " 128 " in shown.stdout
+        assert "%" in shown.stdout
+
+
 def test_what_takes_more_memory_than_there_is_ends_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_large(*_: object, **__: object) -> None:
         torch.empty(2**50)
@@ -235,6 +255,7 @@ def test_generate_keeps_to_a_budget(run: Run, tmp_path: Path) -> None:
         (("cost", "--memory", "guessed"), "unknown memory"),
         (("scaling", "--sizes", "512,x"), "sizes must be whole numbers"),
         (("scaling", "--models", ","), "at least one model"),
+        (("latency", "--pruning-rate", "0"), "there is nothing to time: at a pruning_rate of 0.0 no token is dropped"),
         (("latency", "--dtype", "int8"), "unknown dtype"),
         (("evaluate", "papre"), "did you mean 'paper'?"),
         (("evaluate", "--metrics", "fit"), "did you mean 'fid'?"),

@@ -99,3 +99,26 @@ def test_a_curve_with_far_points_shows_the_good_end_enlarged() -> None:
     good = {"dense": [(1.0, 0.94, 8.0), (2.0, 0.95, 6.0), (3.0, 0.945, 9.0)]}
     far = {"dense": [*good["dense"], (9.0, 0.4, 900.0)]}
     assert curve_chart(far).width > curve_chart(good).width
+
+
+def has_ink(sheet: Image.Image, left: int, top: int, right: int, bottom: int) -> bool:
+    return bool((np.asarray(sheet.convert("L").crop((left, top, right, bottom))) < 200).any())
+
+
+def test_words_above_pictures_are_cut_where_the_sheet_ends_and_widen_it_before() -> None:
+    cells = [[Cell(WHITE, "a title of many words"), Cell(WHITE, "another")]]
+    plain = draw_sheet([[Cell(WHITE), Cell(WHITE)]], side=64)
+    titled = draw_sheet(cells, ["a row"], side=64)
+    assert titled.width == plain.width  # titles are broken by whoever gives them
+    long = draw_sheet(cells, ["down_blocks.2.attentions.0   8 x 8 tokens, 24 kept"], side=64)
+    assert plain.width < long.width < 560
+    endless = draw_sheet(cells, ["x" * 500], headline="one\nline " * 50, side=64)
+    assert endless.width == 560
+    assert not has_ink(endless, 551, 0, 560, 34)  # nothing runs over the edge
+    assert has_ink(endless, 500, 0, 551, 34)
+    narrow = Image.new("RGB", (8, 64), (255, 255, 255))
+    assert draw_sheet([[Cell(narrow, "AT-EDM, cost"), Cell(narrow, "x")]], side=64).width > 2 * 64
+
+
+def test_one_step_of_maps_says_which_block_is_which() -> None:
+    assert maps_sheet(WHITE, Recording([observation()], ("mid_block.attentions.0",)), "a red circle").width > 400

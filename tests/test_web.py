@@ -143,6 +143,18 @@ def test_the_server_checks_for_itself(studio: Studio, changes: dict[str, Any], c
         asked(studio, **changes)
 
 
+@pytest.mark.parametrize("steps", [None, 0, float("nan"), "x", 1000])
+def test_an_emptied_box_of_steps_is_told(studio: Studio, steps: Any) -> None:
+    with pytest.raises(ValueError, match="Steps must be from 1 to"):
+        studio.cost_range("tiny", "dagger", steps)
+
+
+def test_a_model_without_a_unet_is_told(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studio, "pipe", lambda model: object())
+    with pytest.raises(TypeError, match="object has no U-Net"):
+        studio.cost_range("tiny", "dagger", 4)
+
+
 def test_models_are_those_of_the_command_line() -> None:
     assert checked_models(["tiny", "a/b", "tiny"]) == ("tiny", "a/b")
     with pytest.raises(ValueError, match="at least one model"):

@@ -73,7 +73,7 @@ def bench(
             raise ValueError(f"{name} takes fewer steps, which a single step does not show; time whole images")
     methods = {"dense": Dense(), **{name: method for name, method in methods.items() if method != Dense()}}
     device = device or best_device()
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
     pipe = load_pipeline(model, device=device, dtype=dtype) if whole_images else None
     counted = model if pipe is None or model == TINY else pipe
     arch = architecture(counted)

@@ -28,7 +28,8 @@ def ablate(
     """Print the ablation table: every variant draws the same captions from the same noise and is judged.
 
     Dense, the paper's presets, other rankings, recoveries, places and schedules: caption accuracy and distance to the
-    dense image with 95 % intervals (bootstrap over captions), as Markdown. The docs show the table it printed.
+    dense image with 95 % intervals (bootstrap over captions), as Markdown. The docs show the table it printed. Rows are
+    kept by their settings, and the whole table as table.md.
     """
     from rich.console import Console
 
@@ -48,5 +49,6 @@ def ablate(
             report=lambda row: console.print(f"{row.name}: all right {row.accuracy['all'].text(100)} %"),
         )
     table = markdown(rows)
-    save_text(table + "\n", out / "table.md")
+    if not only:
+        save_text(table + "\n", out / "table.md")
     typer.echo(table)

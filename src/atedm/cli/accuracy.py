@@ -16,7 +16,11 @@ def accuracy(
     guidance: CaptionGuidance = 3.0,
     seed: CaptionSeed = 0,
     preset: Annotated[
-        str | None, typer.Option(help="Prune by a preset; dense without one.", rich_help_panel="Pruning")
+        str | None,
+        typer.Option(
+            help="Prune by a preset, paper where only a rate is given; dense without either.",
+            rich_help_panel="Pruning",
+        ),
     ] = None,
     pruning_rate: RateOption = None,
     sheet: Annotated[Path | None, typer.Option(help="Also draw the first 32 images, wrong ones marked.")] = None,

@@ -56,8 +56,8 @@ def cost(
     place: Annotated[
         str | None,
         typer.Option(
-            help="Where tokens are dropped: **after-feed-forward** (the paper's), **before-feed-forward** or "
-            "**after-self-attention**, the default where blocks have one layer.",
+            help="Where tokens are dropped: **after-feed-forward** (the paper's), **before-feed-forward**, "
+            "**after-self-attention**, the default where blocks have one layer, or **before-self-attention**.",
             rich_help_panel="Pruning",
         ),
     ] = None,
@@ -241,12 +241,13 @@ def _tome_as_dict(report: CostReport, tome: ToMe) -> dict[str, Any]:
 
 def _show(report: CostReport, memory: MemoryReport | None, ratio: float) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console()
     width, height = report.size
     calls = "with guidance, two halves of a U-Net call an image" if report.guidance else "without guidance"
     console.print(
-        f"[bold]{report.model}[/], {width} x {height} px, batch {report.batch} {calls}; {report.steps} steps, "
+        f"[bold]{escape(report.model)}[/], {width} x {height} px, batch {report.batch} {calls}; {report.steps} steps, "
         f"{report.prune_less_steps} of them prune-less; {_name(report)}",
         highlight=False,
     )

@@ -191,6 +191,7 @@ def opened(drawing: Drawing, device: str | None) -> Iterator[Opened]:
     from rich.progress import Progress
 
     from atedm.evaluation.sharing import shared_work
+    from atedm.patching.survey import find_unet
     from atedm.pipelines import load_pipeline
 
     state = shared_work(device)
@@ -204,4 +205,4 @@ def opened(drawing: Drawing, device: str | None) -> Iterator[Opened]:
         def tell(what: str, done: int, total: int) -> None:
             bar.update(task, description=escape(what), completed=done, total=total)
 
-        yield Opened(pipe, replace(drawing, dtype=str(pipe.unet.dtype).removeprefix("torch.")), state, tell)
+        yield Opened(pipe, replace(drawing, dtype=str(find_unet(pipe).dtype).removeprefix("torch.")), state, tell)

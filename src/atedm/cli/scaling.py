@@ -35,6 +35,7 @@ def scaling(
     """
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from atedm.cli.options import pruning_config
@@ -55,7 +56,7 @@ def scaling(
             names,
             [int(side) for side in sizes.split(",")],
             pruning_config(preset, pruning_rate),
-            progress=lambda name, side: status.update(f"counting {name} at {side} px"),
+            progress=lambda name, side: status.update(f"counting {escape(name)} at {side} px"),
         )
     if plot is not None:
         save_image(scaling_chart(points), plot)
@@ -63,13 +64,13 @@ def scaling(
         typer.echo(json.dumps([point.as_dict() for point in points], indent=2))
         return
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("T MACs of a step", no_wrap=True)
+    table.add_column("T MACs of a step", overflow="fold")
     for name in ("px", "attention", "share", "ResNet", "other", "pruned"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for point in points:
         pruned = "nothing" if point.attention_pruned is None else f"{point.attention_pruned:.4g}"
         table.add_row(
-            point.model,
+            escape(point.model),
             str(point.side),
             f"{point.attention:.4g}",
             f"{point.attention_share:.0%}",

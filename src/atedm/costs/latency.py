@@ -163,11 +163,13 @@ def latency(
     size = size or arch.default_size
     guidance = arch.guidance if guidance is None else guidance
     device = device or best_device()
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
     summary = _summary(arch, config, size)  # before any work: refuses what cannot be pruned
+    shapes = pruned_shapes(summary, steps)
+    if not shapes:
+        raise ValueError(f"there is nothing to time: at a pruning_rate of {config.pruning_rate} no token is dropped")
     unet = load_pipeline(model, device=device, dtype=dtype).unet if model == TINY else random_unet(arch, dtype, device)
     call = arch.call(size, batch * (2 if guidance else 1), device=device, dtype=dtype)
-    shapes = pruned_shapes(summary, steps)
     ways = time_parts(unet, shapes, config, len(call["sample"]), repeats, progress)
     dense, patched, ratio = time_steps(unet, call, config, repeats, progress)
     return LatencyReport(
@@ -195,7 +197,16 @@ def latency(
 def _refuse_other_parts(config: PruningConfig) -> None:
     paper = PruningConfig()
     # With a tolerance the iterations depend on the tokens, and those here are random.
-    for name in ("ranking", "head_fusion", "tolerance", "recovery", "similarity", "gradual"):
+    for name in (
+        "ranking",
+        "head_fusion",
+        "tolerance",
+        "recovery",
+        "similarity",
+        "gradual",
+        "refresh_every",
+        "prune_less_factor",
+    ):
         value = getattr(config, name)
         if value != getattr(paper, name):
             raise ValueError(f"only the parts of the paper's pruning are timed, and {name}={value!r} has others")

@@ -178,7 +178,7 @@ def pruned_shapes(summary: PatchSummary, steps: int) -> tuple[PrunedShape, ...]:
     less = prune_less_steps(steps, summary.config.schedule, summary.config.prune_less_share)
     groups: dict[tuple[int, int, int, int], list[str]] = {}
     for shape in summary.shapes:
-        if shape.place.name in summary.pruned:
+        if shape.place.name in summary.pruned and summary.kept(shape) < shape.tokens:
             key = (shape.tokens, summary.kept(shape), shape.channels, shape.heads)
             groups.setdefault(key, []).append(shape.place.name)
     return tuple(

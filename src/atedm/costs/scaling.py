@@ -50,8 +50,8 @@ def scaling(
     """Count models at sizes. Nothing is computed and no weights are read.
 
     Args:
-        models: As `atedm.costs.architectures.architecture`.
-        sides: Pixels of square images.
+        models: As `atedm.costs.architectures.architecture`; each is counted once.
+        sides: Pixels of square images, counted from the smallest.
         config: What pruning is shown beside the dense cost.
         progress: Told of each model and size before it is counted.
 
@@ -59,7 +59,8 @@ def scaling(
         ValueError: If a model is unknown or a size does not divide, before anything is counted.
     """
     config = config or PruningConfig()
-    architectures = [architecture(model) for model in models]
+    architectures = [architecture(model) for model in dict.fromkeys(models)]
+    sides = sorted(set(sides))
     for arch in architectures:
         for side in sides:
             arch.latents((side, side))

@@ -64,9 +64,10 @@ class Row:
 
 def measure_row(name: str, settings: Settings, folder: Path) -> Row:
     """Make and judge one variant's images; keep the row, and dense's images, in ``folder``."""
-    file = folder / f"{name.replace(' ', '-').replace(',', '')}.json"
     # By the settings, so that a run under others does not take its place.
-    dense_file = folder / f"dense-{zlib.crc32(repr(settings).encode()):08x}.npy"
+    under = f"{zlib.crc32(repr(settings).encode()):08x}"
+    file = folder / f"{name.replace(' ', '-').replace(',', '')}-{under}.json"
+    dense_file = folder / f"dense-{under}.npy"
     pipe = load_pipeline(TINY, device="cpu")
     config = _variants(pipe, settings)[name]
     stored = _read(file, settings, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from accelerate import PartialState
 
 from atedm.pipelines import best_device
@@ -21,7 +22,7 @@ def shared_work(device: str | None = None) -> PartialState:
     Raises:
         ValueError: If a launcher started several processes that do not see each other.
     """
-    state = PartialState(cpu=(device or best_device()) == "cpu")
+    state = PartialState(cpu=torch.device(device or best_device()).type == "cpu")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != launched:
         raise ValueError(

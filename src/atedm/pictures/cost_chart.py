@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from PIL import Image
 
+from atedm.choices import own_name
 from atedm.costs.report import CostReport
 from atedm.costs.scaling import Point
 from atedm.pictures.figure import FAINT_HEX, INK_HEX, new_chart, picture_of
@@ -49,7 +50,7 @@ def stage_chart(report: CostReport) -> Image.Image:
     figures = report.figures()
     width, height = report.size
     axes.set_title(
-        f"{report.model}, {width} x {height} px: {figures.dense / 1e12:.3g} T dense, "
+        f"{own_name(report.model)}, {width} x {height} px: {figures.dense / 1e12:.3g} T dense, "
         f"{figures.normal_step / 1e12:.3g} T in a normal pruned step ({figures.saving_normal:.1%} less)",
         loc="left",
         fontsize=11,
@@ -77,7 +78,7 @@ def scaling_chart(points: Sequence[Point]) -> Image.Image:
         if kept:
             axes.plot(*zip(*kept, strict=True), color=ATTENTION, ls="--", marker="o", ms=3, label="the same, pruned")
         axes.plot(sides, [p.resnet for p in of_model], color=RESNET, marker="s", ms=4, label="ResNet blocks")
-        axes.set_title(model, loc="left", fontsize=11, color=INK_HEX)
+        axes.set_title(own_name(model), loc="left", fontsize=11, color=INK_HEX)
         axes.set_xticks([side for side in sides if side % 512 == 0] or sides)
         axes.set_xlabel("side of the image, px", color=INK_HEX)
         axes.set_ylim(bottom=0)

@@ -31,10 +31,12 @@ def errors_chart(report: ErrorsReport, title: str = "") -> Image.Image:
     for index, (colour, method) in enumerate(zip(_COLOURS * len(report.methods), report.methods, strict=False)):
         heights = [_root(method.blocks.get(name, ())) for name in names]
         places = [i + (index + 0.5) * width - 0.4 for i in range(len(names))]
-        by_block.bar(places, heights, width, color=colour, label=method.name)
+        again = index // len(_COLOURS)  # a colour that comes again is told by hatches and marks
+        by_block.bar(places, heights, width, color=colour, label=method.name, hatch="/" * 3 * again, edgecolor="white")
         steps = range(1, report.steps + 1)
-        over_steps.plot(steps, method.moved, color=colour, lw=1.8)
-        over_steps.plot(steps, method.moved_if_independent, color=colour, lw=1, ls="--")
+        mark = {"marker": " os^Dv"[again % 6], "ms": 4, "color": colour}
+        over_steps.plot(steps, method.moved, lw=1.8, **mark)
+        over_steps.plot(steps, method.moved_if_independent, lw=1, ls="--", **mark)
     by_block.axhline(1, color=FAINT_HEX, lw=1, ls=":")
     by_block.set_xticks(range(len(names)), [_short(name, report.levels[name]) for name in names])
     by_block.set_title(

@@ -80,7 +80,7 @@ def maps_sheet(image: Image.Image, recording: Recording, prompt: str, steps_show
         if by_step:
             parts.append(Cell(_block_strip(image, block, by_step, shown)))
     rows = [parts[i : i + 2] for i in range(0, len(parts), 2)]
-    headline = f"{prompt}: importance (yellow is high) and the tokens kept, per block and step"
+    headline = f"Importance (yellow is high) and the tokens kept, per block and step: {prompt}"
     return draw_sheet(rows, headline=headline, side=max(max(part.picture.size) for part in parts))
 
 

@@ -121,7 +121,7 @@ class Page:
             suits, methods = self.studio.habits(model), self.studio.methods(model)
             method = next(iter(methods.values()))
             slider = cost_slider(self.studio, model, method, suits.steps)
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:
             return {controls.status: complaint(str(error))}
         return {
             controls.prompt: suits.prompts[0],
@@ -136,7 +136,7 @@ class Page:
         """Change the slider to the costs that a method can be had at."""
         try:
             return {self.controls.cost: cost_slider(self.studio, model, method, steps)}
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:
             return {self.controls.status: complaint(str(error))}
 
     def cancel(self, request: gr.Request) -> None:
@@ -195,6 +195,7 @@ def build_page(studio: Studio) -> gr.Blocks:
     """Return the page of a studio, not launched.
 
     Raises:
+        TypeError: If its first model has no U-Net.
         ValueError: If its first model cannot be opened, or has nothing to prune.
     """
     model = studio.models[0]

@@ -15,7 +15,7 @@ from typing import Any
 from atedm.choices import check_name, draws_in_few_steps
 from atedm.config import PruningConfig, preset
 from atedm.costs.fit import mean_share
-from atedm.patching.survey import find_blocks
+from atedm.patching.survey import find_blocks, find_unet
 from atedm.pipelines import Habits, habits, load_pipeline
 from atedm.request import Request
 from atedm.web.job import Event, run_job
@@ -72,8 +72,11 @@ class Studio:
         """Return the costs that a preset can be had at.
 
         Raises:
-            ValueError: If a name is unknown, or the model has nothing to prune.
+            TypeError: If the model has no U-Net.
+            ValueError: If a name is unknown, the steps are out of their range, or the model has nothing to prune.
         """
+        _check_range("Steps", steps, 1, MAX_STEPS)
+        steps = int(steps)
         pipe, config = self.pipe(model), self._config(model, method)
 
         def percent(rate: float) -> float:
@@ -101,7 +104,7 @@ class Studio:
         """Return a preset, dropping inside the layer where blocks have but one."""
         check_name("method", method, self.methods(model).values())
         config = preset(method)
-        one_layer = all(place.layers == 1 for place, _ in find_blocks(self.pipe(model).unet).values())
+        one_layer = all(place.layers == 1 for place, _ in find_blocks(find_unet(self.pipe(model))).values())
         if one_layer and config.place == "after-feed-forward":
             return config.replace(place="after-self-attention")
         return config
@@ -165,4 +168,4 @@ def checked_models(models: Sequence[str]) -> tuple[str, ...]:
 
 def _check_range(what: str, value: float, lowest: float, highest: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not lowest <= value <= highest:
-        raise ValueError(f"{what} must be from {lowest:g} to {highest:g}, not {value}.")
+        raise ValueError(f"{what} must be from {lowest:.10g} to {highest:.10g}, not {value}.")
