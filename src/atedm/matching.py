@@ -100,7 +100,7 @@ def match_by_features(
             alike = alike - squares  # what a . b - |b|^2 / 2 is largest for is nearest to a
         if window is not None and size is not None:
             alike = alike.masked_fill(_is_outside(part, keep, size, window), float("-inf"))
-            alike = torch.where(alike.amax(-1, keepdim=True).isinf(), _nearest_first(part, keep, size), alike)
+            alike = torch.where(alike.amax(-1, keepdim=True).isinf(), -_squared_distance(keep, size, part), alike)
         value, index = alike.max(dim=-1)
         best.append(index)
         if in_16_bits:
@@ -196,11 +196,6 @@ def _is_outside(tokens: Tensor, keep: Tensor, size: tuple[int, int], window: int
     down = (tokens // size[1]).unsqueeze(-1) - (keep // size[1]).unsqueeze(1)
     across = (tokens % size[1]).unsqueeze(-1) - (keep % size[1]).unsqueeze(1)
     return torch.maximum(down.abs(), across.abs()) > window
-
-
-def _nearest_first(tokens: Tensor, keep: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, M, K) float32, largest for the kept token nearest in the grid."""
-    return -_squared_distance(keep, size, tokens)
 
 
 def _squared_distance(keep: Tensor, size: tuple[int, int], tokens: Tensor | None = None) -> Tensor:

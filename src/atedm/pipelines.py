@@ -64,6 +64,11 @@ def tiny_folder() -> Path:
     return folder
 
 
+def usual_dtype(device: str | torch.device) -> torch.dtype:
+    """Return float32 for the CPU and float16 for all else."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.float16
+
+
 def load_pipeline(model: str = TINY, *, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
     """Open a text-to-image pipeline.
 
@@ -82,7 +87,7 @@ def load_pipeline(model: str = TINY, *, device: str | None = None, dtype: torch.
     """
     device = best_device() if device is None else device
     check_device(device)
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
+    dtype = dtype or usual_dtype(device)
     with warnings.catch_warnings():
         # The newest diffusers calls torch_dtype old, the oldest knows no other name for it.
         warnings.simplefilter("ignore", FutureWarning)

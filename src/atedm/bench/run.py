@@ -18,7 +18,7 @@ from atedm.costs.machine import processor_of, versions_of
 from atedm.costs.random_weights import random_unet
 from atedm.evaluation.methods import Dense, Merging, Method, Pruning
 from atedm.generate import Progress
-from atedm.pipelines import TINY, best_device, habits, load_pipeline
+from atedm.pipelines import TINY, best_device, habits, load_pipeline, usual_dtype
 
 _PACKAGES = ("torch", "diffusers", "tomesd", "DeepCache")
 _MANY = 10**6
@@ -73,7 +73,7 @@ def bench(
             raise ValueError(f"{name} takes fewer steps, which a single step does not show; time whole images")
     methods = {"dense": Dense(), **{name: method for name, method in methods.items() if method != Dense()}}
     device = device or best_device()
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
+    dtype = dtype or usual_dtype(device)
     pipe = load_pipeline(model, device=device, dtype=dtype) if whole_images else None
     counted = model if pipe is None or model == TINY else pipe
     arch = architecture(counted)

@@ -24,7 +24,7 @@ from atedm.costs.stopwatch import Stopwatch
 from atedm.generate import Progress
 from atedm.patching.apply import pruned
 from atedm.patching.summary import PatchSummary
-from atedm.pipelines import TINY, best_device, load_pipeline
+from atedm.pipelines import TINY, best_device, load_pipeline, usual_dtype
 
 PAPER = {
     "paper": dict(zip(PARTS, (1961.0, 1275.0, 317.0, 91.0, 275.0), strict=True)),
@@ -163,7 +163,7 @@ def latency(
     size = size or arch.default_size
     guidance = arch.guidance if guidance is None else guidance
     device = device or best_device()
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
+    dtype = dtype or usual_dtype(device)
     summary = _summary(arch, config, size)  # before any work: refuses what cannot be pruned
     shapes = pruned_shapes(summary, steps)
     if not shapes:

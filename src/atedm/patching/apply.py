@@ -254,7 +254,7 @@ def _see_room(unet: UNet2DConditionModel, state: UNetState, size: tuple[int, int
     assert state.protect is not None
     config = state.config
     kinds = {is_prune_less(i / 50, config.schedule, config.prune_less_share) for i in range(50)}
-    lacking, most = [], 1.0  # what a rate may be multiplied by
+    lacking, most = "", 1.0  # the first block that lacks room, and what a rate may be multiplied by for all of them
     for name in state.blocks:
         patch: BlockPatch = unet.get_submodule(name)._atedm
         grid = tuple(-(-side // 2 ** (patch.place.level - 1)) for side in size)
@@ -265,12 +265,14 @@ def _see_room(unet: UNet2DConditionModel, state: UNetState, size: tuple[int, int
                 continue
             left = min(config.tokens_left(patch.place, tokens, prune_less=prune_less).values(), default=tokens)
             if left < protected:
-                lacking.append(f"{protected} of the {tokens} tokens of {name} are protected, and only {left} are kept")
+                lacking = (
+                    lacking or f"{protected} of the {tokens} tokens of {name} are protected, and only {left} are kept"
+                )
                 # One layer prunes, because what protects needs a whole grid.
                 rate = config.rates_in(patch.place, prune_less=prune_less)[0][1]
                 most = min(most, (1 - protected / tokens) / rate)
     if lacking:
         asked = config.rates[0][1]
         what = "rate in gradual" if config.gradual else "pruning_rate"
-        raise ValueError(f"{lacking[0]}; protect less, or give a {what} of {math.floor(100 * most * asked) / 100}")
+        raise ValueError(f"{lacking}; protect less, or give a {what} of {math.floor(100 * most * asked) / 100}")
     state.roomy.add(size)

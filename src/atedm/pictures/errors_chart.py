@@ -32,7 +32,8 @@ def errors_chart(report: ErrorsReport, title: str = "") -> Image.Image:
         heights = [_root(method.blocks.get(name, ())) for name in names]
         places = [i + (index + 0.5) * width - 0.4 for i in range(len(names))]
         again = index // len(_COLOURS)  # a colour that comes again is told by hatches and marks
-        by_block.bar(places, heights, width, color=colour, label=method.name, hatch="/" * 3 * again, edgecolor="white")
+        hatch = {"hatch": "///" * again, "edgecolor": "white", "linewidth": 0}
+        by_block.bar(places, heights, width, color=colour, label=method.name, **hatch)
         steps = range(1, report.steps + 1)
         mark = {"marker": " os^Dv"[again % 6], "ms": 4, "color": colour}
         over_steps.plot(steps, method.moved, lw=1.8, **mark)
