@@ -93,6 +93,8 @@ def _pareto() -> dict[str, str]:
         for label, name in (("fewer steps", "dense"), ("AT-EDM", "paper"), ("ToMe", "tome"), ("matched", "matched")):
             methods[f"{label} {cost}"] = f"{name}[cost={cost}]"
     methods["matched 0.5"] = "matched[cost=0.5]"  # half of dense, for what a user would ask first
+    for cost in (0.55, 0.5, 0.45):
+        methods[f"matched-deep {cost}"] = f"matched-deep[cost={cost}]"
     caching = {f"DeepCache {n}": f"deepcache[interval={n}]" for n in (2, 3, 5)}
     stacked = {f"matched + DeepCache {n}": f"matched[pruning_rate=0.4]+deepcache[interval={n}]" for n in (2, 3)}
     return methods | caching | stacked
