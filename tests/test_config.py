@@ -291,6 +291,7 @@ def test_a_method_is_called_by_its_name() -> None:
         "dagger": "AT-EDM",
         "turbo": "AT-EDM",
         "matched": "Matched pruning",
+        "matched-deep": "Matched pruning",
     }
 
 

@@ -59,6 +59,17 @@ def test_it_draws_what_held_out_captions_say_dense_and_pruned() -> None:
     assert sum(right) >= 6
 
 
+def test_half_of_the_cost_is_what_the_deep_preset_is_for() -> None:
+    pipe = load_pipeline("tiny", device="cpu")
+    scenes = held_out_scenes(8, seed=3)
+    dense = make_scenes(pipe, scenes, steps=20, batch=8)
+    distance: dict[str, float] = {}
+    for preset in ("matched", "matched-deep"):
+        with atedm.pruned(pipe, preset, budget=0.5):
+            distance[preset] = float(np.mean(psnr_each(make_scenes(pipe, scenes, steps=20, batch=8), dense)))
+    assert distance["matched-deep"] > distance["matched"] + 1, distance
+
+
 def test_images_do_not_depend_on_how_they_are_batched() -> None:
     pipe = load_pipeline("tiny", device="cpu")
     scenes = held_out_scenes(3, seed=2)

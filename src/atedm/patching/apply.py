@@ -54,7 +54,8 @@ def apply(
         target: A pipeline with a `UNet2DConditionModel`, or such a U-Net, compiled or not. A `ControlNetModel` is
             pruned only if it is given itself: ``apply(pipe.controlnet)``.
         config: A `PruningConfig`, or the name of a preset: the paper's "paper", "dagger" and "turbo", or our own
-            "matched". By default the one that `suiting_preset` names: "paper", or "turbo" for few-step models.
+            "matched" and "matched-deep". By default the one that `suiting_preset` names: "paper", or "turbo" for
+            few-step models.
         budget: What the mean step of a run may cost, as a share of the dense step, at the size the model was trained
             for; its pruning rate takes the place of the config's. `atedm.PruningConfig.for_budget` has more choices.
         protect: A mask over the image of what is never dropped, as `atedm.protection.region` reads it. That many of
