@@ -171,10 +171,14 @@ def _row_name(experiment: Experiment, outcome: Outcome, result: Result) -> str:
 
 def _kind(method: Method) -> str:
     """What a chart of costs calls methods that differ in their settings alone."""
+    from atedm.config import PRESETS
     from atedm.evaluation.methods import Caching, Dense, Merging, Pruning, Stacked
 
     if isinstance(method, Pruning):
-        return method.config.method_name + ("†" if method.config.where == "not-second-level" else "")
+        config, deep = method.config, PRESETS["matched-deep"]
+        if config.replace(pruning_rate=deep.pruning_rate) == deep:
+            return f"{config.method_name}, deep"
+        return config.method_name + ("†" if config.where == "not-second-level" else "")
     if isinstance(method, Merging):
         return "ToMe, DSAP" if method.tome.prune_less_share > 0 else "ToMe"
     if isinstance(method, Stacked):
