@@ -593,8 +593,10 @@ def test_weights_that_cannot_be_had_are_told_before_anything_is_drawn(
 
 
 def test_a_chart_joins_methods_of_one_kind_where_they_differ_in_cost() -> None:
-    specs = ["paper", "paper[pruning_rate=0.5]", "dagger", "matched", "tome", "deepcache", "matched+deepcache", "dense",
-             "dense[cost=0.5]", "matched-deep", "matched-deep[pruning_rate=0.9]", "matched[pruning_rate=0.9]"]  # fmt: skip
+    specs = [
+        "paper", "paper[pruning_rate=0.5]", "dagger", "matched", "tome", "deepcache", "matched+deepcache", "dense",
+        "dense[cost=0.5]", "matched-deep", "matched-deep[pruning_rate=0.9]", "matched[pruning_rate=0.9]",
+    ]  # fmt: skip
     kinds = {spec: _kind(method_by_name(spec)) for spec in specs}
     assert list(kinds.values()) == [
         "AT-EDM", "AT-EDM", "AT-EDM†", "Matched pruning", "ToMe", "DeepCache", "Matched pruning + DeepCache",
