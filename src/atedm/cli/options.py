@@ -62,7 +62,7 @@ PresetOption = Annotated[
     str | None,
     typer.Option(
         help="The paper's settings, **paper**, **dagger** (second level unpruned) and **turbo** (few steps); or our "
-        "own, **matched** and, for rates above 0.8, **matched-deep**. "
+        "own, **matched** and, for small images at half of the cost, **matched-deep**. "
         "By default what suits the model.",
         rich_help_panel="Pruning",
     ),
