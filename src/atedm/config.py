@@ -293,8 +293,8 @@ _MATCHED = PruningConfig(
 
 #: The paper's settings by name: AT-EDM, AT-EDM† (no pruning at the second feature level), and one for SDXL-Turbo,
 #: AT-EDM† in every step. Supplement E says only what that saves, 33.4 %; this is what comes to it. And our own, matched
-#: pruning: whole blocks on tokens that represent the others, refilled by the updates of their matches. "matched-deep" is
-#: for rates that leave the third level of a small image too little to spare the second.
+#: pruning: whole blocks on tokens that represent the others, refilled by the updates of their matches. "matched-deep"
+#: is for rates that leave the third level of a small image too little to spare the second.
 PRESETS: dict[str, PruningConfig] = {
     "paper": PruningConfig(),
     "dagger": PruningConfig(where="not-second-level"),
