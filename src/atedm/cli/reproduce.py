@@ -170,7 +170,7 @@ def _row_name(experiment: Experiment, outcome: Outcome, result: Result) -> str:
 
 
 def _kind(method: Method) -> str:
-    """What a chart of costs calls methods that differ in their settings alone."""
+    """What a chart of costs calls a method: those that differ in their cost alone are called the same."""
     from atedm.config import PRESETS
     from atedm.evaluation.methods import Caching, Dense, Merging, Pruning, Stacked
 
