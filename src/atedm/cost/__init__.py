@@ -1,0 +1,1 @@
+"""What models cost, dense and pruned, in multiply-accumulates (MACs), without weights."""

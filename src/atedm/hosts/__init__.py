@@ -1,0 +1,1 @@
+"""Hosts: each knows one family of models, and lets any method prune it."""

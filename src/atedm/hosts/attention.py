@@ -1,0 +1,83 @@
+"""What a host reads from diffusers' attention layers, and what it hands them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    CustomDiffusionAttnProcessor,
+    PAGCFGIdentitySelfAttnProcessor2_0,
+    PAGIdentitySelfAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
+from torch import Tensor, cat, finfo, nn
+from torch.nn import functional
+
+from atedm.method.contract import QueriesAndKeys
+
+PERTURBED = {PAGCFGIdentitySelfAttnProcessor2_0: 3, PAGIdentitySelfAttnProcessor2_0: 2}
+"""Attention processors of perturbed-attention guidance, and the parts of their batch; the last one is perturbed."""
+_MAKE_LOGITS = (AttnProcessor, SlicedAttnProcessor, CustomDiffusionAttnProcessor)
+
+
+def queries_and_keys(
+    attention: Attention,
+    norm: nn.Module,
+    tokens: Tensor,
+    context: Any = None,
+    bias: Tensor | None = None,
+) -> QueriesAndKeys:
+    """Project (B, N, C) tokens as the attention layer does; keys come from ``context`` where it is given.
+
+    The projections are called, not read, so that LoRA adapters and offload hooks take part. A ``bias`` (B, 1, words) on
+    the logits, by which padded words are masked, comes in one column more of both. With an IP-Adapter the context is a
+    tuple of words and image prompts; only the words count.
+    """
+    context = context[0] if isinstance(context, tuple) else context
+    normed = norm(tokens)
+    q = attention.to_q(normed)
+    k = attention.to_k(normed if context is None else context)
+    q, k = (x.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (q, k))
+    if attention.norm_q is not None:
+        q = attention.norm_q(q)
+    if attention.norm_k is not None:
+        k = attention.norm_k(k)
+    if attention.upcast_attention:  # their product leaves the range of float16, as in SD 2.1
+        q, k = q.float(), k.float()
+    if bias is not None:
+        q, k = _with_bias(q, k, bias, attention.scale)
+    return QueriesAndKeys(q, k, attention.scale)
+
+
+def _with_bias(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Let a bias (B, 1, words) on the logits ride in their product, as one on queries and over the scale on keys."""
+    largest = finfo(k.dtype).max
+    column = (bias.float() / scale).to(k.dtype).clamp(-largest, largest)
+    column = column.unsqueeze(-1).expand(*k.shape[:3], 1)
+    return functional.pad(q, (0, 1), value=1.0), cat([k, column], dim=-1)
+
+
+def attention_bias(weights: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Turn the ``weights`` (B, N) of tokens into what self-attention adds to its logits, (B, 1, N).
+
+    A token that stands for n tokens is attended to n times: log n is added to its logits (Bolya et al., Token Merging,
+    ICLR 2023).
+    """
+    return None if weights is None else weights.log().to(tokens.dtype).unsqueeze(1)
+
+
+def bias_for(attention: Attention, bias: Tensor | None) -> Tensor | None:
+    """Return as much of a bias on self-attention (B, 1, N) as the processor of an attention layer asks for.
+
+    Under perturbed-attention guidance the last part of the batch attends to itself alone, and the processor takes the
+    bias of the others. Processors that make the logits themselves add it to them in float32 where the layer asks for
+    that; fused attention wants it in the dtype of the tokens.
+    """
+    if bias is None:
+        return None
+    if attention.upcast_attention and isinstance(attention.processor, _MAKE_LOGITS):
+        bias = bias.float()
+    parts = PERTURBED.get(type(attention.processor))
+    return bias if parts is None else bias[: len(bias) // parts * (parts - 1)]

@@ -1,0 +1,1 @@
+"""Methods: which tokens go on, and how the others are filled in again. Tensors only, no model library."""

@@ -1,0 +1,111 @@
+"""Switch pruning on and off in a pipeline or a model, and look on while it prunes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from atedm.cost.budget import fit_to_budget
+from atedm.hosts.diffusers_unet import Observation, attach, detach, is_attached, refuse_attached
+from atedm.hosts.unet_spans import find_unet
+from atedm.method.contract import Method
+from atedm.method.presets import DEFAULT, method_named
+from atedm.method.protection import region
+from atedm.summary import PatchSummary
+
+
+def apply(
+    target: Any, method: Method | str | None = None, *, budget: float | None = None, protect: Any = None
+) -> PatchSummary:
+    """Make a diffusers pipeline prune tokens while it denoises. No weights change and no image is made.
+
+        pipe = StableDiffusionXLPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")
+        print(atedm.apply(pipe))
+        image = pipe("a red circle above a blue square").images[0]
+        atedm.remove(pipe)
+
+    Args:
+        target: A pipeline with a `UNet2DConditionModel`, or such a U-Net, compiled or not. A `ControlNetModel` is
+            pruned only if it is given itself: ``apply(pipe.controlnet)``.
+        method: A `Matched` or an `AtEdm`, or the name of one: our own "matched", or the paper's "paper", "dagger" (no
+            pruning at the second level) and "turbo" (for few steps). By default "matched", which the figures support.
+        budget: What a run may cost, as a share of the dense run, at the size the model was trained for; its rate takes
+            the place of the method's. `atedm.cost.budget.fit_to_budget` has more choices.
+        protect: A mask over the image of what is never dropped, as `atedm.method.protection.region` reads it. That many
+            of the others are dropped in its place; where they are too few, the first step says so.
+
+    Returns:
+        What was patched; printing it shows every block, the tokens it keeps, and what a run costs.
+
+    Raises:
+        TypeError: If there is no such U-Net, ``method`` is none, an attention block is of a class not known here, or
+            diffusers has changed what the patch takes over.
+        ValueError: If there is nothing to prune, the U-Net is patched already, a name is unknown, the budget cannot be
+            kept, or the model is set up in a way pruning cannot honour. Nothing has been changed then.
+    """
+    method = DEFAULT if method is None else method
+    method = method_named(method) if isinstance(method, str) else method
+    if isinstance(method, type) or not isinstance(method, Method):
+        raise TypeError(f"method must be a Matched, an AtEdm or a name such as 'matched', not {method!r}")
+    mask = None if protect is None else region(protect)
+    unet = find_unet(target)
+    refuse_attached(unet)
+    if budget is not None:
+        method = fit_to_budget(target, method, share=budget)
+    attach(unet, method, mask)
+    return PatchSummary.of(unet, method, frozenset(unet._atedm.spans))
+
+
+def remove(target: Any) -> None:
+    """Undo `apply`: the U-Net is exactly as before.
+
+    Raises:
+        TypeError: If there is no U-Net.
+        ValueError: If it is not patched.
+        RuntimeError: If another thread is in the middle of a step of it.
+    """
+    detach(find_unet(target))
+
+
+@contextmanager
+def pruned(
+    target: Any, method: Method | str | None = None, *, budget: float | None = None, protect: Any = None
+) -> Iterator[PatchSummary]:
+    """Apply for the length of a ``with`` block, and remove even if it raises."""
+    unet = find_unet(target)
+    summary = apply(target, method, budget=budget, protect=protect)
+    try:
+        yield summary
+    finally:
+        remove(unet)
+
+
+@contextmanager
+def observed(target: Any, observer: Callable[[Observation], None]) -> Iterator[None]:
+    """Call ``observer`` whenever tokens are dropped, with their importance and which were kept.
+
+    The tensors are the ones in use: copy what is to be kept. Not for compiled models.
+
+    Raises:
+        TypeError: If there is no U-Net.
+        ValueError: If it is not patched.
+    """
+    unet = find_unet(target)
+    if not is_attached(unet):
+        raise ValueError("this U-Net is not patched, so there is nothing to observe; call atedm.apply(...) first")
+    observers = unet._atedm.observers
+    observers.append(observer)
+    try:
+        yield
+    finally:
+        observers.remove(observer)
+
+
+def is_applied(target: Any) -> bool:
+    """Whether the U-Net of ``target`` is patched.
+
+    Raises:
+        TypeError: If there is no U-Net.
+    """
+    return is_attached(find_unet(target))

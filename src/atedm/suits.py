@@ -1,0 +1,65 @@
+"""What suits a model where the user leaves it open: the one answer that every command and function asks for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from atedm.method.presets import DEFAULT
+
+TINY = "tiny"
+"""Name of the model that ships with the package."""
+
+
+@dataclass(frozen=True)
+class Suits:
+    """What suits a model."""
+
+    #: Name of the method, one of `atedm.method.presets.METHODS`.
+    method: str
+    steps: int
+    #: Guidance scale; 0 for models that are run without.
+    guidance: float
+    prompts: tuple[str, ...]
+
+
+_PICTURES = (
+    "a red fox sitting in fresh snow, morning light",
+    "a bowl of ramen with a soft boiled egg, top view",
+    "an old lighthouse on a cliff in a storm, oil painting",
+    "three birds walking around a dry grass field",
+)
+_SCENES = (
+    "a red circle above a blue square on a checkered lavender background",
+    "a yellow triangle left of a black ring on a striped cyan background",
+    "a white cross right of a purple circle on a brown background",
+    "a green square below an orange triangle on a striped gray background",
+)
+
+
+def suits(model: str) -> Suits:
+    """Return the method, steps, guidance and prompts that suit a model, by its name.
+
+    The method is the same for every model: the one that the figures support (docs/results.md).
+    """
+    if model == TINY:
+        return Suits(DEFAULT, steps=50, guidance=3.0, prompts=_SCENES)
+    if draws_in_few_steps(model):
+        return Suits(DEFAULT, steps=4, guidance=0.0, prompts=_PICTURES)
+    return Suits(DEFAULT, steps=50, guidance=7.0, prompts=_PICTURES)
+
+
+def draws_in_few_steps(model: str) -> bool:
+    """Whether a model is made for few steps, by the last part of its name."""
+    return bool(re.search(r"turbo|lightning|hyper[-_ ]?sd|(?<![a-z])(lcm|tcd)", _last_part(model), re.IGNORECASE))
+
+
+def _last_part(model: str) -> str:
+    """What a model is called, of a name, a folder or a folder in the cache of the hub."""
+    parts = [*Path(model).parts]
+    if len(parts) > 1 and parts[-1] in ("unet", "controlnet"):
+        parts.pop()
+    if len(parts) > 2 and parts[-2] == "snapshots":  # models--OWNER--NAME/snapshots/REVISION
+        return parts[-3].rpartition("--")[2]
+    return parts[-1] if parts else model

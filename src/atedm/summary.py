@@ -1,0 +1,97 @@
+"""What `atedm.apply` did, in a form to print and to compute with."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from diffusers import UNet2DConditionModel
+
+from atedm.cost.architectures import architecture
+from atedm.cost.budget import Profile, profile_of
+from atedm.cost.spans import SpanShape, early_steps, span_shape
+from atedm.hosts.unet_spans import find_spans
+from atedm.method.contract import Method
+
+RUN_STEPS = 50
+"""Steps of the run that figures are for, as the paper's are."""
+
+
+@dataclass(frozen=True)
+class PatchSummary:
+    """The attention blocks of a model and what is done in each; ``print`` it for a table.
+
+    Figures are for the size the model was trained for.
+    """
+
+    method: Method
+    #: Every attention block of the model.
+    shapes: tuple[SpanShape, ...]
+    #: Names of the blocks that are pruned.
+    pruned: frozenset[str]
+    #: The model, for what is only counted when it is asked for.
+    _unet: UNet2DConditionModel
+
+    @classmethod
+    def of(cls, unet: UNet2DConditionModel, method: Method, pruned: frozenset[str]) -> PatchSummary:
+        """Describe a pruned model."""
+        default = unet.config.get("sample_size") or 64  # a ControlNet does not say
+        size = (default, default) if isinstance(default, int) else tuple(default)
+        shapes = tuple(span_shape(unet, place, size) for place, _ in find_spans(unet).values())
+        return cls(method, shapes, pruned, unet)
+
+    def kept(self, shape: SpanShape, *, early: bool = False) -> int:
+        """Tokens that the last layer of a block runs on."""
+        return self.method.count(shape.place, shape.tokens, early=early)
+
+    @property
+    def spared(self) -> frozenset[str]:
+        """Names of the pruned blocks that early steps leave alone."""
+        return frozenset(
+            shape.place.name
+            for shape in self.shapes
+            if self.kept(shape) < shape.tokens == self.kept(shape, early=True)
+        )
+
+    def kept_share(self, steps: int = RUN_STEPS) -> float:
+        """Mean share of tokens left at the end of the pruned blocks, over a run."""
+        early = early_steps(self.method, steps) / steps
+        shares = [
+            (early * self.kept(shape, early=True) + (1 - early) * self.kept(shape)) / shape.tokens
+            for shape in self.shapes
+            if shape.place.name in self.pruned
+        ]
+        return sum(shares) / len(shares)
+
+    def cost(self, steps: int = RUN_STEPS) -> float:
+        """Share of the dense model's MACs that a run takes, everything counted. Counts the model, once.
+
+        Raises:
+            TypeError: For a ControlNet, whose cost depends on the U-Net it steers.
+        """
+        profile = self._profile
+        return profile.mean(self.method, steps) / profile.dense()
+
+    @functools.cached_property
+    def _profile(self) -> Profile:
+        return profile_of(architecture(self._unet))
+
+    def __str__(self) -> str:
+        """Show one line a block, then what it comes to."""
+        width = max(len(shape.place.name) for shape in self.shapes)
+        lines = [f"{'attention block':<{width}}  level  layers  tokens    kept  spared"]
+        spared = self.spared
+        for shape in self.shapes:
+            place = shape.place
+            kept = f"{self.kept(shape):>6}" if place.name in self.pruned else "   all"
+            when = "early" if place.name in spared else ""
+            line = f"{place.name:<{width}}  {place.level:>5}  {place.layers:>6}  {shape.tokens:>6}  {kept}  {when}"
+            lines.append(line.rstrip())
+        lines.append(f"{self.method.name}: {len(self.pruned)} of {len(self.shapes)} blocks are pruned.")
+        if isinstance(self._unet, UNet2DConditionModel):
+            cost = self.cost()
+            lines.append(f"A run of {RUN_STEPS} steps costs {cost:.1%} of the dense arithmetic.")
+            if cost > 1:
+                lines.append("What pruning adds (the attention map above all) costs more than it saves here.")
+        return "\n".join(lines)
+
