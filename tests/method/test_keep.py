@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import references
-from atedm.pruning import gather_submap, gather_tokens, keep_count, keep_most_important
+from atedm.method.keep import gather_tokens, keep_count, keep_most_important
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,3 @@ def test_pruning_compiles_without_graph_break_and_never_waits_for_the_device() -
     assert torch.equal(compiled(x, importance), prune(x, importance))
     # A meta tensor has no values, so whatever asks for one raises.
     assert prune(x.to("meta"), importance.to("meta")).shape == (2, 4, 4)
-
-
-def test_a_submap_is_the_rows_and_columns_of_what_is_left() -> None:
-    a, index = torch.rand(2, 6, 6), torch.tensor([[0, 2, 5], [1, 3, 4]])
-    expected = torch.stack([one[kept][:, kept] for one, kept in zip(a, index, strict=True)])
-    assert torch.equal(gather_submap(a, index), expected)

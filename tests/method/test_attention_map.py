@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import references
-from atedm import attention_map as module
-from atedm.attention_map import attention_maps, maps_in_turn, mean_attention_map, without_autocast
+from atedm.method import attention_map as module
+from atedm.method.attention_map import attention_maps, maps_in_turn, mean_attention_map, without_autocast
 
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 5, 4), (2, 2, 7, 3, 5), (3, 1, 4, 9, 2)]  # batch, heads, queries, keys, width
 
