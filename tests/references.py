@@ -173,6 +173,14 @@ def cosine_source(tokens: Matrix, keep: list[int]) -> list[int]:
     return source
 
 
+def nearest_source(tokens: Matrix, keep: list[int]) -> list[int]:
+    source = []
+    for b in range(len(tokens)):
+        apart = [math.dist(tokens[i], tokens[b]) for i in keep]
+        source.append(keep.index(b) if b in keep else apart.index(min(apart)))
+    return source
+
+
 def direct_copy(kept: Matrix, keep: list[int], before: Matrix) -> Matrix:
     return [kept[keep.index(b)] if b in keep else before[b] for b in range(len(before))]
 
@@ -191,6 +199,22 @@ def bicubic_interpolation(kept: Matrix, keep: list[int], size: tuple[int, int]) 
         for b in range(h * w):
             whole[b].append(resized[b // w][b % w])
     return direct_copy(kept, keep, whole)
+
+
+def group_means(tokens: Matrix, source: list[int], kept: int) -> Matrix:
+    means = []
+    for k in range(kept):
+        group = [token for token, of in zip(tokens, source, strict=True) if of == k]
+        means.append([sum(column) / len(group) for column in zip(*group, strict=True)])
+    return means
+
+
+def matched_update(kept: Matrix, start: Matrix, before: Matrix, source: list[int]) -> Matrix:
+    """Each token plus what its match was given."""
+    return [
+        [x + y - z for x, y, z in zip(token, kept[s], start[s], strict=True)]
+        for token, s in zip(before, source, strict=True)
+    ]
 
 
 def bicubic_resize(image: Matrix, h: int, w: int) -> Matrix:
