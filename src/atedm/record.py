@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from atedm.patch import observed
 from atedm.hosts.diffusers_unet import Observation
 from atedm.hosts.unet_spans import find_unet
+from atedm.patch import observed
 
 
 @dataclass

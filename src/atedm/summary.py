@@ -48,9 +48,7 @@ class PatchSummary:
     def spared(self) -> frozenset[str]:
         """Names of the pruned blocks that early steps leave alone."""
         return frozenset(
-            shape.place.name
-            for shape in self.shapes
-            if self.kept(shape) < shape.tokens == self.kept(shape, early=True)
+            shape.place.name for shape in self.shapes if self.kept(shape) < shape.tokens == self.kept(shape, early=True)
         )
 
     def kept_share(self, steps: int = RUN_STEPS) -> float:
@@ -94,4 +92,3 @@ class PatchSummary:
             if cost > 1:
                 lines.append("What pruning adds (the attention map above all) costs more than it saves here.")
         return "\n".join(lines)
-

@@ -108,7 +108,9 @@ def fit_to_budget(
     given = tmacs if share is None else share
     if not isinstance(given, int | float) or isinstance(given, bool) or not given > 0:
         raise ValueError(f"a budget must be a number above 0, not {given!r}")
-    slider, highest, what = ("ratio", 0.75, "a step with ToMe") if isinstance(method, ToMe) else ("rate", _HIGHEST_RATE, "")
+    slider, highest, what = (
+        ("ratio", 0.75, "a step with ToMe") if isinstance(method, ToMe) else ("rate", _HIGHEST_RATE, "")
+    )
     if not hasattr(method, slider):
         raise TypeError(f"a budget is solved for the rate of a method or the ratio of ToMe, not for {method!r}")
     arch = architecture(model)

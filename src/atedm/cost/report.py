@@ -125,7 +125,9 @@ class CostReport:
         """Return plain JSON values, in T MACs."""
         return {
             "model": self.model,
-            "method": {"method": "tome", **asdict(self.method)} if isinstance(self.method, ToMe) else self.method.as_dict(),
+            "method": {"method": "tome", **asdict(self.method)}
+            if isinstance(self.method, ToMe)
+            else self.method.as_dict(),
             "size": list(self.size),
             "batch": self.batch,
             "guidance": self.guidance,
@@ -212,9 +214,7 @@ def cost(
         early = early_steps(method, steps)
         spans = tuple(_pruned(shape, method, images, steps) for shape in shapes)
     dense = count_macs(unet, arch.call(size))
-    report = CostReport(
-        arch.name, method, size, batch, guidance, steps, early, spans, _stages(dense, images)
-    )
+    report = CostReport(arch.name, method, size, batch, guidance, steps, early, spans, _stages(dense, images))
     _check_against_torch(report, unet, arch, dense.total, images)
     return report
 

@@ -156,7 +156,9 @@ def meta_overhead(method: Method, shape: SpanShape, kept: int, *, tokens: int) -
 
     Give a ``method`` whose rate and choice of spans are the same for all, so that fewer are different.
     """
-    return _meta_overhead(method, replace(shape, place=replace(shape.place, name="", index=0, count=1)), kept, tokens)
+    anywhere = replace(shape.place, name="", index=0, count=1)
+    counted: int = _meta_overhead(method, replace(shape, place=anywhere), kept, tokens)  # type: ignore[arg-type]
+    return counted
 
 
 @functools.lru_cache(maxsize=4096)
@@ -190,7 +192,7 @@ def _meta_view(shape: SpanShape, kept: int, number: int, *, remembers: bool) -> 
 def _projected(shape: SpanShape, tokens: Tensor, context: Tensor) -> QueriesAndKeys:
     """Project queries of ``tokens`` and keys of ``context``, as an attention layer does."""
     q, k = (
-        functional.linear(x, _meta(shape.channels, x.shape[-1])).unflatten(-1, (shape.heads, -1)).transpose(1, 2)
+        torch.unflatten(functional.linear(x, _meta(shape.channels, x.shape[-1])), -1, (shape.heads, -1)).transpose(1, 2)
         for x in (tokens, context)
     )
     return QueriesAndKeys(q, k, 1.0)

@@ -46,7 +46,7 @@ class ToMe:
             raise ValueError(f"ratio must be from 0 to 0.75, the most that ToMe can merge, not {self.ratio!r}")
         check_name("merge", self.merge, MERGES)
         check_name("levels", self.levels, LEVELS)
-        self.spare  # which checks both of its fields
+        Early(self.early_share, self.pairing)
 
     @property
     def spare(self) -> Early:

@@ -208,8 +208,8 @@ def attach(unet: UNet2DConditionModel, method: Method, protect: Tensor | None = 
 
     Raises:
         TypeError: If diffusers has changed what this host takes over, or a block is of an unknown class.
-        ValueError: If it is pruned already, there is nothing to prune, or a block cannot be pruned as it is. Nothing has
-            been changed then.
+        ValueError: If it is pruned already, there is nothing to prune, or a block cannot be pruned as it is. Nothing
+            has been changed then.
     """
     refuse_attached(unet)
     refuse_drift()

@@ -46,6 +46,8 @@ class ToRefill(NamedTuple):
     size: tuple[int, int]
 
 
+_PAPERS_EARLY = Early()
+
 #: A ranking of one's own: gives the importance (B, N) of ``view.tokens``.
 Rank: TypeAlias = Callable[[View], Tensor]
 #: A refill of one's own: gives all tokens (B, N, C).
@@ -71,7 +73,7 @@ class AtEdm:
     #: Which blocks: a predicate of a `Place`. AT-EDM† is ``not_second_level``.
     where: Where = everywhere
     #: Which blocks early steps spare; None prunes alike in every step, as few-step models need.
-    spare: Early | None = Early()
+    spare: Early | None = _PAPERS_EARLY
     #: A ranking of one's own; None is G-WPR on the self-attention map.
     rank: Rank | None = None
     #: A refill of one's own; None is similarity-based copy.
@@ -136,7 +138,9 @@ class AtEdm:
             importance = with_protected(importance, view.protected)
             keep = keep_most_important(importance, view.count)
             source = None if scores is None or self.refill is not None else scores.source(keep)
-        refill = partial(similarity_copy, source=source) if source is not None else partial(self._own, tokens, keep, view)
+        refill = (
+            partial(similarity_copy, source=source) if source is not None else partial(self._own, tokens, keep, view)
+        )
         return Cut(gather_tokens(tokens, keep), keep, importance, refill)
 
     def _own(self, before: Tensor, keep: Tensor, view: View, kept: Tensor) -> Tensor:
@@ -151,7 +155,9 @@ class AtEdm:
             "method": "at-edm",
             "rate": self.rate,
             "where": where_name(self.where),
-            "spare": {"share": spare.share, "pairing": spare.pairing} if isinstance(spare, Early) else spare and repr(spare),
+            "spare": {"share": spare.share, "pairing": spare.pairing}
+            if isinstance(spare, Early)
+            else spare and repr(spare),
             "rank": None if self.rank is None else function_name(self.rank),
             "refill": None if self.refill is None else function_name(self.refill),
             "sample": self.sample,

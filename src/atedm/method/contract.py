@@ -125,8 +125,10 @@ class Cut(NamedTuple):
 class Method(Protocol):
     """A way to prune. `atedm.method.at_edm.AtEdm` and `atedm.method.matched.Matched` are two."""
 
-    #: Share of the tokens that are dropped, in [0, 1): the slider.
-    rate: float
+    @property
+    def rate(self) -> float:
+        """Share of the tokens that are dropped, in [0, 1): the slider."""
+        ...
 
     @property
     def name(self) -> str:

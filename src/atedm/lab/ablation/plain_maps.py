@@ -1,4 +1,4 @@
-"""What `atedm.lab.ablation.triton_maps` computes, by plain products that hold the whole map: to check kernels by, and to count."""
+"""What `triton_maps` beside this computes, by plain products that hold the whole map: to check kernels and to count."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def _copy_source(
 
 
 def row_lse(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """``logsumexp_j(scale q_i . k_j)`` of each query: as `atedm.lab.ablation.flash_maps.row_lse`, in any floating dtype.
+    """``logsumexp_j(scale q_i . k_j)`` of each query: as `flash_maps.row_lse` beside this, in any floating dtype.
 
     Raises:
         ValueError: If the tensors are not where Triton runs.

@@ -183,7 +183,8 @@ class Variant:
     def span_run_macs(self, shape: SpanShape, steps: int) -> Macs:
         """MACs of one block over a run. A choice lasts ``refresh_every`` steps, if the numbers do not change."""
         kinds: Counter[tuple[bool, bool]] = Counter()
-        made, made_for = -self.refresh_every, {}
+        made = -self.refresh_every
+        made_for: dict[int, int] = {}
         for step in range(steps):
             early = self.is_early(step / steps)
             left = self.counts_by_layer(shape.place, shape.tokens, early=early)
@@ -248,7 +249,9 @@ def variant_of(method: Method) -> Variant:
             schedule="constant",
         )
     if not isinstance(method, AtEdm) or method.rank is not None or method.refill is not None:
-        raise ValueError(f"a variant is made of an AtEdm or a Matched without functions of one's own, not of {method!r}")
+        raise ValueError(
+            f"a variant is made of an AtEdm or a Matched without functions of one's own, not of {method!r}"
+        )
     if method.spare is not None and type(method.spare) is not Early:
         raise ValueError(f"a variant knows no schedule of one's own, such as {method.spare!r}")
     spare = method.spare or Early()

@@ -1,0 +1,55 @@
+"""What a training run is resumed from, in one safetensors file: weights, their averages, the optimizers' moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from atedm.files import written_whole
+
+NAME = "state.safetensors"
+
+
+def save_state(
+    run: Path, model: nn.Module, average: nn.Module, optimizers: Sequence[torch.optim.Optimizer], seen: int
+) -> None:
+    """Write the state of a run after ``seen`` images, whole or not at all."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
+    for which, optimizer in enumerate(optimizers):
+        for number, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer{which}.{number}.{what}": torch.as_tensor(value) for what, value in moments.items()}
+    tensors["seen"] = torch.tensor(seen)
+    with written_whole(run / NAME) as partial:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+
+
+def load_state(run: Path, model: nn.Module, average: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Go on from the state of a run, if it has one, and return how many images it has seen."""
+    if not (run / NAME).exists():
+        return 0
+    tensors = load_file(run / NAME)
+    model.load_state_dict(part_of(tensors, "model"))
+    average.load_state_dict(part_of(tensors, "average"))
+    for which, optimizer in enumerate(optimizers):
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in part_of(tensors, f"optimizer{which}").items():
+            number, _, what = name.partition(".")
+            moments.setdefault(int(number), {})[what] = value
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(tensors["seen"])
+
+
+def averaged_weights(run: Path) -> dict[str, Tensor]:
+    """Return the averaged weights of a run by their names in its model."""
+    return part_of(load_file(run / NAME), "average")
+
+
+def part_of(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the tensors of a part, without its name."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

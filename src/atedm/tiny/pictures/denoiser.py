@@ -1,0 +1,72 @@
+"""What is trained: the text encoders and the U-Net as one module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from atedm.tiny.pictures.text import build_text_encoders
+from atedm.tiny.pictures.unet import build_unet
+
+PARTS = {
+    "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
+    "unet": "diffusion_pytorch_model.safetensors",
+}
+"""Its modules, and the files of their weights in a pipeline's folder."""
+
+
+class Denoiser(nn.Module):
+    """The text encoders and the U-Net: token ids and noisy latents in, v out."""
+
+    def __init__(self, tokenizer: Any, compiled: bool = True) -> None:
+        super().__init__()
+        self.text_encoder, self.text_encoder_2 = build_text_encoders(tokenizer)
+        self.unet = build_unet()
+        for name, parameter in self.named_parameters():
+            # SDXL reads the last layer but one of both encoders, and only the second's pooled caption.
+            if name.startswith(("text_encoder.encoder.layers.2", "text_encoder.final_layer_norm")) or name.startswith(
+                ("text_encoder.text_model.encoder.layers.2", "text_encoder.text_model.final_layer_norm")
+            ):
+                parameter.requires_grad_(False)
+        self.unet.set_attn_processor(_PlainAttention())
+        if compiled:
+            self.unet.compile_repeated_blocks()
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, keep_caption: Tensor, canvas: int) -> Tensor:
+        """Predict v for ``noisy`` (B, 4, h, w); rows where ``keep_caption`` (B,) is 0 see no caption."""
+        words = self.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+        second = self.text_encoder_2(ids, output_hidden_states=True)
+        words = torch.cat([words, second.hidden_states[-2]], dim=-1) * keep_caption[:, None, None]
+        pooled = second.text_embeds * keep_caption[:, None]
+        time_ids = torch.tensor([canvas, canvas, 0, 0, canvas, canvas], device=noisy.device).expand(len(noisy), 6)
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        return self.unet(noisy, timesteps, words, added_cond_kwargs=added, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    def load_parts(self, folder: Path) -> None:
+        """Take the weights of a pipeline's folder."""
+        for part, file in PARTS.items():
+            getattr(self, part).load_state_dict(load_file(folder / part / file))
+
+
+class _PlainAttention:
+    """Softmax attention written out: on CPUs its backward pass in bfloat16 is several times faster than fused ones."""
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for project, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        if q.device.type != "cpu":
+            mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=attn.scale)
+        else:
+            mixed = (q * attn.scale @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]

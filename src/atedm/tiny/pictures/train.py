@@ -1,0 +1,202 @@
+"""Train the picture model from nothing on a CPU or a GPU, in as many sittings as it takes.
+
+    python -m atedm.tiny.pictures.train RUN --images 100000 --canvas 64     # coarse scenes at a sixteenth of the cost
+    python -m atedm.tiny.pictures.train RUN --images 300000 --canvas 128
+    python -m atedm.tiny.pictures.train RUN --images 330000 --canvas 256 --cooldown 20000
+
+``--images`` counts from the beginning of the run, so that a sitting that was cut off goes on by the same command. Run
+it under ``torchrun --nproc_per_node 2`` with ``OMP_NUM_THREADS=1`` to use two cores. ``docs/shipped-model.md`` has the
+sittings the shipped weights had.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import typer
+from diffusers import AutoencoderTiny
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import CLIPTokenizer
+
+from atedm.tiny.pictures.autoencoder import train_autoencoder
+from atedm.tiny.pictures.checkpoint import NAME, load_state, save_state
+from atedm.tiny.pictures.data import Batch, ScenePool
+from atedm.tiny.pictures.denoiser import Denoiser
+from atedm.tiny.pictures.download import load_atlas
+from atedm.tiny.pictures.samples import draw_samples
+from atedm.tiny.pictures.scenes import CANVAS
+from atedm.tiny.pictures.text import build_tokenizer
+from atedm.tiny.pictures.unet import build_scheduler
+
+CAPTION_DROPOUT = 0.1
+AVERAGE_DECAY = 0.998
+"""Of the averaged weights, a step: a memory of five hundred steps."""
+_WARMUP = 6000
+"""Images over which the learning rate rises, at the beginning of a run."""
+
+
+def train(
+    run: Annotated[Path, typer.Argument(help="Folder of the run: made if missing, resumed if not.")],
+    images: Annotated[int, typer.Option(help="Stop when the run has seen so many images, earlier sittings counted.")],
+    canvas: Annotated[int, typer.Option(help="Pixels a side: 64, 128 or 256.")] = CANVAS,
+    batch: Annotated[int, typer.Option(help="Images a step and process.")] = 32,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    muon: Annotated[bool, typer.Option(help="Muon in place of AdamW for the matrices of the U-Net.")] = True,
+    cooldown: Annotated[int, typer.Option(help="Let the learning rate fall to zero over the last so many images.")] = 0,
+    objects: Annotated[int | None, typer.Option(help="Objects a scene; by default one to three.")] = None,
+    pool: Annotated[int, typer.Option(help="Encoded scenes held a process.")] = 2048,
+    uses: Annotated[int, typer.Option(help="How often each is drawn; 1 on a GPU.")] = 4,
+    autoencoder_minutes: Annotated[float, typer.Option(help="Training time of the autoencoder, if there is none.")] = 8,
+    archive: Annotated[
+        Path | None, typer.Option("--objects-archive", help="The npm package of the objects; fetched by default.")
+    ] = None,
+    save_minutes: Annotated[float, typer.Option(help="How often a checkpoint is written.")] = 5,
+    sample_minutes: Annotated[float, typer.Option(help="How often a sheet of samples is drawn; 0 is never.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of scenes, noise and weights.")] = 0,
+    start_from: Annotated[Path | None, typer.Option(help="Begin a new run with the weights of a pipeline.")] = None,
+    eager: Annotated[bool, typer.Option("--eager", help="Do not compile: starts at once, a fifth slower.")] = False,
+) -> None:
+    """Train one sitting of the picture model."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if rank == 0:
+        _prepare(run, archive, autoencoder_minutes, seed, start_from, device)
+    if world > 1:
+        dist.barrier()
+    autoencoder = AutoencoderTiny.from_pretrained(run / "vae").to(device)
+    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
+    torch.manual_seed(seed)
+    model = Denoiser(tokenizer, compiled=not eager).to(device)
+    if start_from is not None and not (run / NAME).exists():
+        model.load_parts(start_from)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizers = _optimizers(model, lr, muon)
+    seen = load_state(run, model, average, optimizers)
+    if seen >= images:
+        print(f"this run has seen {seen} images already; ask for more")
+        if world > 1:
+            dist.destroy_process_group()
+        return
+    trained: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    scenes = ScenePool(
+        load_atlas(run / "objects", archive).to(device),
+        autoencoder,
+        tokenizer,
+        canvas,
+        size=pool,
+        uses=uses,
+        seed=hash((seed, rank, seen)) % 2**31,
+        objects=objects,
+    )
+    alphas = build_scheduler().alphas_cumprod.to(device)
+    steps, total, began, shown, saved, drawn = 0, 0.0, *([time.monotonic()] * 4)
+    while seen < images:
+        left = (images - seen) / cooldown if cooldown else 1.0
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, (seen + batch * world) / _WARMUP, left)
+        torch.manual_seed(hash((seed, rank, seen)) % 2**31)  # so that a run that is resumed has the same noise
+        loss = _loss(trained, scenes.draw(batch), alphas, canvas)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        steps, seen = steps + 1, seen + batch * world
+        with torch.no_grad():
+            torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - AVERAGE_DECAY)
+        total += float(loss.detach())
+        if rank:
+            continue
+        now = time.monotonic()
+        if steps % 50 == 0:
+            speed = 50 * batch * world / (now - shown)
+            print(
+                f"{(now - began) / 60:6.1f} min  seen {seen}  loss {total / 50:.4f}  {speed:.0f} images/s", flush=True
+            )
+            total, shown = 0.0, now
+        if now - saved > 60 * save_minutes:
+            save_state(run, model, average, optimizers, seen)
+            saved = now
+        if sample_minutes and now - drawn > 60 * sample_minutes:
+            draw_samples(average, autoencoder, tokenizer, canvas, run / f"samples-{canvas}-{seen}.png")
+            drawn = time.monotonic()
+    if rank == 0:
+        save_state(run, model, average, optimizers, seen)
+        sitting = {"canvas": canvas, "minutes": round((time.monotonic() - began) / 60, 1), "batch": batch * world}
+        with (run / "sittings.jsonl").open("a") as log:
+            log.write(json.dumps({**sitting, "lr": lr, "cooldown": cooldown, "seen": seen}) + "\n")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _loss(model: nn.Module, scenes: Batch, alphas: Tensor, canvas: int) -> Tensor:
+    """Mean square of the error of v, over noisy steps more than over clean ones."""
+    clean, ids = scenes
+    count, device = len(clean), clean.device
+    # More of the noisy steps, where objects and places are decided.
+    timesteps = (1000 * torch.rand(count, device=device) ** 0.6).long().clamp(max=999)
+    noise = torch.randn_like(clean)
+    signal, sigma = (a[timesteps].sqrt()[:, None, None, None] for a in (alphas, 1 - alphas))
+    keep = (torch.rand(count, device=device) >= CAPTION_DROPOUT).float()
+    with torch.autocast(device.type, torch.bfloat16):
+        v = model(signal * clean + sigma * noise, timesteps, ids, keep, canvas)
+    error: Tensor = v.float() - (signal * noise - sigma * clean)
+    return error.square().mean()
+
+
+def _optimizers(model: Denoiser, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the U-Net, if asked for, and AdamW for all else."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    matrices = [p for name, p in trained.items() if muon and name.startswith("unet.") and p.ndim == 2]
+    chosen = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in trained.values() if id(parameter) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    ]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def _prepare(
+    run: Path,
+    archive: Path | None,
+    autoencoder_minutes: float,
+    seed: int,
+    start_from: Path | None,
+    device: torch.device,
+) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    load_atlas(run / "objects", archive)
+    for part in ("tokenizer", "vae"):
+        if (run / part).exists():
+            continue
+        partial = run / f".{part}.partial"  # a folder, too, is whole or not there
+        shutil.rmtree(partial, ignore_errors=True)
+        if start_from is not None:
+            shutil.copytree(start_from / part, partial)
+        elif part == "tokenizer":
+            build_tokenizer(partial)
+        else:
+            atlas = load_atlas(run / "objects").to(device)
+            train_autoencoder(atlas, 60 * autoencoder_minutes, seed=seed).save_pretrained(partial)
+        partial.replace(run / part)
+
+
+if __name__ == "__main__":
+    typer.run(train)
