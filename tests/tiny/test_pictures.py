@@ -1,0 +1,175 @@
+"""The picture model's scenes, and that its training resumes. The pictures themselves are fetched for training only."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from atedm.tiny.pictures.autoencoder import build_autoencoder
+from atedm.tiny.pictures.download import load_atlas
+from atedm.tiny.pictures.layout import place_objects
+from atedm.tiny.pictures.objects import OBJECTS, with_article
+from atedm.tiny.pictures.rendering import Atlas, render
+from atedm.tiny.pictures.scenes import BACKGROUNDS, RELATIONS, Scene, held_out_scenes, sample_scene
+from atedm.tiny.pictures.text import TOKENS, build_text_encoders, build_tokenizer
+from atedm.tiny.pictures.train import train
+from atedm.tiny.pictures.unet import build_unet
+
+
+@pytest.fixture(scope="module")
+def atlas() -> Atlas:
+    """Discs of a colour each, in place of the pictures."""
+    axis = (torch.arange(256) - 127.5) / 128
+    disc = (axis[:, None] ** 2 + axis[None, :] ** 2 < 0.8).float()
+    colours = torch.rand(len(OBJECTS), 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(-1, -1, 256, 256)
+    return Atlas.of(torch.cat([colours, disc.expand(len(OBJECTS), 1, 256, 256)], dim=1))
+
+
+def test_articles_and_plurals() -> None:
+    assert [with_article(name) for name in ("duck", "owl", "unicorn", "cherries", "small owl")] == [
+        "a duck",
+        "an owl",
+        "a unicorn",
+        "cherries",
+        "a small owl",
+    ]
+
+
+def test_captions_read_as_people_write_them() -> None:
+    assert Scene(("duck", "volcano"), "night", "in front of").caption == "a duck in front of a volcano under a night sky"
+    assert Scene(("duck", "owl", "cherries"), "sea").caption == "a duck, an owl and cherries by the sea"
+    assert Scene(("rose",), "pink", size="large", is_short=True).caption == "a large rose"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((("duk",), "sea"), "did you mean 'duck'"),
+        ((("duck",), "see"), "did you mean 'sea'"),
+        ((("duck", "owl"), "sea"), "two objects need a relation"),
+        ((("duck", "duck"), "sea", "above"), "different objects"),
+        ((("duck", "owl"), "sea", "below"), "unknown relation"),
+        ((("duck", "owl"), "sea", "above", "small"), "stands alone"),
+    ],
+)
+def test_wrong_words_are_refused(words: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Scene(*words)  # type: ignore[arg-type]
+
+
+def test_held_out_captions_are_never_trained_on() -> None:
+    rng = np.random.default_rng(0)
+    trained = [sample_scene(rng) for _ in range(300)]
+    kept = held_out_scenes(100)
+    assert not any(scene.held_out for scene in trained)
+    assert all(scene.held_out for scene in kept)
+    assert held_out_scenes(100) == kept
+    assert {scene.background for scene in trained} == set(BACKGROUNDS)
+    assert {len(scene.objects) for scene in trained} == {1, 2, 3}
+
+
+def test_every_caption_fits_the_text_encoders(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(tmp_path)
+    for name in OBJECTS:
+        for word in name.split():
+            assert len(tokenizer(word).input_ids) == 3, word  # itself between a beginning and an end
+    longest = max((scene.caption for scene in held_out_scenes(500)), key=lambda text: len(text.split()))
+    assert len(tokenizer(longest).input_ids) <= TOKENS
+
+
+@given(seed=st.integers(0, 10_000))
+def test_places_agree_with_the_words(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scene = sample_scene(rng)
+    placed = {one.name: one for one in place_objects(scene, rng)}
+    boxes = [placed[name] for name in scene.objects]
+    for box in boxes:
+        assert 0.4 * box.side < box.x < 1 - 0.4 * box.side
+        assert 0.4 * box.side < box.y < 1 - 0.4 * box.side
+    if len(boxes) == 3:
+        assert boxes[0].x < boxes[1].x < boxes[2].x
+    elif scene.relation == "left of":
+        assert boxes[0].x + 0.3 < boxes[1].x
+    elif scene.relation == "above":
+        assert boxes[0].y + 0.3 < boxes[1].y
+        assert not boxes[0].stands
+    elif scene.relation == "in front of":
+        assert boxes[0].side < boxes[1].side
+        assert boxes[0].y > boxes[1].y
+
+
+def test_the_same_seed_draws_the_same_picture_at_every_size(atlas: Atlas) -> None:
+    scenes = held_out_scenes(8)
+    large, again, small = (render(scenes, atlas, np.random.default_rng(3), side) for side in (128, 128, 64))
+    assert torch.equal(large.images, again.images)
+    assert large.images.shape == (8, 3, 128, 128)
+    assert large.images.min() >= 0
+    assert large.images.max() <= 1
+    shrunk = torch.nn.functional.avg_pool2d(large.images, 2)
+    assert (shrunk - small.images).abs().mean() < 0.02
+
+
+def test_masks_show_what_is_in_front(atlas: Atlas) -> None:
+    scene = Scene(("duck", "volcano"), "night", "in front of")
+    masks = render([scene] * 4, atlas, np.random.default_rng(0), 64).masks
+    front, behind, none = masks.unbind(1)
+    assert (front.amax((1, 2)) > 0.99).all()
+    assert (none == 0).all()
+    assert ((front + behind) <= 1.001).all()
+    assert (behind.sum((1, 2)) > front.sum((1, 2))).all()  # it is larger, and mostly seen
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_relations_hold_in_the_masks(relation: str, atlas: Atlas) -> None:
+    masks = render([Scene(("duck", "owl"), "blue", relation)] * 3, atlas, np.random.default_rng(1), 64).masks
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    first, second = (
+        torch.stack([(m * x).sum((1, 2)), (m * y).sum((1, 2))]) / m.sum((1, 2)) for m in masks[:, :2].unbind(1)
+    )
+    place = {"left of": first[0] < second[0], "above": first[1] < second[1], "in front of": first[1] > second[1]}
+    assert place[relation].all()
+
+
+def test_another_archive_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.tgz").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"is not @lobehub/fluent-emoji-3d@1\.1\.0"):
+        load_atlas(tmp_path / "objects", tmp_path / "a.tgz")
+
+
+def test_the_model_is_small_enough_to_ship(tmp_path: Path) -> None:
+    encoders = build_text_encoders(build_tokenizer(tmp_path))
+    parts = [build_unet(), build_autoencoder(), *encoders]
+    assert sum(parameter.numel() for part in parts for parameter in part.parameters()) < 11.5e6  # 23 MB in 16 bits
+
+
+def test_a_run_that_was_cut_off_goes_on_by_the_same_command(tmp_path: Path, atlas: Atlas) -> None:
+    run = tmp_path / "run"
+    (run / "objects").mkdir(parents=True)
+    pixels = (atlas.levels[0] * 255).to(torch.uint8)
+    save_file({"pictures": pixels}, run / "objects" / f"objects-{len(OBJECTS)}.safetensors")
+    build_autoencoder().save_pretrained(run / "vae")
+    app = typer.Typer()
+    app.command()(train)
+
+    def sit(images: int) -> str:
+        options = f"--images {images} --canvas 64 --batch 2 --pool 32 --eager --sample-minutes 0".split()
+        result = CliRunner().invoke(app, [str(run), *options], catch_exceptions=False)
+        assert result.exit_code == 0
+        return result.output
+
+    sit(4)
+    first = load_file(run / "state.safetensors")
+    assert int(first["seen"]) == 4
+    sit(6)
+    second = load_file(run / "state.safetensors")
+    assert int(second["seen"]) == 6
+    name = "model.unet.conv_in.weight"
+    assert not torch.equal(first[name], second[name])
+    assert first.keys() == second.keys()
+    assert "this run has seen 6 images already" in sit(6)
