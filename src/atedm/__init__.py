@@ -2,7 +2,7 @@
 
 import atedm
 
-atedm.apply(pipe)      # the paper's setting
+atedm.apply(pipe)      # the method that the figures support
 image = pipe("a red circle above a blue square").images[0]
 atedm.remove(pipe)     # exactly as before
 """
@@ -11,35 +11,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atedm.config import PRESETS, PruningConfig
-    from atedm.costs.report import CostReport, cost
-    from atedm.costs.tome import ToMe
-    from atedm.patching.apply import apply, is_applied, observed, pruned, remove
-    from atedm.patching.state import BlockObservation
-    from atedm.patching.summary import PatchSummary
+    from atedm.cost.report import CostReport, cost
+    from atedm.cost.tome import ToMe
+    from atedm.hosts.diffusers_unet import Observation
+    from atedm.method.at_edm import AtEdm, ToRefill
+    from atedm.method.contract import Cut, Place, View
+    from atedm.method.matched import Matched
+    from atedm.method.places import everywhere, not_second_level, only_second_level
+    from atedm.method.presets import METHODS
+    from atedm.method.schedule import Early
+    from atedm.patch import apply, is_applied, observed, pruned, remove
     from atedm.pipelines import load_pipeline
-    from atedm.recording import Recording, recorded
-    from atedm.schedule import BlockPlace
-    from atedm.token_pruning import ToRefill
-    from atedm.token_ranking import ToRank
+    from atedm.record import Recording, recorded
+    from atedm.summary import PatchSummary
 
 __version__ = "0.1.0"
 __all__ = [
-    "PRESETS",
-    "BlockObservation",
-    "BlockPlace",
+    "METHODS",
+    "AtEdm",
     "CostReport",
+    "Cut",
+    "Early",
+    "Matched",
+    "Observation",
     "PatchSummary",
-    "PruningConfig",
+    "Place",
     "Recording",
     "ToMe",
-    "ToRank",
     "ToRefill",
+    "View",
     "apply",
     "cost",
+    "everywhere",
     "is_applied",
     "load_pipeline",
+    "not_second_level",
     "observed",
+    "only_second_level",
     "pruned",
     "recorded",
     "remove",
@@ -47,24 +55,36 @@ __all__ = [
 
 # diffusers takes seconds to import, so nothing of it is touched before it is asked for.
 _HOMES = {
+    "METHODS": "atedm.method.presets",
+    "AtEdm": "atedm.method.at_edm",
+    "CostReport": "atedm.cost.report",
+    "Cut": "atedm.method.contract",
+    "Early": "atedm.method.schedule",
+    "Matched": "atedm.method.matched",
+    "Observation": "atedm.hosts.diffusers_unet",
+    "PatchSummary": "atedm.summary",
+    "Place": "atedm.method.contract",
+    "Recording": "atedm.record",
+    "ToMe": "atedm.cost.tome",
+    "ToRefill": "atedm.method.at_edm",
+    "View": "atedm.method.contract",
+    "apply": "atedm.patch",
+    "cost": "atedm.cost.report",
+    "everywhere": "atedm.method.places",
+    "is_applied": "atedm.patch",
+    "load_pipeline": "atedm.pipelines",
+    "not_second_level": "atedm.method.places",
+    "observed": "atedm.patch",
+    "only_second_level": "atedm.method.places",
+    "pruned": "atedm.patch",
+    "recorded": "atedm.record",
+    "remove": "atedm.patch",
+    # Names of the old core, until what uses them has moved.
     "PRESETS": "atedm.config",
     "BlockObservation": "atedm.patching.state",
     "BlockPlace": "atedm.schedule",
-    "CostReport": "atedm.costs.report",
-    "PatchSummary": "atedm.patching.summary",
     "PruningConfig": "atedm.config",
-    "Recording": "atedm.recording",
-    "ToMe": "atedm.costs.tome",
     "ToRank": "atedm.token_ranking",
-    "ToRefill": "atedm.token_pruning",
-    "apply": "atedm.patching.apply",
-    "cost": "atedm.costs.report",
-    "is_applied": "atedm.patching.apply",
-    "load_pipeline": "atedm.pipelines",
-    "observed": "atedm.patching.apply",
-    "pruned": "atedm.patching.apply",
-    "recorded": "atedm.recording",
-    "remove": "atedm.patching.apply",
 }
 
 
