@@ -1,0 +1,1 @@
+"""What the package does for people: open a model, make images dense and pruned, and draw what was pruned."""

@@ -1,0 +1,39 @@
+"""Where a model runs, and in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+
+def best_device() -> str:
+    """Return "cuda", "mps" or "cpu", whichever is the fastest here."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def usual_dtype(device: str | torch.device) -> torch.dtype:
+    """Return float32 for the CPU and float16 for other devices."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.float16
+
+
+def check_device(name: str) -> None:
+    """Check that torch knows a device and that this machine has it.
+
+    Raises:
+        ValueError: If not; the message says what is there.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}; give cuda, mps or cpu") from error
+    is_there = True
+    if device.type == "cuda":
+        is_there = (device.index or 0) < torch.cuda.device_count()
+    elif device.type == "mps":
+        is_there = torch.backends.mps.is_available()
+    elif device.type != "cpu":
+        backend = getattr(torch, device.type, None)  # such as torch.xpu; there is none for "meta"
+        is_there = backend is not None and backend.is_available()
+    if not is_there:
+        raise ValueError(f"there is no device {name!r} here; the fastest there is, {best_device()!r}, is the default")

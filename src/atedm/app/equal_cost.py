@@ -1,0 +1,72 @@
+"""Set the rate of a request by what its run may cost, and compare methods at equal cost.
+
+Cost is the share of the dense model's multiply-accumulates over the run.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from atedm.app.models import native_size
+from atedm.app.request import Request
+from atedm.cost.budget import CostOutOfReach, fit_to_budget, run_cost
+from atedm.hosts.unet_spans import choose_spans, find_spans, find_unet
+from atedm.method.contract import Method
+from atedm.method.matched import Matched
+from atedm.method.presets import method_named
+
+
+def image_size(pipe: Any, request: Request) -> tuple[int, int]:
+    """Return (width, height) in pixels of the images of a request."""
+    width, height = native_size(pipe)
+    return (request.width or width, request.height or height)
+
+
+def request_cost(pipe: Any, request: Request, method: Method | None = None) -> float:
+    """Return what a run costs by the method of the request, or by another one."""
+    return run_cost(pipe, method or request.method, size=image_size(pipe, request), steps=request.steps)
+
+
+def within_budget(pipe: Any, request: Request, budget: float) -> Request:
+    """Return ``request`` with the least pruning rate at which its run costs ``budget``.
+
+    Raises:
+        TypeError: If the pipeline has no U-Net.
+        ValueError: If no rate gets there; the message names the lowest cost.
+    """
+    return replace(request, method=_at_cost(pipe, request, request.method, budget))
+
+
+def with_other_method(pipe: Any, request: Request, name: str | None = None) -> Request:
+    """Return ``request`` with another method to show beside it, at the same cost if it gets there.
+
+    Args:
+        pipe: A pipeline with a U-Net.
+        request: What to make.
+        name: Of the other method. By default "paper" beside our own, and "matched" beside all others. A default
+            that finds nothing to prune in this model is left out.
+
+    Raises:
+        TypeError: If the pipeline has no U-Net.
+        ValueError: If the name is unknown, or the method finds nothing to prune.
+    """
+    other = method_named(name or ("paper" if isinstance(request.method, Matched) else "matched"))
+    if name is None and not can_prune(pipe, other):
+        return request
+    with suppress(CostOutOfReach):
+        other = _at_cost(pipe, request, other, request_cost(pipe, request))
+    return replace(request, other=other)
+
+
+def can_prune(pipe: Any, method: Method) -> bool:
+    """Whether a method finds anything to prune in a model: AT-EDM needs blocks of two layers or more."""
+    try:
+        return bool(choose_spans(find_spans(find_unet(pipe)), method))
+    except ValueError:
+        return False
+
+
+def _at_cost(pipe: Any, request: Request, method: Method, budget: float) -> Method:
+    return fit_to_budget(pipe, method, share=budget, size=image_size(pipe, request), steps=request.steps)

@@ -1,0 +1,99 @@
+"""``run.json``: everything needed to make the images of a run again, written beside them and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+import atedm
+from atedm.app.request import ImageResult, Request
+from atedm.files import read_json
+from atedm.method.contract import Method
+from atedm.method.presets import method_from_dict
+
+NAME = "run.json"
+MASK = "protect.png"
+"""The mask of a run, in the same folder."""
+
+
+def run_file(pipe: Any, request: Request, model: str, cost: float, images: Sequence[ImageResult]) -> dict[str, Any]:
+    """Return the content of ``run.json`` as plain JSON values.
+
+    Args:
+        pipe: The pipeline that makes the images.
+        request: What is made.
+        model: Name of the model.
+        cost: Of the run, as a share of the dense one.
+        images: Those made so far.
+    """
+    return {
+        "atedm": atedm.__version__,
+        "model": model,
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "request": {
+            **{field.name: getattr(request, field.name) for field in dataclasses.fields(request)},
+            "method": request.method.as_dict(),
+            "other": None if request.other is None else request.other.as_dict(),
+        },
+        "cost": round(cost, 4),
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "device": str(pipe.unet.device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+        "images": [asdict(image) for image in images],
+    }
+
+
+def read_run_file(file: Path) -> tuple[str, Request]:
+    """Return the name of the model of a run, and what was made with it.
+
+    Nothing is imported or opened that the file names.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is no run file, or not enough to make the run again; the message says why.
+    """
+    run = read_json(file, advice="give the run.json of a run")
+    model, request = run.get("model"), run.get("request")
+    if not isinstance(model, str) or not isinstance(request, dict):
+        raise ValueError(f"{file} is no run file: it names no model and request")
+    try:
+        return model, _read_request(request, file.parent / MASK)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} holds no run that can be made again: {error}") from error
+
+
+def _read_request(values: dict[str, Any], mask: Path) -> Request:
+    fields = dict(values)
+    known = {field.name for field in dataclasses.fields(Request)}
+    if unknown := [name for name in fields if name not in known]:
+        raise ValueError(f"Request has no field {unknown[0]!r}; it may be from another version of atedm")
+    if not isinstance(prompts := fields.get("prompts"), list):
+        raise ValueError(f"prompts must be a list, not {prompts!r}")
+    method = _read_method(fields.pop("method", None))
+    if method is None:
+        raise ValueError("it names no method")
+    other = _read_method(fields.pop("other", None))
+    if fields.get("protect") and mask.exists():
+        fields["protect"] = str(mask)  # the picture itself may be elsewhere by now
+    return Request(**fields | {"prompts": tuple(prompts), "method": method, "other": other})
+
+
+def _read_method(values: object) -> Method | None:
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        raise ValueError(f"a method must be fields by name, not {values!r}")
+    return method_from_dict(values)
