@@ -18,7 +18,7 @@ from atedm.tiny.text import WIDTH, build_text_encoders, build_tokenizer
 
 TEXT_WIDTH = 2 * WIDTH
 EARLY, LATE = 999, 1
-"""Timesteps of a prune-less step and of a normal one."""
+"""Timesteps of an early step and of a normal one."""
 
 
 # --- U-Nets -----------------------------------------------------------------------------------------------------------
@@ -161,12 +161,12 @@ class Call(NamedTuple):
 
     #: Index of the step; None if nothing was pruned.
     step: int | None
-    #: Tokens left after the last pruning layer, by block.
+    #: Tokens left at the end, by block.
     kept: dict[str, int]
-    #: Importance in the first pruning layer, by block.
+    #: Importance where tokens are dropped first, by block.
     importance: dict[str, Tensor]
 
-    def is_prune_less(self, summary: atedm.PatchSummary) -> bool:
+    def is_early(self, summary: atedm.PatchSummary) -> bool:
         """Whether the spared blocks were spared; all of them or none."""
         left_alone = summary.pruned - self.kept.keys()
         assert left_alone in (frozenset(), summary.spared)
@@ -177,7 +177,7 @@ class Call(NamedTuple):
 def watched(unet: UNet2DConditionModel) -> Iterator[list[Call]]:
     """Note every call of a patched U-Net."""
     calls: list[Call] = []
-    current: list[atedm.BlockObservation] = []
+    current: list[atedm.Observation] = []
 
     def close(*_: Any) -> None:
         importance = {seen.block: seen.importance for seen in reversed(current)}
