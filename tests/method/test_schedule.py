@@ -10,15 +10,7 @@ from hypothesis import strategies as st
 
 from atedm.method.contract import Place
 from atedm.method.schedule import PAIRINGS, Early, spared_spans
-
-# SD-XL: two spans in each down stage, three in each up stage, none at the first level (supplement Fig. 3).
-SDXL = [
-    *[Place("down", 2, i, 2, 2, f"down.1.{i}") for i in range(2)],
-    *[Place("down", 3, i, 2, 10, f"down.2.{i}") for i in range(2)],
-    Place("mid", 3, 0, 1, 10, "mid.0"),
-    *[Place("up", 3, i, 3, 10, f"up.0.{i}") for i in range(3)],
-    *[Place("up", 2, i, 3, 2, f"up.1.{i}") for i in range(3)],
-]
+from views import SDXL
 
 
 @pytest.mark.parametrize(
