@@ -1,4 +1,4 @@
-"""Set the rate of a request by what its run may cost, and compare methods at equal cost.
+"""Set the rate of a method, by itself or by what a run may cost, and compare methods at equal cost.
 
 Cost is the share of the dense model's multiply-accumulates over the run.
 """
@@ -16,6 +16,16 @@ from atedm.hosts.unet_spans import choose_spans, find_spans, find_unet
 from atedm.method.contract import Method
 from atedm.method.matched import Matched
 from atedm.method.presets import method_named
+
+
+def method_at(name: str, rate: float | None = None) -> Method:
+    """Return the method called ``name``, at another pruning rate if one is given.
+
+    Raises:
+        ValueError: If the name is unknown, or the rate is not in [0, 1).
+    """
+    method = method_named(name)
+    return method if rate is None else replace(method, rate=rate)  # type: ignore[type-var]
 
 
 def image_size(pipe: Any, request: Request) -> tuple[int, int]:

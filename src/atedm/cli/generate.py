@@ -2,67 +2,89 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from atedm.cli.options import (
     BudgetOption,
     DeviceOption,
+    MethodName,
+    MethodNameOption,
     ModelOption,
     OutOption,
-    PresetOption,
     RateOption,
-    budget_share,
-    parse_size,
-    pruning_config,
+    SizeOption,
+    StepsOption,
+    checked_guidance,
+    pixels,
+    refuse_rate_and_budget,
 )
 
-_WITH_AGAIN = ("again", "out", "device", "compare", "maps")
-"""What may be given beside ``--again``, because it is not of the run itself."""
+if TYPE_CHECKING:
+    from atedm.app.request import ImageResult, Request
+
+_WITH_AGAIN = ("again", "out", "device", "compare", "compare_with", "maps")
+"""What may be given with ``--again``, because it is not of the run itself."""
+
+
+class OtherMethod(str, Enum):
+    """What ``--compare-with`` takes: the name of a method, or none."""
+
+    matched = "matched"
+    paper = "paper"
+    dagger = "dagger"
+    turbo = "turbo"
+    none = "none"
 
 
 def generate(
     context: typer.Context,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(help="One image each. Without any, a good set for the model.", show_default=False),
+        typer.Argument(help="One image each. By default prompts that suit the model.", show_default=False),
     ] = None,
     model: ModelOption = "tiny",
     device: DeviceOption = None,
-    preset: PresetOption = None,
-    pruning_rate: RateOption = None,
+    method: MethodNameOption = None,
+    rate: RateOption = None,
     budget: BudgetOption = None,
     protect: Annotated[
         Path | None,
-        typer.Option(help="A picture, white where no token is to be dropped.", rich_help_panel="Pruning"),
+        typer.Option(help="A picture, white where no token is dropped.", rich_help_panel="Pruning"),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Denoising steps; 50, or 4 for few-step models.", rich_help_panel="Image")
-    ] = None,
+    steps: StepsOption = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale; by default what suits the model.", rich_help_panel="Image")
+        float | None,
+        typer.Option(
+            help="Guidance scale; by default what suits the model.",
+            rich_help_panel="Image",
+            callback=checked_guidance,
+        ),
     ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="WxH in pixels; by default the model's own.", rich_help_panel="Image")
-    ] = None,
+    size: SizeOption = None,
     seed: Annotated[
         int, typer.Option(help="Seed of the first image; each next has one more.", rich_help_panel="Image")
     ] = 0,
+    again: Annotated[
+        Path | None,
+        typer.Option(help="A run.json: make the images of that run again.", rich_help_panel="Image"),
+    ] = None,
     compare: Annotated[
         bool,
         typer.Option(
             "--compare",
-            help="Also make each image dense, and with another preset beside, and one sheet to compare.",
+            help="Also make each image dense and by another method, and one sheet to compare.",
             rich_help_panel="Output",
         ),
     ] = False,
-    beside: Annotated[
-        str | None,
+    compare_with: Annotated[
+        OtherMethod | None,
         typer.Option(
-            help="Preset to show beside it with --compare, at the same cost where it comes down to that, or none. "
-            "By default matched beside the paper's, and paper beside ours.",
+            help="Turns --compare on, and names the other method. It has the same cost if it gets there. "
+            "By default paper beside matched, and matched beside others.",
             rich_help_panel="Output",
         ),
     ] = None,
@@ -70,95 +92,118 @@ def generate(
         bool,
         typer.Option("--maps", help="Draw importance and kept tokens per block and step.", rich_help_panel="Output"),
     ] = False,
-    again: Annotated[
-        Path | None,
-        typer.Option(help="A run.json: draw that run again, from its model to its seed.", rich_help_panel="Image"),
-    ] = None,
     out: OutOption = Path("out"),
 ) -> None:
     """Make images with tokens pruned.
 
     Examples:
-    `atedm generate --compare` draws a set of scenes with the model that ships, dense and pruned.
+    `atedm generate --compare` makes a set of scenes with the model that ships, dense and pruned.
 
-    `atedm generate "a red circle above a blue square" --pruning-rate 0.5 --maps`
+    `atedm generate "a red circle above a blue square" --rate 0.5 --maps`
 
-    `atedm generate --budget 0.9 --compare` prunes as much as it takes for a run to cost 90 % of the dense one.
+    `atedm generate --budget 0.9 --compare` prunes until a run costs 90 % of the dense one.
 
     `atedm generate "a fox in snow" --model stabilityai/stable-diffusion-xl-base-1.0 --compare`
 
-    `atedm generate --again out/run.json --out out/again` draws a run again.
+    `atedm generate --again out/run.json --out out/again` makes the images of a run again.
     """
     from dataclasses import replace
 
     from rich.console import Console
     from rich.markup import escape
+
+    from atedm.app.equal_cost import with_other_method, within_budget
+    from atedm.app.models import load_pipeline, quiet_libraries
+    from atedm.app.run_file import read_run_file
+
+    refuse_rate_and_budget(rate, budget)
+    if again is None:
+        request = _request(model, prompts, method, rate, steps, guidance, size, seed, protect)
+    elif given := _given(context, but=_WITH_AGAIN):
+        raise ValueError(f"--again makes a run again as it was; leave out {', '.join(given)}")
+    else:
+        model, request = read_run_file(again)
+    compare = compare or compare_with is not None
+    quiet_libraries()
+    with Console(stderr=True).status(f"opening {escape(model)}"):
+        pipe = load_pipeline(model, device=device)
+        if budget is not None:
+            request = within_budget(pipe, request, budget)
+        if compare_with is OtherMethod.none:
+            request = replace(request, other=None)
+        elif compare and (compare_with is not None or request.other is None):
+            request = with_other_method(pipe, request, compare_with and compare_with.value)
+    results = _make_with_progress(pipe, request, out, compare, maps, model)
+    for image in results:
+        typer.echo(_line(out, image))
+        if image.other is not None:
+            typer.echo(_line(out, image.other))
+    typer.echo(str(out / ("comparison.png" if compare else "run.json")))
+
+
+def _request(
+    model: str,
+    prompts: list[str] | None,
+    method: MethodName | None,
+    rate: float | None,
+    steps: int | None,
+    guidance: float | None,
+    size: str | None,
+    seed: int,
+    protect: Path | None,
+) -> Request:
+    """Fill in what suits the model where nothing was asked for."""
+    from atedm.app.equal_cost import method_at
+    from atedm.app.request import Request
+    from atedm.suits import suits
+
+    suiting = suits(model)
+    width, height = pixels(size) or (None, None)
+    return Request(
+        prompts=tuple(prompts or suiting.prompts),
+        method=method_at(suiting.method if method is None else method.value, rate),
+        steps=suiting.steps if steps is None else steps,
+        guidance=suiting.guidance if guidance is None else guidance,
+        width=width,
+        height=height,
+        seed=seed,
+        protect=None if protect is None else str(protect),
+    )
+
+
+def _make_with_progress(
+    pipe: Any, request: Request, out: Path, compare: bool, maps: bool, model: str
+) -> list[ImageResult]:
+    from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
-    from atedm.generate import generate as make
-    from atedm.generate import shown_beside, within_budget
-    from atedm.pipelines import habits, load_pipeline, quiet_libraries
-    from atedm.request import Request
-    from atedm.run_file import read_run_file
+    from atedm.app.generate import generate as make
 
-    if beside and not compare:
-        raise ValueError("--beside is what --compare shows beside an image; give --compare too")
-    if again is not None:
-        if extra := [name for name in _given(context, _WITH_AGAIN) if (name, beside) != ("--beside", "none")]:
-            raise ValueError(f"--again draws a run as it was; leave out {', '.join(extra)}")
-        model, request = read_run_file(again)
-        if beside == "none":
-            request = replace(request, beside=None)
-    else:
-        suits = habits(model)
-        width, height = parse_size(size)
-        request = Request(
-            prompts=tuple(prompts or suits.prompts),
-            config=pruning_config(preset or suits.preset, pruning_rate),
-            steps=suits.steps if steps is None else steps,
-            guidance=suits.guidance if guidance is None else guidance,
-            width=width,
-            height=height,
-            seed=seed,
-            protect=None if protect is None else str(protect),
-        )
-    share = budget_share(budget, pruning_rate)
-    console = Console(stderr=True)
-    quiet_libraries()
-    with console.status(f"opening {escape(model)}"):
-        pipe = load_pipeline(model, device=device)
-        if share is not None:
-            request = within_budget(pipe, request, share)
-        if compare and beside != "none" and request.beside is None:
-            request = shown_beside(pipe, request, beside or "")
-    ways = 1 + compare + (request.beside is not None)
-    total = len(request.prompts) * ways * request.steps
-    with Progress(console=console) as bar:
-        task = bar.add_task("images", total=total)
-        done = {"whole": 0}
+    images = len(request.prompts) * (1 + compare + (compare and request.other is not None))
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("images", total=images * request.steps)
+        done = 0
 
         def on_step(what: str, step: int, steps: int) -> None:
-            bar.update(task, description=escape(what), completed=done["whole"] + step)
-            done["whole"] += steps if step == steps else 0
+            nonlocal done
+            bar.update(task, description=escape(what), completed=done + step)
+            done += steps if step == steps else 0
 
-        made = make(pipe, request, out, compare=compare, maps=maps, model=model, progress=on_step)
-        bar.update(task, completed=total, description="images")
-    for image in made:
-        line = f"{out / image.file}  seed {image.seed}  kept {image.kept_share:.1%}  {image.seconds:.2f} s"
-        if image.psnr_to_dense is not None:
-            line += f"  (dense {image.dense_seconds:.2f} s, {image.psnr_to_dense:.1f} dB apart)"
-        typer.echo(line)
-        if image.beside is not None:
-            other = image.beside
-            typer.echo(
-                f"{out / other.file}  beside  kept {other.kept_share:.1%}  {other.seconds:.2f} s"
-                f"  ({other.psnr_to_dense:.1f} dB apart)"
-            )
-    typer.echo(f"{out / 'comparison.png'}" if compare else f"{out / 'run.json'}")
+        results = make(pipe, request, out, compare=compare, maps=maps, model=model, progress=on_step)
+        bar.update(task, completed=images * request.steps, description="images")
+    return results
+
+
+def _line(out: Path, image: ImageResult) -> str:
+    line = f"{out / image.file}  seed {image.seed}  kept {image.kept_share:.1%}  {image.seconds:.2f} s"
+    if image.psnr_to_dense is None:
+        return line
+    return f"{line}  (dense {image.dense_seconds:.2f} s, {image.psnr_to_dense:.1f} dB from it)"
 
 
 def _given(context: typer.Context, but: tuple[str, ...]) -> list[str]:
-    """Options that were given, whatever their value, but for some."""
+    """Return the options that were given, whatever their value."""
     return [
         parameter.opts[0]
         for parameter in context.command.params

@@ -44,7 +44,7 @@ def web(
         raise ImportError("the page needs gradio: pip install 'atedm[web]'")
     from rich.console import Console
 
-    from atedm.pipelines import quiet_libraries
+    from atedm.app.models import quiet_libraries
     from atedm.web.serve import serve
 
     quiet_libraries()
