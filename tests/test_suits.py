@@ -1,0 +1,36 @@
+"""What suits a model by its name."""
+
+import pytest
+
+from atedm.method.presets import DEFAULT
+from atedm.suits import draws_in_few_steps, suits
+
+
+@pytest.mark.parametrize(
+    ("model", "few"),
+    [
+        ("stabilityai/sdxl-turbo", True),
+        ("/models/sdxl-turbo/unet", True),
+        ("/cache/models--stabilityai--sdxl-turbo/snapshots/f4b0486b/unet", True),
+        ("/cache/models--stabilityai--sdxl-turbo/snapshots/f4b0486b", True),
+        ("ByteDance/Hyper-SD", True),
+        ("Hyper-SDXL-8steps", True),
+        ("SDXL_tcd", True),
+        ("LCMScheduler", True),
+        ("DreamShaperXL_Turbo", True),
+        ("someone/HyperRealism-XL", False),
+        ("turbo/stable-diffusion-xl", False),
+        ("/turbo/sdxl/unet", False),
+        ("EulerDiscreteScheduler", False),
+        ("", False),
+    ],
+)
+def test_models_for_few_steps_are_known_by_their_own_name(model: str, few: bool) -> None:
+    assert draws_in_few_steps(model) == few
+    assert (suits(model).steps, suits(model).guidance) == ((4, 0.0) if few else (50, 7.0))
+
+
+def test_the_method_is_one_for_all_and_the_tiny_model_knows_its_scenes() -> None:
+    assert {suits(model).method for model in ("tiny", "stabilityai/sdxl-turbo", "any")} == {DEFAULT}
+    assert suits("tiny").guidance == 3.0
+    assert all("background" in prompt for prompt in suits("tiny").prompts)
