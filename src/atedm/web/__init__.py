@@ -1,1 +1,1 @@
-"""A page to see pruning in: dense beside pruned, what was kept, and what it cost."""
+"""A web page that shows pruning: dense beside pruned, what was kept, and what it cost."""

@@ -1,4 +1,4 @@
-"""One picture drawn dense and pruned in a thread of its own, told of while it lasts, stopped when asked."""
+"""One picture, drawn dense and pruned in a thread of its own. It reports progress and can be stopped."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from typing import Any
 
 from PIL import Image
 
-from atedm.generate import generate
-from atedm.recording import Recording
-from atedm.request import Made, Request
+from atedm.app.generate import generate
+from atedm.app.request import ImageResult, Request
+from atedm.record import Recording
 
 
 @dataclass(frozen=True)
-class Step:
+class StepDone:
     """A denoising step is done."""
 
     #: "dense" or "pruned".
-    way: str
+    kind: str
     step: int
     steps: int
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ImageDone:
     """An image is done."""
 
-    way: str
+    kind: str
     image: Image.Image
     recording: Recording | None
 
 
 @dataclass(frozen=True)
-class Done:
+class JobDone:
     """Everything is done, and in the folder."""
 
-    made: Made
+    result: ImageResult
     folder: Path
 
 
-Event = Step | Drawn | Done
+Event = StepDone | ImageDone | JobDone
 
 
 class Stopped(Exception):
@@ -54,7 +54,7 @@ class Stopped(Exception):
 def run_job(pipe: Any, request: Request, folder: Path, model: str, stop: threading.Event) -> Iterator[Event]:
     """Draw one prompt dense and pruned into ``folder``, and yield what happens.
 
-    Whether it is stopped, raises, or nobody listens any more, the thread ends with the step it is in, the pipeline is
+    If the job is stopped, raises, or nobody listens any more, the thread ends with the step it is in, the pipeline is
     as before, and the folder is gone.
 
     Args:
@@ -72,24 +72,25 @@ def run_job(pipe: Any, request: Request, folder: Path, model: str, stop: threadi
     events: queue.Queue[Event | BaseException] = queue.Queue()
 
     def on_step(what: str, step: int, steps: int) -> None:
+        kind = what.split()[0]
         if stop.is_set():
-            raise Stopped(f"stopped at step {step} of {steps}, {what.split()[0]}")
-        events.put(Step(what.split()[0], step, steps))
+            raise Stopped(f"stopped at step {step} of {steps}, {kind}")
+        events.put(StepDone(kind, step, steps))
 
     def work() -> None:
         try:
-            made = generate(
+            (result,) = generate(
                 pipe,
                 request,
                 folder,
                 compare=True,
                 model=model,
                 progress=on_step,
-                watch=lambda way, image, recording: events.put(Drawn(way, image, recording)),
+                watch=lambda kind, image, recording: events.put(ImageDone(kind, image, recording)),
             )
             if stop.is_set():
                 raise Stopped("stopped after the last step")
-            events.put(Done(made[0], folder))
+            events.put(JobDone(result, folder))
         except BaseException as error:
             events.put(error)
 
@@ -101,7 +102,7 @@ def run_job(pipe: Any, request: Request, folder: Path, model: str, stop: threadi
             event = events.get()
             if isinstance(event, BaseException):
                 raise event
-            finished = isinstance(event, Done)
+            finished = isinstance(event, JobDone)
             yield event
     finally:
         if not finished:

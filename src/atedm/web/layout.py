@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import gradio as gr
 
 from atedm.web.messages import hint
-from atedm.web.studio import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, Studio
+from atedm.web.service import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, Service
 
 KEPT, IMPORTANCE = OVERLAYS = ("tokens kept", "importance")
 
@@ -44,33 +44,39 @@ class Results:
     run_file: gr.DownloadButton
 
 
-def cost_slider(studio: Studio, model: str, method: str, steps: int) -> gr.Slider:
-    """Return the slider of what a method can be had at, set to what its preset costs."""
-    offered = studio.cost_range(model, method, steps)
+def cost_slider(service: Service, model: str, method: str, steps: int) -> gr.Slider:
+    """Return the slider of what runs with a method can cost, set to the method as it is."""
+    offered = service.cost_range(model, method, steps)
     label = "Cost, % of the dense arithmetic"
     return gr.Slider(offered.lowest, offered.highest, offered.usual, step=1, label=label, elem_id="cost")
 
 
-def build_controls(studio: Studio, model: str) -> Controls:
+def build_controls(service: Service, model: str) -> Controls:
     """Lay out what a visitor sets, for the model that is chosen at first."""
-    suits, methods = studio.habits(model), studio.methods(model)
+    suiting, methods = service.suits(model), service.methods(model)
     method = next(iter(methods.values()))
     prompt = gr.Textbox(
-        suits.prompts[0], label="Prompt", lines=1, max_lines=4, max_length=MAX_PROMPT, elem_id="prompt", autofocus=True
+        suiting.prompts[0],
+        label="Prompt",
+        lines=1,
+        max_lines=4,
+        max_length=MAX_PROMPT,
+        elem_id="prompt",
+        autofocus=True,
     )
-    cost = cost_slider(studio, model, method, suits.steps)
+    cost = cost_slider(service, model, method, suiting.steps)
     how = gr.Radio([*methods.items()], value=method, label="Pruned by", elem_id="method")
     with gr.Row():
         draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
         cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", min_width=120, interactive=False)
     status = gr.HTML(hint(model), elem_id="status")
     with gr.Accordion("Model, steps, guidance, seed", open=False, elem_id="more"):
-        which = gr.Dropdown([*studio.models], value=model, label="Model", elem_id="model")
-        steps = gr.Slider(1, MAX_STEPS, suits.steps, step=1, label="Steps", elem_id="steps")
-        guidance = gr.Slider(0, MAX_GUIDANCE, suits.guidance, step=0.5, label="Guidance", elem_id="guidance")
+        which = gr.Dropdown([*service.models], value=model, label="Model", elem_id="model")
+        steps = gr.Slider(1, MAX_STEPS, suiting.steps, step=1, label="Steps", elem_id="steps")
+        guidance = gr.Slider(0, MAX_GUIDANCE, suiting.guidance, step=0.5, label="Guidance", elem_id="guidance")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed")
         another = gr.Button("Another seed", size="sm", elem_id="another-seed")
-    gr.Examples([[text] for text in suits.prompts], prompt, label="Prompts that suit the model")
+    gr.Examples([[text] for text in suiting.prompts], prompt, label="Prompts that suit the model")
     return Controls(prompt, cost, how, draw, cancel, status, which, steps, guidance, seed, another)
 
 

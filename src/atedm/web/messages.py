@@ -1,11 +1,12 @@
-"""What the page says: where a job stands, what went wrong, what was saved."""
+"""What the page says: how far a job is, what went wrong, what was saved."""
 
 from __future__ import annotations
 
 import html
 
-from atedm.request import Made
-from atedm.web.job import Step
+from atedm.app.request import ImageResult
+from atedm.suits import TINY
+from atedm.web.job import StepDone
 
 
 def message(text: str) -> str:
@@ -18,30 +19,30 @@ def complaint(text: str) -> str:
     return f'<p role="alert" style="color: #b3261e">{html.escape(text)}</p>'
 
 
-def progress(at: Step) -> str:
-    """Return a bar over both runs, dense and then pruned."""
-    done = at.step + (at.steps if at.way == "pruned" else 0)
-    line = message(f"Drawing {at.way}, step {at.step} of {at.steps}.")
+def progress(at: StepDone) -> str:
+    """Return a bar over both images, dense and then pruned."""
+    done = at.step + (at.steps if at.kind == "pruned" else 0)
+    line = message(f"Drawing {at.kind}, step {at.step} of {at.steps}.")
     whole = 2 * at.steps
     bar = f'role="progressbar" aria-valuemin="0" aria-valuemax="{whole}" aria-valuenow="{done}"'
     return f'{line}<div class="bar" {bar}><div style="width: {done / whole:.1%}"></div></div>'
 
 
-def figures(made: Made, cost: int) -> str:
-    """Return in Markdown what was saved, and what it did to the image."""
-    assert made.dense_seconds is not None
-    assert made.psnr_to_dense is not None
-    ratio = made.seconds / made.dense_seconds
+def figures(result: ImageResult, cost: int) -> str:
+    """Return in Markdown what was saved, and how far the image is from the dense one."""
+    assert result.dense_seconds is not None
+    assert result.psnr_to_dense is not None
     return (
         f"| | dense | pruned |\n|---|---|---|\n"
         f"| arithmetic | 100 % | **{cost} %** |\n"
-        f"| time | {made.dense_seconds:.2f} s | **{made.seconds:.2f} s**, {100 * ratio:.0f} % |\n"
-        f"| tokens at the end of a block, mean | 100 % | {100 * made.kept_share:.0f} % |\n"
-        f"| distance to the dense image | | {made.psnr_to_dense:.1f} dB |\n"
+        f"| time | {result.dense_seconds:.2f} s | **{result.seconds:.2f} s**, "
+        f"{100 * result.seconds / result.dense_seconds:.0f} % |\n"
+        f"| tokens left at the end of a block, on average | 100 % | {100 * result.kept_share:.0f} % |\n"
+        f"| distance to the dense image | | {result.psnr_to_dense:.1f} dB |\n"
     )
 
 
 def hint(model: str) -> str:
     """Return what to do first."""
-    small = " It is so small that pruning saves it arithmetic and no time." if model == "tiny" else ""
+    small = " It is so small that pruning saves arithmetic but no time." if model == TINY else ""
     return message(f"Press Draw, or Enter in the prompt. The model is {model}.{small}")

@@ -11,27 +11,25 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from atedm.patching.state import BlockObservation
-from atedm.pictures.maps import importance_overlay, kept_overlay
-from atedm.recording import Recording
-from atedm.request import Made
-from atedm.web.job import Drawn, Step, Stopped
+from atedm.app.pictures.maps import importance_overlay, kept_overlay
+from atedm.app.request import ImageResult
+from atedm.hosts.diffusers_unet import Observation
+from atedm.record import Recording
+from atedm.web.job import ImageDone, StepDone, Stopped
 from atedm.web.layout import KEPT, Controls, Results, build_controls, build_results, cost_slider
 from atedm.web.messages import complaint, figures, hint, message, progress
-from atedm.web.studio import MAX_SEED, Studio
+from atedm.web.service import MAX_SEED, Service
 
 GALLERY = 24
 """Images of a visitor that are shown again."""
 QUEUE = 16
 """Visitors that may wait."""
-
-
 LARGE = 512
 """Pixels a side up to which small pictures are enlarged."""
 
 
 @dataclass(frozen=True)
-class Shown:
+class VisibleImage:
     """The picture that a visitor looks at, and what was kept while it was drawn."""
 
     image: Image.Image
@@ -42,20 +40,20 @@ class Shown:
         """Denoising steps of the run."""
         return 1 + max(seen.step for seen in self.recording.observations)
 
-    def seen(self, block: str, step: int) -> BlockObservation | None:
-        """What one block did in one step; None where it was spared."""
+    def seen(self, block: str, step: int) -> Observation | None:
+        """Return what one block did in one step; None if it was spared."""
         found = (seen for seen in self.recording.observations if seen.block == block and seen.step == step)
         return next(found, None)
 
 
 @dataclass(frozen=True)
 class Page:
-    """The components, and what is kept of each visitor."""
+    """The components, and what is remembered of each visitor."""
 
-    studio: Studio
+    service: Service
     controls: Controls
     results: Results
-    #: `Shown`, or None.
+    #: `VisibleImage`, or None.
     shown: gr.State
     #: (file, caption) of every image, newest first.
     drawn: gr.State
@@ -77,23 +75,23 @@ class Page:
         idle = {controls.draw: gr.Button(interactive=True), controls.cancel: gr.Button(interactive=False)}
         dense: Image.Image | None = None
         try:
-            asked = self.studio.request(model, prompt, method, cost, steps, guidance, seed)
+            asked = self.service.request(model, prompt, method, cost, steps, guidance, seed)
             busy = {controls.draw: gr.Button(interactive=False), controls.cancel: gr.Button(interactive=True)}
-            yield busy | {controls.status: progress(Step("dense", 0, asked.steps))}
-            for event in self.studio.draw(_visitor(request), model, asked):
-                if isinstance(event, Step):
+            yield busy | {controls.status: progress(StepDone("dense", 0, asked.steps))}
+            for event in self.service.draw(_visitor(request), model, asked):
+                if isinstance(event, StepDone):
                     yield {controls.status: progress(event)}
-                elif isinstance(event, Drawn):
+                elif isinstance(event, ImageDone):
                     image = _large(event.image)
                     dense = dense or image
                     yield {results.compared: (dense, image)}
                     if event.recording is not None:
-                        yield self._scrubbed(Shown(image, event.recording))
+                        yield self._about_blocks(VisibleImage(image, event.recording))
                 else:
-                    drawn = [*_entries(event.made, event.folder), *drawn][:GALLERY]
+                    drawn = [*_entries(event.result, event.folder), *drawn][:GALLERY]
                     yield idle | {
                         controls.status: message("Done."),
-                        results.figures: figures(event.made, cost),
+                        results.figures: figures(event.result, cost),
                         results.gallery: drawn,
                         results.run_file: gr.DownloadButton(value=str(event.folder / "run.json"), interactive=True),
                         self.drawn: drawn,
@@ -103,7 +101,8 @@ class Page:
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             yield idle | {controls.status: complaint(str(error))}
 
-    def _scrubbed(self, shown: Shown) -> dict[Any, Any]:
+    def _about_blocks(self, shown: VisibleImage) -> dict[Any, Any]:
+        """Change what can be seen block by block to a new image."""
         results = self.results
         block, last = shown.recording.blocks[0], shown.steps - 1
         return {
@@ -118,33 +117,33 @@ class Page:
         """Change what the controls offer to what suits another model."""
         controls = self.controls
         try:
-            suits, methods = self.studio.habits(model), self.studio.methods(model)
+            suiting, methods = self.service.suits(model), self.service.methods(model)
             method = next(iter(methods.values()))
-            slider = cost_slider(self.studio, model, method, suits.steps)
+            slider = cost_slider(self.service, model, method, suiting.steps)
         except (ValueError, TypeError, OSError) as error:
             return {controls.status: complaint(str(error))}
         return {
-            controls.prompt: suits.prompts[0],
+            controls.prompt: suiting.prompts[0],
             controls.method: gr.Radio([*methods.items()], value=method),
-            controls.steps: suits.steps,
-            controls.guidance: suits.guidance,
+            controls.steps: suiting.steps,
+            controls.guidance: suiting.guidance,
             controls.cost: slider,
             controls.status: hint(model),
         }
 
     def choose_method(self, model: str, method: str, steps: int) -> dict[Any, Any]:
-        """Change the slider to the costs that a method can be had at."""
+        """Change the slider to what runs with another method can cost."""
         try:
-            return {self.controls.cost: cost_slider(self.studio, model, method, steps)}
+            return {self.controls.cost: cost_slider(self.service, model, method, steps)}
         except (ValueError, TypeError, OSError) as error:
             return {self.controls.status: complaint(str(error))}
 
     def cancel(self, request: gr.Request) -> None:
         """End what this visitor is drawing."""
-        self.studio.stop(_visitor(request))
+        self.service.stop(_visitor(request))
 
     def wire(self) -> None:
-        """Say what happens when."""
+        """Connect what is pressed with what happens."""
         on, results = self.controls, self.results
         private: dict[str, Any] = {"api_visibility": "private"}
         asked = [on.prompt, on.model, on.method, on.cost, on.steps, on.guidance, on.seed, self.drawn]
@@ -180,8 +179,8 @@ class Page:
             trigger_mode="always_last",
             **private,
         )
-        for scrubbed in (results.block, results.step, results.overlay_of):
-            scrubbed.input(
+        for control in (results.block, results.step, results.overlay_of):
+            control.input(
                 overlay,
                 [self.shown, results.block, results.step, results.overlay_of],
                 results.overlay,
@@ -191,14 +190,14 @@ class Page:
             )
 
 
-def build_page(studio: Studio) -> gr.Blocks:
-    """Return the page of a studio, not launched.
+def build_page(service: Service) -> gr.Blocks:
+    """Return the page of a service, not launched.
 
     Raises:
         TypeError: If its first model has no U-Net.
         ValueError: If its first model cannot be opened, or has nothing to prune.
     """
-    model = studio.models[0]
+    model = service.models[0]
     blocks: gr.Blocks
     with gr.Blocks(title="atedm", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(
@@ -207,17 +206,17 @@ def build_page(studio: Studio) -> gr.Blocks:
         shown, drawn = gr.State(None), gr.State([])
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                controls = build_controls(studio, model)
+                controls = build_controls(service, model)
             with gr.Column(scale=3, min_width=300):
                 results = build_results()
-        page = Page(studio, controls, results, shown, drawn)
+        page = Page(service, controls, results, shown, drawn)
         page.wire()
         blocks.unload(page.cancel)
     blocks.queue(max_size=QUEUE)
     return blocks
 
 
-def overlay(shown: Shown | None, block: str, step: int, what: str) -> Image.Image | None:
+def overlay(shown: VisibleImage | None, block: str, step: int, what: str) -> Image.Image | None:
     """Lay over the picture what one block kept in one step, or how important it found each token."""
     if shown is None:
         return None
@@ -233,9 +232,10 @@ def _large(image: Image.Image) -> Image.Image:
     return image.resize((factor * image.width, factor * image.height), Image.Resampling.BICUBIC)
 
 
-def _entries(made: Made, folder: Path) -> list[tuple[str, str]]:
-    pruned = f"pruned, seed {made.seed}: {made.prompt}"
-    return [(str(folder / made.file), pruned), (str(folder / str(made.dense_file)), f"dense, seed {made.seed}")]
+def _entries(result: ImageResult, folder: Path) -> list[tuple[str, str]]:
+    """Return (file, caption) of the pruned and the dense image."""
+    pruned = (str(folder / result.file), f"pruned, seed {result.seed}: {result.prompt}")
+    return [pruned, (str(folder / str(result.dense_file)), f"dense, seed {result.seed}")]
 
 
 def _visitor(request: gr.Request) -> str:

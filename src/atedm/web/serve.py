@@ -1,4 +1,4 @@
-"""Serve the page: on this machine alone, or elsewhere behind a password."""
+"""Serve the page to this machine alone, or to others behind a password."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when it is imported: nobody is told of visitors
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
 import gradio as gr
 
 from atedm.web.page import build_page
-from atedm.web.studio import Studio, checked_models
+from atedm.web.service import Service, without_repeats
 
 USER = "atedm"
 
 
 @dataclass(frozen=True)
 class Served:
-    """A page that is up."""
+    """A page that is being served."""
 
     page: gr.Blocks
     url: str
@@ -52,7 +52,7 @@ def serve(
 
     Args:
         models: Names as `atedm.load_pipeline`; visitors choose among these. The first one is opened at once.
-        out: Where runs are kept, a folder each; nothing else is served.
+        out: Each run has a folder in it. Nothing else is served.
         host: Address to listen at.
         port: None is the first free one from 7860.
         password: What visitors are asked for. None asks for none on this machine, and makes one up elsewhere.
@@ -64,19 +64,19 @@ def serve(
             opened.
     """
     if password is not None and not password.strip():
-        raise ValueError("the password is empty, and a page with none cannot be entered; leave it out, or give one")
+        raise ValueError("the password is empty; leave it out, or give one")
     _check_address(host, port)
-    studio = Studio(checked_models(models), out.resolve(), device)
-    studio.folder.mkdir(parents=True, exist_ok=True)
+    service = Service(without_repeats(models), out.resolve(), device)
+    service.folder.mkdir(parents=True, exist_ok=True)
     if password is None and not is_loopback(host):
         password = secrets.token_urlsafe(12)
-    page = build_page(studio)
+    page = build_page(service)
     options: dict[str, Any] = {"theme": gr.themes.Base(), "css": _CSS, "footer_links": []}
     _, url, _ = page.launch(
         server_name=host,
         server_port=port,
         auth=None if password is None else (USER, password),
-        allowed_paths=[str(studio.folder)],
+        allowed_paths=[str(service.folder)],
         max_file_size=0,
         prevent_thread_lock=True,
         ssr_mode=False,
@@ -89,11 +89,9 @@ def serve(
 
 
 def _check_address(host: str, port: int | None) -> None:
-    """See that one can listen there, before a model is opened."""
+    """Check that the address and port are free, before a model is opened."""
     if ":" in host:
-        raise ValueError(
-            f"{host} is an address of IPv6, which the page cannot be served at; give a name or four numbers"
-        )
+        raise ValueError(f"{host} is an address of IPv6, where the page cannot be served; give a name or four numbers")
     try:
         with socket.create_server((host, port or 0)):
             pass

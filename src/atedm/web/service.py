@@ -1,4 +1,4 @@
-"""What stands behind the page: models, limits, who is drawing, and how what was asked becomes a request."""
+"""What the page asks of: models, the limits of what may be asked, and who is drawing."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from atedm.choices import check_name, draws_in_few_steps
-from atedm.config import PruningConfig, preset
-from atedm.costs.fit import mean_share
-from atedm.patching.survey import find_blocks, find_unet
-from atedm.pipelines import Habits, habits, load_pipeline
-from atedm.request import Request
+from atedm.app.equal_cost import can_prune, method_at, within_budget
+from atedm.app.models import load_pipeline
+from atedm.app.request import Request
+from atedm.cost.budget import run_cost
+from atedm.suits import Suits, draws_in_few_steps, suits
 from atedm.web.job import Event, run_job
+from atedm.words import check_name
 
 MAX_STEPS = 100
 MAX_GUIDANCE = 30.0
@@ -29,90 +29,90 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class CostRange:
-    """What the slider offers: whole percents of the dense arithmetic."""
+    """What the slider offers, in whole percents of the dense arithmetic."""
 
-    #: At nine tenths of the tokens dropped.
+    #: With nine tenths of the tokens dropped.
     lowest: int
-    #: At one twentieth, but less than dense.
+    #: With one twentieth dropped, but less than dense.
     highest: int
-    #: Of the preset as it is.
+    #: With the method as it is.
     usual: int
 
 
 @dataclass
-class Studio:
-    """Models by the names that were given when the page was opened, and nothing else."""
+class Service:
+    """Opens the models that it was given the names of, and no others; draws one image at a time."""
 
     models: tuple[str, ...]
     folder: Path
     device: str | None = None
     _pipes: dict[str, Any] = field(default_factory=dict)
-    #: Held while a pipeline is opened or draws: one image at a time, the others wait in the page's queue.
+    #: Held while a pipeline is opened or draws. Others wait in the queue of the page.
     _busy: threading.Lock = field(default_factory=threading.Lock)
-    #: The stop of every running job, by whose it is.
+    #: What stops a running job, by visitor.
     _running: dict[str, threading.Event] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
-    def habits(self, model: str) -> Habits:
+    def suits(self, model: str) -> Suits:
         """Return what suits a model.
 
         Raises:
-            ValueError: If the page was not opened with it.
+            ValueError: If it is not one of `models`.
         """
         check_name("model", model, self.models)
-        return habits(model)
+        return suits(model)
 
     def methods(self, model: str) -> dict[str, str]:
-        """Presets that make sense for a model, by what the page calls them, the first one the default."""
+        """Return names of the methods that can prune a model, by their label on the page, the default first.
+
+        Raises:
+            TypeError: If it has no U-Net.
+            ValueError: If there are none, or as `pipe`.
+        """
         few = draws_in_few_steps(model)
-        named = {"Matched, our own": "matched"}
-        return named | ({"AT-EDM†": "turbo"} if few else {"AT-EDM†": "dagger", "AT-EDM, the paper's": "paper"})
+        named = {"Matched (ours)": "matched"}
+        named |= {"AT-EDM†": "turbo"} if few else {"AT-EDM†": "dagger", "AT-EDM (the paper)": "paper"}
+        found = {label: name for label, name in named.items() if can_prune(self.pipe(model), method_at(name))}
+        if not found:
+            raise ValueError(f"there is nothing to prune in {model}: it has no attention blocks known here")
+        return found
 
     def cost_range(self, model: str, method: str, steps: int) -> CostRange:
-        """Return the costs that a preset can be had at.
+        """Return what runs with a method can cost.
 
         Raises:
             TypeError: If the model has no U-Net.
-            ValueError: If a name is unknown, the steps are out of their range, or the model has nothing to prune.
+            ValueError: If a name is unknown or the steps are out of their range.
         """
         _check_range("Steps", steps, 1, MAX_STEPS)
-        steps = int(steps)
-        pipe, config = self.pipe(model), self._config(model, method)
+        pipe = self.pipe(model)
+        check_name("method", method, self.methods(model).values())
 
-        def percent(rate: float) -> float:
-            return 100 * mean_share(pipe, config.replace(pruning_rate=rate), steps=steps)
+        def percent(rate: float | None) -> float:
+            return 100 * run_cost(pipe, method_at(method, rate), steps=int(steps))
 
         lowest, highest = math.ceil(percent(0.9)), min(math.floor(percent(0.05)), 99)
-        return CostRange(lowest, highest, min(max(lowest, round(percent(config.pruning_rate))), highest))
+        return CostRange(lowest, highest, min(max(lowest, round(percent(None))), highest))
 
     def pipe(self, model: str) -> Any:
         """Return a pipeline, opened when it is first asked for.
 
         Raises:
-            ValueError: If the page was not opened with it, or it cannot be opened.
+            ValueError: If it is not one of `models`, or cannot be opened.
         """
         check_name("model", model, self.models)
         if model in self._pipes:  # without waiting for whoever draws
             return self._pipes[model]
         with self._busy:
             if model not in self._pipes:
-                self._pipes.clear()  # one at a time: two large ones rarely fit
+                self._pipes.clear()  # two large ones rarely fit
                 self._pipes[model] = load_pipeline(model, device=self.device)
             return self._pipes[model]
-
-    def _config(self, model: str, method: str) -> PruningConfig:
-        """Return a preset, dropping inside the layer where blocks have but one."""
-        check_name("method", method, self.methods(model).values())
-        config = preset(method)
-        one_layer = all(place.layers == 1 for place, _ in find_blocks(find_unet(self.pipe(model))).values())
-        if one_layer and config.place == "after-feed-forward":
-            return config.replace(place="after-self-attention")
-        return config
 
     def request(
         self, model: str, prompt: str, method: str, cost: float, steps: int, guidance: float, seed: int
     ) -> Request:
-        """Check what was asked, as the page's own limits are not to be trusted, and solve for the rate.
+        """Check what a visitor asks for, because limits in a browser can be got around, and solve for the rate.
 
         Raises:
             ValueError: If something is out of its range; the message says what would work.
@@ -126,37 +126,37 @@ class Studio:
         _check_range("The seed", seed, 0, MAX_SEED)
         offered = self.cost_range(model, method, int(steps))
         _check_range("The cost", cost, offered.lowest, offered.highest)
-        config = self._config(model, method)
-        if cost != offered.usual:
-            config = PruningConfig.for_budget(self.pipe(model), share=cost / 100, config=config, steps=int(steps))
-        return Request((prompt.strip(),), config, steps=int(steps), guidance=float(guidance), seed=int(seed))
+        request = Request(
+            (prompt.strip(),), method_at(method), steps=int(steps), guidance=float(guidance), seed=int(seed)
+        )
+        return request if cost == offered.usual else within_budget(self.pipe(model), request, cost / 100)
 
-    def draw(self, who: str, model: str, request: Request) -> Iterator[Event]:
+    def draw(self, visitor: str, model: str, request: Request) -> Iterator[Event]:
         """Draw dense and pruned, and yield what happens.
 
         Raises:
-            Stopped: If `stop` was called for the same ``who``.
+            Stopped: If `stop` was called for the same visitor.
         """
         pipe = self.pipe(model)
-        stop = self._running[who] = threading.Event()
+        stop = self._running[visitor] = threading.Event()
         job = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(self._numbers):03d}"
         try:
             with self._busy:
                 yield from run_job(pipe, request, job, model, stop)
         finally:
-            if self._running.get(who) is stop:
-                del self._running[who]
+            if self._running.get(visitor) is stop:
+                del self._running[visitor]
 
-    def stop(self, who: str) -> bool:
-        """End what is being drawn for ``who``; whether there was anything."""
-        stop = self._running.get(who)
+    def stop(self, visitor: str) -> bool:
+        """End what is being drawn for a visitor; return whether there was anything."""
+        stop = self._running.get(visitor)
         if stop is not None:
             stop.set()
         return stop is not None
 
 
-def checked_models(models: Sequence[str]) -> tuple[str, ...]:
-    """Return the names without repeats.
+def without_repeats(models: Sequence[str]) -> tuple[str, ...]:
+    """Return names of models, each once.
 
     Raises:
         ValueError: If there is none.
