@@ -8,19 +8,11 @@ import sys
 
 import typer
 
-from atedm.cli.ablate import ablate
-from atedm.cli.accuracy import accuracy
-from atedm.cli.agreement import agreement
 from atedm.cli.bench import bench
 from atedm.cli.cost import cost
-from atedm.cli.errors import errors
 from atedm.cli.evaluate import evaluate
 from atedm.cli.generate import generate
-from atedm.cli.latency import latency
-from atedm.cli.objects import objects
-from atedm.cli.reproduce import reproduce
-from atedm.cli.scaling import scaling
-from atedm.cli.variance import variance
+from atedm.cli.lab import lab
 from atedm.cli.web import web
 
 app = typer.Typer(
@@ -50,17 +42,9 @@ def about(
 app.command()(generate)
 app.command()(web)
 app.command()(cost)
-app.command()(scaling)
-app.command()(latency)
 app.command()(bench)
-app.command()(variance)
 app.command()(evaluate)
-app.command()(reproduce)
-app.command()(objects)
-app.command()(agreement)
-app.command()(errors)
-app.command()(accuracy)
-app.command()(ablate)
+app.add_typer(lab, name="lab")
 
 
 _LOGS = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}

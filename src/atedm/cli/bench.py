@@ -1,4 +1,4 @@
-"""`atedm bench`: what a step takes with each method, in turns in one run."""
+"""`atedm bench`: what an image or a step takes with each method, in turns in one run."""
 
 from __future__ import annotations
 
@@ -7,27 +7,32 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.options import (
+from atedm.cli.lab.options import (
     BatchOption,
-    DeviceOption,
+    DtypeOption,
     JsonOption,
+    PlotOption,
     RepeatsOption,
-    SizeOption,
-    TimedDtypeOption,
     TimedGuidanceOption,
-    at_least_one,
-    parse_size,
+    progress_bar,
+    setup_of,
+    show,
 )
+from atedm.cli.options import DeviceOption, SizeOption, at_least_one, pixels
 
 if TYPE_CHECKING:
-    from atedm.bench import BenchReport
+    from PIL.Image import Image
+
+    from atedm.lab.bench.bench import BenchReport
+
+DEFAULT = "dense,matched,paper,deepcache"
+MORE = 'More: --steps 20 --repeats 5 --memory, and methods such as "matched,paper,dagger,tome[cost=matched],deepcache".'
 
 
 def bench(
     methods: Annotated[
-        str,
-        typer.Argument(help="As `atedm evaluate` takes them: presets, **tome**, **deepcache**, changes in brackets."),
-    ] = "dense,paper,paper[refresh_every=1000],dagger,matched,tome[cost=matched],deepcache",
+        str, typer.Argument(help="As `atedm evaluate` takes them: names split by commas, changes in brackets.")
+    ] = DEFAULT,
     model: Annotated[
         str,
         typer.Option(
@@ -37,7 +42,7 @@ def bench(
         ),
     ] = "tiny",
     device: DeviceOption = None,
-    dtype: TimedDtypeOption = None,
+    dtype: DtypeOption = None,
     size: SizeOption = None,
     batch: BatchOption = 1,
     guidance: TimedGuidanceOption = None,
@@ -49,85 +54,58 @@ def bench(
         ),
     ] = None,
     steps: Annotated[
-        int, typer.Option(help="Denoising steps of an image.", rich_help_panel="Image", callback=at_least_one)
-    ] = 20,
-    repeats: RepeatsOption = 5,
-    memory: Annotated[bool, typer.Option(help="Also measure the peak of activations, in one round more.")] = True,
+        int, typer.Option(help="Denoising steps of an image.", rich_help_panel="Images", callback=at_least_one)
+    ] = 10,
+    repeats: RepeatsOption = 3,
+    memory: Annotated[bool, typer.Option("--memory", help="Also measure the peak of activations.")] = False,
     json: JsonOption = False,
     out: Annotated[
         Path | None, typer.Option(help="Also write the JSON to this file.", rich_help_panel="Output")
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Also draw a chart into this PNG.", rich_help_panel="Output")
-    ] = None,
+    plot: PlotOption = None,
 ) -> None:
-    """Time each method, in turns, and print it beside the arithmetic.
+    """Time each method, in turns, and print it beside its cost.
 
-    Ratios are to dense with its fastest attention, in the same round. Times of different runs do not compare. With
-    `refresh_every=1000` a choice of tokens is known beforehand, which no way to make it can beat.
+    Ratios are to dense with its fastest attention, in the same round. Times of different runs do not compare.
 
     Examples:
-    `atedm bench --model sdxl --dtype bfloat16 --no-guidance --repeats 3`
+    `atedm bench --model sdxl --dtype bfloat16 --no-guidance`
 
-    `atedm bench "matched,matched[pruning_rate=0.4],tome[cost=matched]" --model sdxl-turbo`
+    `atedm bench "matched,matched[rate=0.4],tome[cost=matched]" --model sdxl-turbo`
     """
-    from json import dumps
-
-    import torch
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress
-
-    from atedm.bench import bench as measure
-    from atedm.choices import check_name
-    from atedm.evaluation.methods_by_name import method_by_name, parse_methods
-    from atedm.files import check_writable, save_image, save_json
-    from atedm.pictures.bench_chart import bench_chart
-    from atedm.pipelines import quiet_libraries
+    from atedm.files import check_writable, save_json
+    from atedm.lab.bench.bench import bench as measure
+    from atedm.lab.methods.by_name import method_by_name, parse_methods
 
     check_writable(out, plot)
-    if dtype is not None:
-        check_name("dtype", dtype, ("float32", "bfloat16", "float16"))
-    width, height = parse_size(size)
-    pixels = None if width is None or height is None else (width, height)
-    quiet_libraries()
-    chosen = {spec: method_by_name(spec, model, size=pixels, steps=steps) for spec in parse_methods(methods)}
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"opening {escape(model)}", total=None)
-        report = measure(
-            model,
-            chosen,
-            whole_images=whole_images,
-            steps=steps,
-            size=pixels,
-            batch=batch,
-            guidance=guidance,
-            dtype=None if dtype is None else getattr(torch, dtype),
-            device=device,
-            repeats=repeats,
-            memory=memory,
-            progress=lambda what, done, total: bar.update(task, description=escape(what), completed=done, total=total),
-        )
+    setup = setup_of(model, device, dtype, size, batch, guidance, repeats)
+    chosen = {spec: method_by_name(spec, model, size=pixels(size), steps=steps) for spec in parse_methods(methods)}
+    with progress_bar() as tell:
+        report = measure(setup, chosen, whole_images=whole_images, steps=steps, memory=memory, progress=tell)
     if out is not None:
         save_json(report.as_dict(), out)
-    if plot is not None:
-        save_image(bench_chart(report), plot)
-    if json:
-        typer.echo(dumps(report.as_dict(), indent=2))
-        return
-    for line in _table(report):
-        typer.echo(line)
+
+    def draw() -> Image:
+        from atedm.lab.charts.bench import bench_chart
+
+        return bench_chart(report)
+
+    show(report.as_dict(), table(report), json, plot, draw)
+    if methods == DEFAULT and not json:
+        typer.echo(MORE)
 
 
-def _table(report: BenchReport) -> list[str]:
-    head = ["method", "arithmetic", f"ms {'an image' if report.timed == 'image' else 'a step'}", "time, dense = 1"]
-    peaks = [row.peak for row in report.rows.values()]
-    if None not in peaks:
-        head.append("peak of activations, MiB")
-    lines = [report.headline(), "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for (name, row), peak in zip(report.rows.items(), peaks, strict=True):
-        ratio = f"{row.ratio.median:.3f} ({row.ratio.low:.3f} to {row.ratio.high:.3f})"
-        cells = [name, f"{row.arithmetic:.3f}", f"{row.time.median:.1f}", ratio]
-        cells += [] if peak is None else [f"{peak / 2**20:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+def table(report: BenchReport) -> str:
+    """Show a row a method."""
+    from atedm.lab.tables import markdown_table
+
+    peaks = any(row.peak is not None for row in report.rows.values())
+    head = ["method", "cost", f"ms, {report.timed}", "time, dense = 1", *(["peak of activations, MiB"] * peaks)]
+    rows = [
+        [
+            *(name, f"{row.cost:.3f}", f"{row.time.median:.1f}", row.ratio.text(3)),
+            *([""] if row.peak is None else [f"{row.peak / 2**20:.0f}"])[: int(peaks)],
+        ]
+        for name, row in report.rows.items()
+    ]
+    return f"{report.headline()}\n\n{markdown_table(head, rows)}"

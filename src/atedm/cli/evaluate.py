@@ -7,39 +7,34 @@ from typing import Annotated
 
 import typer
 
-from atedm.cli.evaluation_options import (
-    BatchOption,
-    CaptionsOption,
+from atedm.cli.lab.evaluation import (
     ClipModelOption,
     ClipWeightsOption,
-    DtypeOption,
+    CountOption,
     FidFeaturesOption,
     FolderOption,
-    GuidanceOption,
     MetricsOption,
     PromptsOption,
-    SeedOption,
-    SizeOption,
-    StepsOption,
-    opened,
-    read_options,
+    SheetOption,
+    run,
 )
-from atedm.cli.options import DeviceOption, ModelOption
+from atedm.cli.lab.options import BatchOption, DtypeOption, GuidanceOption, SeedOption, StepsOption
+from atedm.cli.options import DeviceOption, ModelOption, SizeOption
 
 
 def evaluate(
     methods: Annotated[
         str,
         typer.Argument(
-            help="Split by commas: **dense**, **paper**, **dagger**, **turbo**, **matched**, **tome**, **deepcache**, "
+            help="Split by commas: **dense**, **matched**, **paper**, **dagger**, **turbo**, **tome**, **deepcache**, "
             "with changes in brackets, joined by + where one is applied on top of another."
         ),
-    ] = "dense,paper,dagger,matched,tome[cost=paper]",
+    ] = "dense,matched,paper,dagger,tome[cost=paper]",
     model: ModelOption = "tiny",
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     prompts: PromptsOption = "scenes",
-    captions: CaptionsOption = None,
+    captions: CountOption = None,
     steps: StepsOption = 20,
     guidance: GuidanceOption = None,
     size: SizeOption = None,
@@ -49,6 +44,7 @@ def evaluate(
     clip_model: ClipModelOption = None,
     clip_pretrained: ClipWeightsOption = "laion2b_s34b_b88k",
     fid_features: FidFeaturesOption = None,
+    sheet: SheetOption = 6,
     out: FolderOption = Path("out/evaluate"),
 ) -> None:
     """Draw the same prompts from the same noise with several methods, and score them.
@@ -60,32 +56,30 @@ def evaluate(
     Examples:
     `atedm evaluate --captions 50`
 
-    `atedm evaluate "dense,paper,paper[recovery=direct-copy],tome[cost=paper],deepcache[interval=2]"`
+    `atedm evaluate "dense,matched,paper[refill=direct-copy],tome[cost=paper],deepcache[interval=2]"`
 
     `atedm evaluate --model stabilityai/stable-diffusion-xl-base-1.0 --prompts COCO_FOLDER --captions 5000 --steps 50`
     """
-    from atedm.evaluation.evaluate import evaluate as run
-    from atedm.evaluation.methods_by_name import method_by_name, parse_methods
-    from atedm.evaluation.report import image_sheet, markdown, write_html
-    from atedm.files import save_image
-    from atedm.pipelines import quiet_libraries
+    from atedm.lab.evaluation.experiments import Experiment
+    from atedm.lab.methods.by_name import parse_methods
 
-    quiet_libraries()
-    asked = read_options(
-        model, dtype, prompts, captions, steps, guidance, size, seed, batch, metrics, clip_model, clip_pretrained,
-        fid_features,
-    )  # fmt: skip
-    pixels = asked.drawing.size
-    chosen = {spec: method_by_name(spec, model, size=pixels, steps=steps) for spec in parse_methods(methods)}
-    with opened(asked.drawing, device) as (pipe, drawing, state, tell):
-        results = run(pipe, chosen, asked.prompts, drawing, asked.metrics, out, state=state, progress=tell)
-    if not state.is_main_process:
-        return
-    note = (
-        f"{model}, {len(asked.prompts)} prompts of {prompts}, {steps} steps, guidance {drawing.guidance:g}, "
-        f"{drawing.dtype}"
+    run(
+        Experiment("Methods side by side", "", {spec: spec for spec in parse_methods(methods)}),
+        "report",
+        model=model,
+        device=device,
+        dtype=dtype,
+        prompts=prompts,
+        captions=captions,
+        steps=steps,
+        guidance=guidance,
+        size=size,
+        seed=seed,
+        batch=batch,
+        metrics=metrics,
+        clip_model=clip_model,
+        clip_pretrained=clip_pretrained,
+        fid_features=fid_features,
+        sheet=sheet,
+        out=out,
     )
-    save_image(image_sheet(results, asked.prompts), out / "sheet.png")
-    write_html(results, asked.prompts, "Methods side by side", note, out / "report.html")
-    typer.echo(markdown(results))
-    typer.echo(str(out / "report.html"))

@@ -1,0 +1,82 @@
+"""`atedm lab agreement`: whether ways around the whole attention map keep and copy what the map would."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from atedm.cli.lab.options import (
+    BatchOption,
+    CaptionsOption,
+    DtypeOption,
+    GuidanceOption,
+    JsonOption,
+    RateOption,
+    SeedOption,
+    StepsOption,
+    checked_rate,
+    open_pipeline,
+    progress_bar,
+)
+from atedm.cli.options import DeviceOption
+
+if TYPE_CHECKING:
+    from atedm.lab.ablation import Variant
+
+
+def agreement(
+    modes: Annotated[
+        str,
+        typer.Argument(
+            help="Of **blocked**, **flash**, **triton** and **sampled**, with the number of rows: sampled/64."
+        ),
+    ] = "blocked,flash,sampled/64,sampled/32,sampled/16",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    captions: CaptionsOption = 20,
+    steps: StepsOption = 20,
+    guidance: GuidanceOption = None,
+    rate: RateOption = 0.63,
+    seed: SeedOption = 0,
+    batch: BatchOption = 10,
+    json: JsonOption = False,
+) -> None:
+    """Compare modes of the attention map with the whole map, on what the shipped model compares in dense runs.
+
+    *Kept* is the share of the whole map's kept tokens that the mode keeps too; *importance* what those it keeps carry,
+    of the most that could be; *source* the share of dropped tokens that copy the same kept token.
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from atedm.lab.evaluation.images import Drawing
+    from atedm.lab.probes.agreement import map_agreement
+    from atedm.lab.tables import markdown_table
+    from atedm.suits import TINY, suits
+    from atedm.tiny.scenes import held_out_scenes
+
+    checked_rate(rate)
+    variants = {name.strip(): variant_of_mode(name.strip()) for name in modes.split(",")}
+    drawing = Drawing(TINY, steps, suits(TINY).guidance if guidance is None else guidance, seed, batch)
+    texts = [scene.caption for scene in held_out_scenes(captions, seed)]
+    pipe = open_pipeline(TINY, device, dtype)
+    with progress_bar() as tell:
+        found = map_agreement(pipe, texts, variants, drawing, rate=rate, progress=tell)
+    if json:
+        typer.echo(dumps([asdict(row) for row in found], indent=2))
+        return
+    rows = [[row.mode, row.level, *(f"{x:.3f}" for x in (row.kept, row.importance, row.source))] for row in found]
+    typer.echo(markdown_table(["map", "level", "kept", "importance", "source"], rows))
+
+
+def variant_of_mode(name: str) -> Variant:
+    """Read a map mode, with the number of rows of a sample, such as "sampled/64"."""
+    from atedm.lab.ablation import Variant
+
+    mode, _, rows = name.partition("/")
+    if rows and not rows.isdecimal():
+        raise ValueError(f"a number of rows follows the slash, as in sampled/64, not {rows!r}")
+    if rows and mode != "sampled":
+        raise ValueError(f"only a sample has a number of rows, as in sampled/64, not {name!r}")
+    return Variant(map_mode=mode, sampled_rows=int(rows)) if rows else Variant(map_mode=mode)

@@ -1,0 +1,79 @@
+"""`atedm lab latency`: what each part of pruning takes, beside a dense run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from atedm.cli.lab.options import (
+    BatchOption,
+    DtypeOption,
+    JsonOption,
+    MethodOption,
+    PlotOption,
+    RepeatsOption,
+    TimedGuidanceOption,
+    TimedModelOption,
+    method_of,
+    progress_bar,
+    setup_of,
+    show,
+)
+from atedm.cli.options import DeviceOption, SizeOption
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from atedm.lab.probes.latency import LatencyReport
+
+
+def latency(
+    model: TimedModelOption = "tiny",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    method: MethodOption = "paper",
+    size: SizeOption = None,
+    batch: BatchOption = 1,
+    guidance: TimedGuidanceOption = None,
+    repeats: RepeatsOption = 5,
+    json: JsonOption = False,
+    plot: PlotOption = None,
+) -> None:
+    """Print what the parts of AT-EDM take in a run, in milliseconds and as a share of the dense run (Fig. S4).
+
+    Each way to the attention map is timed: the whole map one head at a time, or all heads at once; and the modes that
+    do without, in which "get map" is all of the ranking. Weights are random.
+    """
+    from atedm.files import check_writable
+    from atedm.lab.probes.latency import latency as measure
+    from atedm.suits import suits
+
+    check_writable(plot)
+    steps = suits(model).steps
+    setup = setup_of(model, device, dtype, size, batch, guidance, repeats)
+    with progress_bar() as tell:
+        report = measure(setup, method_of(method, model, steps), steps, tell)
+
+    def draw() -> Image:
+        from atedm.lab.charts.latency import latency_chart
+
+        return latency_chart(report)
+
+    show(report.as_dict(), table(report, method if model == "sdxl" else ""), json, plot, draw)
+
+
+def table(report: LatencyReport, paper: str) -> str:
+    """Show the parts, one a row; beside the paper's own figures where ``paper`` names one of its methods."""
+    from atedm.lab.probes.latency import PAPER
+    from atedm.lab.tables import markdown_table
+
+    rows = []
+    for part in (*next(iter(report.ways.values())), "all"):
+        times = [sum(run.values()) if part == "all" else run[part] for run in report.ways.values()]
+        row = [part, *(f"{time:.1f} ({time / report.dense_run:.1%})" for time in times)]
+        if theirs := PAPER.get(paper):
+            row.append(f"{sum(theirs.values()) if part == 'all' else theirs[part]:.0f}")
+        rows.append(row)
+    head = ["ms a run", *report.ways, *(["paper, one A100"] if paper in PAPER else [])]
+    lines = [f"{name} is left out: {why}" for name, why in report.left_out.items()]
+    lines.append(f"a dense step: {report.dense_step.text()} ms; a dense run: {report.dense_run / 1e3:.2f} s")
+    return "\n".join([report.headline(), "", markdown_table(head, rows), "", *lines])

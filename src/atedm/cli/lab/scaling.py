@@ -1,0 +1,60 @@
+"""`atedm lab scaling`: how the cost of attention and ResNet blocks grows with the size of the image."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from atedm.cli.lab.options import JsonOption, MethodOption, PlotOption, method_of, progress_bar, show
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def scaling(
+    models: Annotated[
+        str, typer.Option(help="Names, folders or hub ids, split by commas; see `atedm cost --help`.")
+    ] = "sdxl,sd21,sd15",
+    sizes: Annotated[str, typer.Option(help="Sides of square images in pixels, split by commas.")] = (
+        "512,768,1024,1280,1536,1792,2048"
+    ),
+    method: MethodOption = "paper",
+    json: JsonOption = False,
+    plot: PlotOption = None,
+) -> None:
+    """Show how the cost of a step grows with the image, in T MACs as torch counts them (supplement Fig. 2).
+
+    The last column is attention where it is pruned; "nothing" where the method has nothing to prune.
+    """
+    from atedm.app.models import quiet_libraries
+    from atedm.files import check_writable
+    from atedm.lab.probes.scaling import scaling as scale
+    from atedm.lab.tables import markdown_table
+
+    check_writable(plot)
+    quiet_libraries()
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", sizes):
+        raise ValueError(f"sizes must be whole numbers of pixels split by commas, such as 512,1024, not {sizes!r}")
+    names = [name.strip() for name in models.split(",") if name.strip()]
+    if not names:
+        raise ValueError("models must name at least one model")
+    with progress_bar() as tell:
+        points = scale(names, [int(side) for side in sizes.split(",")], method_of(method, names[0], 50), progress=tell)
+
+    def draw() -> Image:
+        from atedm.lab.charts.cost import scaling_chart
+
+        return scaling_chart(points)
+
+    rows = [
+        [
+            *(point.model, point.side, f"{point.attention:.4g}", f"{point.attention_share:.0%}"),
+            *(f"{point.resnet:.4g}", f"{point.other:.4g}"),
+            "nothing" if point.attention_pruned is None else f"{point.attention_pruned:.4g}",
+        ]
+        for point in points
+    ]
+    head = ["T MACs of a step", "px", "attention", "share", "ResNet", "other", "attention pruned"]
+    show([point.as_dict() for point in points], markdown_table(head, rows), json, plot, draw)

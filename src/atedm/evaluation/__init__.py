@@ -1,1 +1,0 @@
-"""Measuring what pruning costs in quality."""

@@ -1,0 +1,136 @@
+"""Charts of quality: figures against cost, a row a method, or FID against CLIP score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib import colormaps
+from PIL import Image
+
+from atedm.lab.charts.figure import FAINT_HEX, INK_HEX, marks, new_chart, new_charts, picture_of, rows_named
+from atedm.lab.evaluation.experiments import Experiment
+from atedm.lab.evaluation.outcomes import Outcome
+from atedm.lab.evaluation.scoring import ACCURACY, CLIP, COLUMNS, DISTANCE, FID
+from atedm.lab.scores.intervals import Interval
+
+SHOWN = (DISTANCE, ACCURACY, CLIP)
+"""Figures that charts show, where they were taken. The distance comes first: it tells good methods apart."""
+
+
+def experiment_chart(experiment: Experiment, outcomes: Sequence[Outcome]) -> Image.Image | None:
+    """Draw an experiment: FID against CLIP score where guidance varies, else quality against cost, or a row a method.
+
+    Args:
+        experiment: What was run.
+        outcomes: From `run_experiment`.
+
+    Returns:
+        The chart; None if no figure was taken that it shows.
+    """
+    found = [(outcome, result, result.scores.intervals()) for outcome in outcomes for result in outcome.results]
+    if experiment.guidance:
+        curves: dict[str, list[tuple[float, float, float]]] = {}
+        for outcome, result, figures in found:
+            if CLIP in figures and FID in figures:
+                point = (outcome.drawing.guidance, figures[CLIP].mean, figures[FID].mean)
+                curves.setdefault(result.name, []).append(point)
+        return curve_chart(curves, experiment.title) if curves else None
+    shown = [name for name in SHOWN if any(name in figures for _, _, figures in found)]
+    if not shown:
+        return None
+    if experiment.against_cost:
+        points = {
+            r.name: (r.candidate.kind, r.cost, figures[shown[0]]) for _, r, figures in found if shown[0] in figures
+        }
+        return cost_chart(points, shown[0], experiment.title)
+    rows = {}
+    for outcome, result, figures in found:
+        setting = "".join(f"{value:g} {what}, " for what, value in outcome.setting.items())
+        rows[f"{setting}{result.name}, cost {result.cost:.2f}"] = {name: figures.get(name) for name in shown}
+    return rows_chart(rows, experiment.title)
+
+
+def cost_chart(points: Mapping[str, tuple[str, float, Interval]], metric: str, title: str = "") -> Image.Image:
+    """Draw a figure with its interval against cost, a point a method.
+
+    Args:
+        points: (kind, cost, figure) by method; those of one kind are joined by a line.
+        metric: Which figure, one of `SHOWN`.
+        title: Headline.
+    """
+    what, factor, _ = COLUMNS[metric]
+    figure, axes = new_chart(8.5, 5.0, title)
+    styles = marks(list(dict.fromkeys(kind for kind, _, _ in points.values())))
+    for kind, style in styles.items():
+        here = sorted((cost, value) for other, cost, value in points.values() if other == kind)
+        costs = [cost for cost, _ in here]
+        means = [factor * value.mean for _, value in here]
+        ends = [
+            [factor * (value.mean - value.low) for _, value in here],
+            [factor * (value.high - value.mean) for _, value in here],
+        ]
+        axes.errorbar(costs, means, ends, ls="-", ms=6, lw=1.2, capsize=3, label=kind, **style)
+    axes.set_xlabel("cost of a run, share of dense", color=INK_HEX)
+    axes.set_ylabel(what, color=INK_HEX)
+    # Beside the plot, because methods of one cost lie on top of each other.
+    figure.legend(frameon=False, fontsize=9, loc="outside right upper")
+    axes.margins(0.12)
+    axes.grid(color=FAINT_HEX, alpha=0.15)
+    return picture_of(figure)
+
+
+def rows_chart(rows: Mapping[str, Mapping[str, Interval | None]], title: str = "") -> Image.Image:
+    """Draw a row a method and a panel a figure, each with its interval: for methods whose cost is much the same.
+
+    Args:
+        rows: Figures by method and metric, one of `SHOWN`; a method may lack some.
+        title: Headline.
+    """
+    metrics = list(dict.fromkeys(metric for figures in rows.values() for metric in figures))
+    figure, plots = new_charts(3.2 + 3.0 * len(metrics), 1.3 + 0.3 * len(rows), len(metrics), title, sharey=True)
+    for axes, metric in zip(plots, metrics, strict=True):
+        what, factor, _ = COLUMNS[metric]
+        for row, figures in enumerate(rows.values()):
+            if value := figures.get(metric):
+                mean, low, high = (factor * end for end in value)
+                ends = [[mean - low], [high - mean]]
+                axes.errorbar([mean], [row], xerr=ends, fmt="o", ms=5, capsize=3, color=colormaps["viridis"](0.35))
+        rows_named(axes, list(rows))
+        axes.set_xlabel(what, color=INK_HEX)
+        axes.grid(color=FAINT_HEX, alpha=0.15)
+    return picture_of(figure)
+
+
+def curve_chart(curves: Mapping[str, Sequence[tuple[float, float, float]]], title: str = "") -> Image.Image:
+    """Draw FID against CLIP score over guidance scales, a line a method (supplement Fig. 5).
+
+    Where some scales or methods are far off, FID is drawn by its logarithm and the good end once more, enlarged.
+
+    Args:
+        curves: (guidance, CLIP score, FID) by method.
+        title: Headline.
+    """
+    points = [point for curve in curves.values() for point in curve]
+    best_clip, best_fid = max(point[1] for point in points), min(point[2] for point in points)
+    near = [point for point in points if point[1] >= 0.97 * best_clip and point[2] <= 6 * best_fid]
+    is_spread = len(near) > len(curves) and min(point[1] for point in points) < 0.8 * best_clip
+    figure, panels = new_charts(11.0 if is_spread else 8.5, 5.0, 2 if is_spread else 1, title)
+    if is_spread:
+        panels[0].set_yscale("log")
+        for place, set_limits in ((1, panels[1].set_xlim), (2, panels[1].set_ylim)):
+            low, high = min(point[place] for point in near), max(point[place] for point in near)
+            set_limits(low - 0.08 * (high - low), high + 0.08 * (high - low))
+        panels[1].set_title("the good end, enlarged", loc="left", fontsize=9, color=FAINT_HEX)
+    styles = marks(list(curves))
+    for panel in panels:
+        for name, curve in curves.items():
+            panel.plot([p[1] for p in curve], [p[2] for p in curve], ls="-", ms=4, lw=1.2, label=name, **styles[name])
+        # One line of numbers is enough, where the lines are near each other.
+        for point in next(iter(curves.values())):
+            if not is_spread or (point in near) == (panel is panels[-1]):
+                beside = {"textcoords": "offset points", "fontsize": 7, "color": FAINT_HEX}
+                panel.annotate(f"{point[0]:g}", point[1:], (4, 4), **beside)
+        panel.set_xlabel("CLIP score", color=INK_HEX)
+    panels[0].set_ylabel("FID", color=INK_HEX)
+    panels[0].legend(frameon=False, fontsize=9)
+    return picture_of(figure)

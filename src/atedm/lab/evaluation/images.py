@@ -1,0 +1,159 @@
+"""Draw every prompt with one method into a folder: a run that can be stopped, resumed and shared out.
+
+Image i always starts from the noise of seed ``seed + i``, and images are drawn in fixed groups. So it does not matter
+how often a run was stopped, how many processes it was shared among, or whether more were asked for later. Only the last
+group may be smaller. Where fewer images are asked for later, those of a group that is cut are kept.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from atedm.files import read_json, remove_partials, save_image, save_json
+from atedm.lab.evaluation.prompts import Prompt
+from atedm.lab.extra import optional
+from atedm.lab.methods.candidates import Candidate
+
+SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is the same for every method.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    model: str = "tiny"
+    steps: int = 20
+    guidance: float = 3.0
+    seed: int = 0
+    #: Images drawn at once.
+    batch: int = 10
+    #: In pixels; None leaves them to the pipeline.
+    width: int | None = None
+    height: int | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.guidance < 1000:
+            raise ValueError(f"guidance must be 0 or more and below 1000, not {self.guidance}")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed must be 0 or more and below 2^62, not {self.seed}")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(width, height), or None where the pipeline chooses."""
+        return None if self.width is None or self.height is None else (self.width, self.height)
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """Arguments of the pipeline but for prompts, steps and noise."""
+        return {"guidance_scale": self.guidance, "width": self.width, "height": self.height}
+
+
+def image_file(folder: Path, index: int) -> Path:
+    """Return where image ``index`` is kept."""
+    return folder / f"{index:05d}.png"
+
+
+def groups(count: int, batch: int) -> list[range]:
+    """Split ``count`` images into the fixed groups they are drawn in."""
+    return [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+
+
+def missing_groups(folder: Path, count: int, batch: int) -> list[range]:
+    """Return the groups of which an image is not there yet."""
+    return [group for group in groups(count, batch) if not all(image_file(folder, i).exists() for i in group)]
+
+
+def claim_folder(folder: Path, candidate: Candidate, drawing: Drawing, prompts: Sequence[Prompt], weights: int) -> None:
+    """Write down in ``folder`` what is drawn there, or check that it is the same if images are there.
+
+    Args:
+        folder: Made if missing.
+        candidate: What is applied.
+        drawing: What is the same for every method.
+        prompts: All of them; more may be asked for later, as long as those before stay the same.
+        weights: A checksum of the model.
+
+    Raises:
+        ImportError: If psutil is not installed, which tells files of killed processes from those being written.
+        ValueError: If images of something else are there, or of nobody knows what.
+    """
+    optional("psutil")
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_partials(folder)
+    asked: dict[str, Any] = {"method": candidate.as_dict(), "drawing": asdict(drawing), "weights": weights}
+    asked["prompts"] = [zlib.crc32(prompt.text.encode()) for prompt in prompts]
+    file = folder / SETTINGS
+    drawn = any(folder.glob("*.png"))
+    if file.exists() and drawn:
+        stored = _settings(file)
+        for key in ("method", "drawing", "weights"):
+            if stored.get(key) != asked[key]:
+                raise ValueError(f"{folder} holds images of another {key}; give another --out, or remove it")
+        shorter = min(len(stored["prompts"]), len(asked["prompts"]))
+        if stored["prompts"][:shorter] != asked["prompts"][:shorter]:
+            raise ValueError(f"{folder} holds images of other prompts; give another --out, or remove it")
+        if len(stored["prompts"]) >= len(asked["prompts"]):
+            return
+    elif drawn:
+        raise ValueError(f"{folder} holds images, but no {SETTINGS} says of what; give another --out, or remove it")
+    save_json(asked, file)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        stored: dict[str, Any] = read_json(file)
+        return stored | {"prompts": list(stored["prompts"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} does not say what is drawn in its folder; give another --out, or remove the folder"
+        ) from error
+
+
+def draw_groups(
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    candidate: Candidate,
+    drawing: Drawing,
+    folder: Path,
+    todo: Sequence[range],
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Draw groups of images. Each image is written whole or not at all.
+
+    Args:
+        pipe: A text-to-image pipeline, as it is.
+        prompts: All of them.
+        candidate: What is applied.
+        drawing: What is the same for every method.
+        folder: Where to.
+        todo: Groups of indices, from `missing_groups`.
+        progress: Told how many images were drawn.
+    """
+    for group in todo:
+        with candidate.applied(pipe, seed=drawing.seed + group.start):
+            images: list[Image.Image] = pipe(
+                [prompts[i].text for i in group],
+                num_inference_steps=candidate.steps_of(drawing.steps),
+                # Generators on the CPU give the same noise on every device.
+                generator=[torch.Generator("cpu").manual_seed(drawing.seed + i) for i in group],
+                **drawing.call,
+            ).images
+        for index, image in zip(group, images, strict=True):
+            save_image(image, image_file(folder, index))
+        progress(len(group))

@@ -1,0 +1,105 @@
+"""Run an experiment: every method under every setting, on images that experiments share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from atedm.cost.budget import CostOutOfReach
+from atedm.lab.evaluation.experiments import Experiment
+from atedm.lab.evaluation.images import Drawing
+from atedm.lab.evaluation.prompts import Prompt
+from atedm.lab.evaluation.run import Result, evaluate
+from atedm.lab.evaluation.scoring import Metrics
+from atedm.lab.methods.by_name import method_by_name
+from atedm.lab.methods.candidates import Candidate
+from atedm.lab.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Results of an experiment under one setting."""
+
+    drawing: Drawing
+    results: tuple[Result, ...]
+    #: What the experiment varies, by name, such as {"guidance": 7.0}.
+    setting: Mapping[str, float] = field(default_factory=dict)
+    #: Methods that cannot be had under this setting, and why.
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        dense = next((result for result in self.results if result.name == "dense"), None)
+        results = [result.as_dict(dense) for result in self.results]
+        return {"drawing": asdict(self.drawing), "results": results, "left_out": dict(self.left_out)}
+
+
+def run_experiment(
+    experiment: Experiment,
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    drawing: Drawing,
+    metrics: Metrics,
+    out: Path,
+    *,
+    state: PartialState | None = None,
+    progress: Progress = silent,
+) -> list[Outcome]:
+    """Run an experiment. Images are kept by setting and method, so that experiments share them and runs resume.
+
+    Args:
+        experiment: One of `atedm.lab.evaluation.experiments.EXPERIMENTS`, or one of your own.
+        pipe: A text-to-image pipeline, as it is.
+        prompts: What to draw.
+        drawing: What is the same for every method, but for what the experiment varies.
+        metrics: Which figures, by which models.
+        out: Where everything is kept.
+        state: Of `accelerate`, where several processes share the work.
+        progress: Told of every group of images and every metric.
+
+    Returns:
+        One outcome a setting; their results are empty in all processes but the first.
+
+    Raises:
+        ImportError: As `evaluate`.
+        ValueError: As `evaluate`, or if every cost is out of reach on this model.
+    """
+    outcomes = []
+    for steps in experiment.steps or (drawing.steps,):
+        for guidance in experiment.guidance or (drawing.guidance,):
+            here = replace(drawing, steps=steps, guidance=guidance)
+            methods, left_out = _methods(experiment, here)
+            by_spec = {experiment.methods[label]: candidate for label, candidate in methods.items()}
+            found = evaluate(
+                pipe, by_spec, prompts, here, metrics, out / setting_name(here), state=state, progress=progress
+            )
+            labels = {spec: label for label, spec in experiment.methods.items()}
+            named = tuple(replace(result, name=labels.get(result.name, result.name)) for result in found)
+            varied = {"steps": steps} if experiment.steps else {}
+            setting = {**varied, "guidance": guidance} if experiment.guidance else varied
+            outcomes.append(Outcome(here, named, setting, left_out))
+    return outcomes
+
+
+def _methods(experiment: Experiment, drawing: Drawing) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """Return the methods by label, and why others cannot be had."""
+    methods: dict[str, Candidate] = {}
+    left_out: dict[str, str] = {}
+    for label, spec in experiment.methods.items():
+        try:
+            methods[label] = method_by_name(spec, drawing.model, size=drawing.size, steps=drawing.steps)
+        except CostOutOfReach as error:
+            left_out[label] = str(error)
+    if not methods:
+        raise ValueError(next(iter(left_out.values())))
+    return methods, left_out
+
+
+def setting_name(drawing: Drawing) -> str:
+    """Name of the folder that holds the images of a setting."""
+    size = f"-{drawing.width}x{drawing.height}" if drawing.size else ""
+    return f"{drawing.steps}-steps-guidance-{drawing.guidance:g}{size}-{drawing.dtype}"

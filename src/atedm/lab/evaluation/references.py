@@ -1,0 +1,67 @@
+"""Real pictures that images are held against, for FID."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from atedm.files import read_json, save_image, save_json
+from atedm.lab.evaluation.images import SETTINGS, image_file
+from atedm.lab.evaluation.prompts import Prompt
+from atedm.lab.scores.pixels import read_picture
+from atedm.tiny.scenes import render
+
+
+def write_references(prompts: Sequence[Prompt], folder: Path, size: tuple[int, int], seed: int = 0) -> Iterator[int]:
+    """Write one picture a prompt, PNGs named by number, and yield the number after each.
+
+    MS-COCO is cropped to the middle and resized, as the paper does; scenes are rendered with jitter from ``seed``.
+    Pictures of the same prompts, size and seed that are there already stay; others are replaced.
+
+    Args:
+        prompts: All with a picture, or all scenes.
+        folder: Made if missing.
+        size: (width, height) in pixels.
+        seed: Of the jitter of scenes.
+
+    Raises:
+        ValueError: If a prompt has no picture, or one cannot be read; the message names it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / SETTINGS
+    asked: dict[str, Any] = {"size": list(size), "seed": seed, "prompts": [_checksum(prompt) for prompt in prompts]}
+    stored = read_json(file) if file.exists() else {}
+    same = stored.get("size") == asked["size"] and stored.get("seed") == seed
+    pairs = zip(stored.get("prompts", []) if same else [], asked["prompts"], strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if shared < len(prompts):  # until all are there, the file vouches for those only
+        save_json(asked | {"prompts": asked["prompts"][:shared]}, file)
+    for index, prompt in enumerate(prompts):
+        if index >= shared or not image_file(folder, index).exists():
+            save_image(_reference(prompt, size, [seed, index]), image_file(folder, index))
+        yield index
+    if shared < len(prompts):
+        save_json(asked, file)
+
+
+def _checksum(prompt: Prompt) -> int:
+    return zlib.crc32(repr((prompt.text, prompt.scene, str(prompt.picture))).encode())
+
+
+def _reference(prompt: Prompt, size: tuple[int, int], seed: list[int]) -> Image.Image:
+    if prompt.scene is not None:
+        pixels = render(prompt.scene, np.random.default_rng(seed)).permute(1, 2, 0)
+        return Image.fromarray((pixels * 255).round().byte().numpy()).resize(size, Image.Resampling.BICUBIC)
+    if prompt.picture is None:
+        raise ValueError(f"there is no picture to hold {prompt.text!r} against")
+    picture = read_picture(prompt.picture)
+    scale = max(size[0] / picture.width, size[1] / picture.height)
+    width, height = size[0] / scale, size[1] / scale
+    left, top = (picture.width - width) / 2, (picture.height - height) / 2
+    return picture.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))

@@ -1,0 +1,209 @@
+"""Results to read: tables, a chart, a sheet of images, and one HTML page with all of them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import diffusers
+import torch
+from PIL import Image, ImageOps
+
+import atedm
+from atedm.app.pictures.canvas import Cell, draw_sheet
+from atedm.files import save_image, save_json, save_text
+from atedm.lab.charts.quality import experiment_chart
+from atedm.lab.evaluation.experiments import Experiment
+from atedm.lab.evaluation.images import image_file
+from atedm.lab.evaluation.outcomes import Outcome
+from atedm.lab.evaluation.prompts import Prompt
+from atedm.lab.evaluation.run import Result
+from atedm.lab.evaluation.scoring import COLUMNS, Metrics
+from atedm.lab.scores.judge import ALL
+from atedm.lab.tables import markdown_table
+
+Table = tuple[list[str], list[list[str]]]
+"""Head and rows."""
+
+
+def quality_table(outcomes: Sequence[Outcome]) -> Table:
+    """Cost and figures of every method, with 95 % intervals; figures that nobody has are left out."""
+    found = [(outcome, result, result.scores.intervals()) for outcome in outcomes for result in outcome.results]
+    shown = [name for name in COLUMNS if any(name in figures for _, _, figures in found)]
+    head = [*outcomes[0].setting, "method", "cost", *(COLUMNS[name][0] for name in shown)]
+    rows = []
+    for outcome, result, figures in found:
+        cells = [figures[name].text(*COLUMNS[name][1:]) if name in figures else "" for name in shown]
+        rows.append([*(f"{value:g}" for value in outcome.setting.values()), result.name, f"{result.cost:.3f}", *cells])
+    return head, rows
+
+
+def attributes_table(outcomes: Sequence[Outcome]) -> Table | None:
+    """Share right of what captions ask, in percent by attribute; None where it was not judged."""
+    found = [(outcome, result, result.scores.attributes()) for outcome in outcomes for result in outcome.results]
+    names = list(dict.fromkeys(name for _, _, shares in found for name in shares))
+    rows = [
+        [
+            *(f"{value:g}" for value in outcome.setting.values()),
+            result.name,
+            *(shares[name].text(100) if name in shares else "" for name in names),
+        ]
+        for outcome, result, shares in found
+    ]
+    return ([*outcomes[0].setting, "right, %", *names], rows) if names else None
+
+
+def markdown_of(outcomes: Sequence[Outcome]) -> str:
+    """Show the tables in Markdown, and what was left out and why."""
+    tables = [quality_table(outcomes), attributes_table(outcomes)]
+    parts = [markdown_table(*table) for table in tables if table is not None]
+    reasons = {f"{label}: {reason}" for outcome in outcomes for label, reason in outcome.left_out.items()}
+    return "\n\n".join([*parts, *(["\n".join(f"- {reason}" for reason in sorted(reasons))] if reasons else [])])
+
+
+def sheet_of(outcomes: Sequence[Outcome], prompts: Sequence[Prompt], count: int = 6, side: int = 160) -> Image.Image:
+    """Lay out the first images of every method, a prompt a row; a red frame marks what the judge finds wrong.
+
+    Args:
+        outcomes: Settings below each other, each with at least one row.
+        prompts: What was drawn.
+        count: Rows, where that is more than there are settings.
+        side: Longer side of a picture, in pixels.
+    """
+    each = max(1, count // len(outcomes))
+    rows: list[list[Cell]] = []
+    titles: list[str] = []
+    above: list[str] = []
+    for outcome in outcomes:
+        setting = ", ".join(f"{what} {value:g}" for what, value in outcome.setting.items())
+        names = [result.name for result in outcome.results]
+        for index, prompt in enumerate(prompts[:each]):
+            # Methods are named above the first row, and where they change.
+            rows.append([_cell(result, index, "" if names == above else result.name) for result in outcome.results])
+            titles.append(f"{setting}: {prompt.text}" if setting else prompt.text)
+            above = names
+    return draw_sheet(rows, titles, side=side)
+
+
+def _cell(result: Result, index: int, title: str) -> Cell:
+    with Image.open(image_file(result.folder, index)) as opened:
+        picture = opened.convert("RGB")
+    if result.scores.accuracy and not result.scores.accuracy[ALL][0][index]:
+        border = max(2, min(picture.size) // 32)
+        picture = ImageOps.expand(ImageOps.crop(picture, border), border, (220, 30, 30))
+    return Cell(picture, _short(title))
+
+
+def _short(name: str, width: int = 20) -> str:
+    """Break a name into at most three lines that fit over a picture."""
+    lines, line = [], ""
+    for part in name.replace("[", " [").replace(",", ", ").split():
+        if line and len(line) + len(part) >= width:
+            lines.append(line)
+            line = ""
+        line = f"{line} {part}".strip()
+    return "\n".join([*lines, line][:3])
+
+
+def write_report(
+    experiment: Experiment,
+    outcomes: Sequence[Outcome],
+    prompts: Sequence[Prompt],
+    metrics: Metrics,
+    out: Path,
+    name: str,
+    rows: int = 6,
+) -> str:
+    """Write NAME.json, NAME.md, NAME.html, NAME.png (a chart) and NAME-sheet.png, each whole or not at all.
+
+    Args:
+        experiment: What was run.
+        outcomes: From `run_experiment`.
+        prompts: What was drawn.
+        metrics: Which figures were taken.
+        out: The folder.
+        name: What the files are called.
+        rows: How many rows of images the sheet shows.
+
+    Returns:
+        What NAME.md holds.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        OSError: If a file cannot be written.
+    """
+    title = f"{experiment.title} ({experiment.source})" if experiment.source else experiment.title
+    drawing = outcomes[0].drawing
+    note = f"{drawing.model}, {len(prompts)} prompts, {drawing.steps} steps, guidance {drawing.guidance:g}"
+    text = f"## {title}\n\n{markdown_of(outcomes)}\n"
+    content = {
+        "atedm": atedm.__version__,
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "title": title,
+        "images": len(prompts),
+        "metrics": asdict(metrics),
+        "outcomes": [outcome.as_dict() for outcome in outcomes],
+    }
+    save_json(content, out / f"{name}.json")
+    save_text(text, out / f"{name}.md")
+    chart = experiment_chart(experiment, outcomes)
+    if chart is None:
+        (out / f"{name}.png").unlink(missing_ok=True)  # it would be of other metrics than these figures
+    else:
+        save_image(chart, out / f"{name}.png")
+    sheet = sheet_of(outcomes, prompts, rows)
+    save_image(sheet, out / f"{name}-sheet.png")
+    save_text(_page(outcomes, title, note, sheet), out / f"{name}.html")
+    return text
+
+
+def _page(outcomes: Sequence[Outcome], title: str, note: str, sheet: Image.Image) -> str:
+    """Return one page that needs nothing else: the tables and the sheet."""
+    tables = [table for table in (quality_table(outcomes), attributes_table(outcomes)) if table is not None]
+    picture = io.BytesIO()
+    sheet.save(picture, format="PNG", optimize=True)
+    return _PAGE.format(
+        title=html.escape(title),
+        note=html.escape(note),
+        tables="".join(map(_html_table, tables)),
+        picture=base64.b64encode(picture.getvalue()).decode(),
+    )
+
+
+def _html_table(table: Table) -> str:
+    head, rows = table
+    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1e1e22; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin-bottom: 1.5rem; }}
+th, td {{ text-align: right; padding: .3rem .8rem; border-bottom: 1px solid #ddd; vertical-align: bottom; }}
+th:first-child, td:first-child {{ text-align: left; font-family: ui-monospace, monospace; font-size: .9em; }}
+div {{ overflow-x: auto; }}
+img {{ max-width: 100%; margin-top: 1.5rem; }}
+p {{ color: #65676d; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{note}</p>
+{tables}
+<p>Intervals are 95 %, by bootstrap over images. Cost is the share of the dense run's multiply-accumulates of the U-Net,
+counted by torch, everything that a method adds included.</p>
+<img alt="The first images of every method, a prompt a row" src="data:image/png;base64,{picture}">
+</body>
+</html>
+"""

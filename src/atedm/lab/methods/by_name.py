@@ -1,0 +1,179 @@
+"""Methods as a user writes them: ``paper``, ``tome[ratio=0.5]``, ``paper[refill=direct-copy]+deepcache``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from atedm.cost.budget import fit_to_budget, run_cost
+from atedm.cost.tome import ToMe
+from atedm.lab.ablation import Variant, variant_of
+from atedm.lab.methods.candidates import Candidate, Dense, Pruning
+from atedm.lab.methods.peers import Caching, Merging
+from atedm.lab.methods.stacked import Stacked
+from atedm.method.contract import Method
+from atedm.method.places import WHERES
+from atedm.method.presets import METHODS
+from atedm.words import check_name
+
+NAMES = ("dense", *METHODS, "tome", "deepcache")
+EQUAL_COST = "cost"
+"""Key that solves a rate or ratio for the cost of another method: ``tome[cost=paper]``."""
+SOLVED = ("rate", "ratio", "steps_share")
+"""Fields that are solved for a cost."""
+
+
+def parse_methods(specs: str) -> list[str]:
+    """Split "dense, paper[...], tome" at the commas outside of brackets.
+
+    Raises:
+        ValueError: If there is none, or one is named twice.
+    """
+    found = [spec for spec in _split(specs, ",") if spec]
+    if not found:
+        raise ValueError("methods must name at least one method, such as dense,paper,tome[ratio=0.5]")
+    if twice := sorted({spec for spec in found if found.count(spec) > 1}):
+        raise ValueError(f"{twice[0]!r} is named twice")
+    return found
+
+
+def method_by_name(
+    spec: str, model: Any = "tiny", *, size: tuple[int, int] | None = None, steps: int = 50
+) -> Candidate:
+    """Return the method that ``spec`` describes.
+
+    A name, one of `NAMES`, with changes to its fields in brackets; several joined by ``+`` are applied from left to
+    right. Fields that `AtEdm` and `Matched` do not have make a `Variant`. ``cost=NAME`` in the brackets solves for the
+    rate or ratio at which a run costs what NAME does, ``cost=0.7`` for a share of the dense cost; for dense itself that
+    is a share of the steps. A function of one's own is imported: ``paper[rank=MODULE:NAME]``.
+
+    Args:
+        spec: What to parse.
+        model: As `atedm.cost.architectures.architecture`, for equal cost.
+        size: (width, height) in pixels, for equal cost.
+        steps: Steps of the run, for equal cost.
+
+    Raises:
+        ValueError: If a name or a field is unknown, a cost cannot be had, or is given beside what is solved for it.
+    """
+    parts = _split(spec, "+")
+    if len(parts) > 1:
+        stack: list[Candidate] = []
+        for part in parts:  # each is solved for the steps that those before it leave
+            stack.append(method_by_name(part, model, size=size, steps=steps))
+            steps = stack[-1].steps_of(steps)
+        return Stacked(tuple(stack))
+    match = re.fullmatch(r"([\w-]+)(?:\[(.*)\])?", spec.strip())
+    if match is None:
+        raise ValueError(f"cannot read the method {spec!r}; write NAME or NAME[field=value,...]")
+    name, fields = match[1], _fields(match[2] or "")
+    check_name("method", name, NAMES)
+    target = fields.pop(EQUAL_COST, None)
+    candidate = _build(name, fields)
+    if target is None:
+        return candidate
+    if solved := [field for field in fields if field in SOLVED]:
+        raise ValueError(f"give {solved[0]} or {EQUAL_COST} in {spec!r}, not both: a cost is solved for it")
+    if isinstance(target, str):
+        other = method_by_name(target, model, size=size, steps=steps)
+        if not isinstance(other, Pruning | Merging):
+            raise ValueError(f"cost must be a share of dense, or the name of a way to prune or of tome, not {target!r}")
+        target = run_cost(model, _setting(other), size=size, steps=steps)
+    return _at_cost(target, candidate, model, size, steps)
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split where ``separator`` stands outside of all brackets."""
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign == "[") - (sign == "]")
+        if sign == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    if depth:
+        raise ValueError(f"cannot read {text!r}: its brackets do not match")
+    return [part.strip() for part in parts]
+
+
+def _fields(text: str) -> dict[str, Any]:
+    """Read "field=value,...": values are JSON, or else words."""
+    fields: dict[str, Any] = {}
+    for pair in filter(None, _split(text, ",")):
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise ValueError(f"cannot read {pair!r}; write field=value")
+        if key in fields:
+            raise ValueError(f"{key} is given twice in [{text}]")
+        try:
+            fields[key] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[key] = value
+    return fields
+
+
+def _build(name: str, fields: dict[str, Any]) -> Candidate:
+    if name in METHODS:
+        return Pruning(_changed(METHODS[name], fields))
+    if name == "tome":
+        return Merging(_replace(ToMe(), fields))
+    candidate: Candidate = _replace(Caching() if name == "deepcache" else Dense(), fields)
+    return candidate
+
+
+def _changed(method: Method, fields: dict[str, Any]) -> Method:
+    """Return a method with other fields: of its own class if that has them, else a `Variant`."""
+    for field, value in fields.items():
+        if isinstance(value, str) and ":" in value:
+            fields[field] = imported(value)
+        elif field == "where":
+            check_name("where", value, WHERES)
+            fields[field] = WHERES[value]
+    known = {field.name for field in dataclasses.fields(method)}  # type: ignore[arg-type]
+    named = any(isinstance(value, str) for value in fields.values())  # such as a ranking, which only variants name
+    if not named and fields.keys() <= known:
+        changed: Method = _replace(method, fields)
+        return changed
+    for field in fields:
+        check_name("field", field, known | {field.name for field in dataclasses.fields(Variant)})
+    variant: Method = _replace(variant_of(method), fields)
+    return variant
+
+
+def imported(name: str) -> Any:
+    """Import something of one's own by MODULE:NAME; the current folder is looked in too.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    module, _, attribute = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:  # Python itself does so for a script
+        sys.path.insert(0, here)
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"cannot import {name!r}, read as MODULE:NAME: {error}") from error
+
+
+def _replace(default: Any, fields: dict[str, Any]) -> Any:
+    for key in fields:
+        check_name("field", key, [field.name for field in dataclasses.fields(default)])
+    return dataclasses.replace(default, **fields)
+
+
+def _setting(candidate: Pruning | Merging) -> Method | ToMe:
+    return candidate.method if isinstance(candidate, Pruning) else candidate.tome
+
+
+def _at_cost(share: float, candidate: Candidate, model: Any, size: tuple[int, int] | None, steps: int) -> Candidate:
+    if isinstance(candidate, Dense):
+        return Dense(share)
+    if not isinstance(candidate, Pruning | Merging):
+        raise ValueError("a cost is solved for dense steps, for pruning and for ToMe")
+    fitted: Any = fit_to_budget(model, _setting(candidate), share=share, size=size, steps=steps)
+    return Merging(fitted) if isinstance(fitted, ToMe) else Pruning(fitted)

@@ -1,0 +1,113 @@
+"""What is compared, behind one interface: the model as it is, and pruning by any method."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from atedm.method.contract import Method
+from atedm.patch import pruned
+from atedm.words import is_number
+
+_LONGEST_CYCLE = 10
+"""A choice of tokens that is kept for more steps than these counts as kept for the whole run."""
+
+
+class Candidate(Protocol):
+    """A way to make images cheaper, or none."""
+
+    @property
+    def kind(self) -> str:
+        """What charts call it. Candidates that differ in their cost alone have the same kind."""
+        ...
+
+    @property
+    def cycle(self) -> int:
+        """Steps after which what it does repeats itself."""
+        ...
+
+    def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[Any]:
+        """Change a pipeline for the length of a ``with`` block; ``seed`` is for methods that draw at random."""
+        ...
+
+    def steps_of(self, steps: int) -> int:
+        """Denoising steps it takes where ``steps`` are asked for."""
+        ...
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything that makes a difference as plain JSON values."""
+        ...
+
+
+class EveryStep:
+    """A candidate that takes as many steps as are asked for, and does the same in each."""
+
+    @property
+    def cycle(self) -> int:
+        """One step."""
+        return 1
+
+    def steps_of(self, steps: int) -> int:
+        """Return ``steps``."""
+        return steps
+
+
+@dataclass(frozen=True)
+class Dense(EveryStep):
+    """The model as it is, or with fewer steps: what anyone can do without a method.
+
+    Raises:
+        ValueError: If the share is out of its range.
+    """
+
+    #: Share of the denoising steps that are taken, in (0, 1].
+    steps_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not is_number(self.steps_share) or not 0 < self.steps_share <= 1:
+            raise ValueError(f"steps_share must be above 0 and at most 1, not {self.steps_share!r}")
+
+    @property
+    def kind(self) -> str:
+        """Dense, or dense with fewer steps."""
+        return "dense" if self == Dense() else "dense, fewer steps"
+
+    def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[Any]:
+        """Change nothing."""
+        return nullcontext()
+
+    def steps_of(self, steps: int) -> int:
+        """Return the share of ``steps``, at least one."""
+        return max(1, round(self.steps_share * steps))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the kind, and the share where it is not all."""
+        return {"kind": "dense"} if self == Dense() else {"kind": "dense", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Pruning(EveryStep):
+    """AT-EDM, matched pruning, or a variant of them."""
+
+    method: Method
+
+    @property
+    def kind(self) -> str:
+        """The name of the method."""
+        return self.method.name
+
+    @property
+    def cycle(self) -> int:
+        """For how many steps a choice of tokens is kept."""
+        kept_for: int = getattr(self.method, "refresh_every", 1)
+        return kept_for if kept_for <= _LONGEST_CYCLE else 1
+
+    def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[Any]:
+        """Prune."""
+        return pruned(pipe, self.method)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the method's settings."""
+        return {"kind": "pruning", **self.method.as_dict()}

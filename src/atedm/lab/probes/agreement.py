@@ -1,0 +1,85 @@
+"""How far a mode of the attention map agrees with the whole map, measured in dense runs on equal queries and keys."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from atedm.lab.ablation import Variant
+from atedm.lab.ablation.choosing import Ranking, rank_tokens
+from atedm.lab.evaluation.images import Drawing
+from atedm.lab.probes.dense_runs import dense_unet, draw_dense, first_layers_watched
+from atedm.lab.progress import Progress, silent
+from atedm.method.contract import View
+from atedm.method.keep import keep_most_important
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One mode at one feature level, averaged over blocks, steps and images. All are shares in [0, 1]."""
+
+    mode: str
+    level: int
+    #: Of the tokens that the whole map keeps, those that the mode keeps too. By chance it is the share kept.
+    kept: float
+    #: Importance by the whole map of what the mode keeps, of the most that it could keep.
+    importance: float
+    #: Of the tokens that the whole map drops, those that copy the same kept token.
+    source: float
+
+
+def map_agreement(
+    pipe: Any,
+    prompts: Sequence[str],
+    modes: Mapping[str, Variant],
+    drawing: Drawing,
+    *,
+    rate: float = 0.63,
+    progress: Progress = silent,
+) -> list[Agreement]:
+    """Draw dense, and compare what each mode would keep and copy with what the whole map says.
+
+    Args:
+        pipe: A text-to-image pipeline, neither patched nor compiled.
+        prompts: What to draw; with guidance the half of the batch that knows the prompt is looked at.
+        modes: Variants by name that differ from the default in ``map_mode`` and ``sampled_rows`` only.
+        drawing: Steps, guidance, size, seed and batch.
+        rate: Share of the tokens that is dropped.
+        progress: Told of every call of the U-Net.
+
+    Raises:
+        TypeError: If the pipeline has no U-Net.
+        ValueError: If it is patched or compiled, or there is nothing to draw or nothing dropped.
+    """
+    _, spans = dense_unet(pipe)
+    values: defaultdict[tuple[str, int], list[tuple[float, float, float]]] = defaultdict(list)
+
+    def compare(view: View) -> None:
+        whole = rank_tokens(Variant(map_mode="full"), view)
+        for name, variant in modes.items():
+            values[name, view.place.level] += compared(whole, rank_tokens(variant, view), view.count)
+
+    for _ in draw_dense(pipe, prompts, drawing, partial(first_layers_watched, spans, compare, rate), progress=progress):
+        pass  # the images are not looked at
+    order = {name: index for index, name in enumerate(modes)}
+    return [
+        Agreement(mode, level, *torch.tensor(values[mode, level]).mean(0).tolist())
+        for mode, level in sorted(values, key=lambda key: (order[key[0]], key[1]))
+    ]
+
+
+def compared(whole: Ranking, ours: Ranking, count: int) -> list[tuple[float, float, float]]:
+    """Return (kept, importance, source) of `Agreement` for every image, where ``count`` tokens are kept."""
+    keep, our_keep = (keep_most_important(ranking.importance, count) for ranking in (whole, ours))
+    is_kept = torch.zeros_like(whole.importance).scatter(1, keep, 1.0)
+    importance = whole.importance.gather(1, our_keep).sum(1) / whole.importance.gather(1, keep).sum(1)
+    assert whole.source is not None
+    assert ours.source is not None
+    same = (whole.source(keep) == ours.source(keep)).float() * (1 - is_kept)
+    columns = (is_kept.gather(1, our_keep).mean(1), importance, same.sum(1) / (1 - is_kept).sum(1))
+    return [*zip(*(column.tolist() for column in columns), strict=True)]

@@ -1,0 +1,78 @@
+"""How cost grows with the size of the image, model by model (supplement Fig. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from atedm.cost.architectures import architecture
+from atedm.cost.counting import count_macs
+from atedm.cost.spans import span_shape, step_macs
+from atedm.hosts.unet_spans import choose_spans, find_spans
+from atedm.lab.progress import Progress, silent
+from atedm.method.contract import Method
+
+MODELS = ("sdxl", "sd21", "sd15")
+SIDES = (512, 768, 1024, 1280, 1536, 1792, 2048)
+
+
+@dataclass(frozen=True)
+class Point:
+    """T MACs of one image's step, guidance counted, by torch's count."""
+
+    model: str
+    #: Pixels of a square image.
+    side: int
+    attention: float
+    resnet: float
+    other: float
+    #: Attention in a normal pruned step, overheads included; None where the method has nothing to prune.
+    attention_pruned: float | None
+
+    @property
+    def attention_share(self) -> float:
+        """Share of the attention blocks in the dense step."""
+        return self.attention / (self.attention + self.resnet + self.other)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self) | {"attention_share": round(self.attention_share, 4)}
+
+
+def scaling(models: Sequence[str], sides: Sequence[int], method: Method, *, progress: Progress = silent) -> list[Point]:
+    """Count models at sizes. Nothing is computed and no weights are read.
+
+    Args:
+        models: As `atedm.cost.architectures.architecture`; each is counted once.
+        sides: Pixels of square images, counted from the smallest.
+        method: What is shown beside the dense cost.
+        progress: Told of each model and size.
+
+    Raises:
+        ValueError: If a model is unknown or a size does not divide, before anything is counted.
+    """
+    architectures = [architecture(model) for model in dict.fromkeys(models)]
+    sides = sorted(set(sides))
+    for arch in architectures:
+        for side in sides:
+            arch.latents((side, side))
+    points: list[Point] = []
+    for arch in architectures:
+        unet = arch.on_meta()
+        tera = (2 if arch.guidance else 1) / 1e12
+        spans = find_spans(unet)
+        try:
+            choose_spans(spans, method)
+            has_something = True
+        except ValueError:
+            has_something = False
+        for side in sides:
+            progress(f"{arch.name} at {side} px", len(points), len(architectures) * len(sides))
+            counted = count_macs(unet, arch.call((side, side)))
+            shapes = [span_shape(unet, place, arch.latents((side, side)), arch.words) for place, _ in spans.values()]
+            resnet = sum(counted.resnets.values())
+            attention, other = counted.total - counted.rest, counted.rest - resnet
+            pruned = tera * step_macs(shapes, method).exact if has_something else None
+            points.append(Point(arch.name, side, tera * attention, tera * resnet, tera * other, pruned))
+    return points

@@ -1,0 +1,167 @@
+"""How much attention maps tell tokens apart: their variance, step by step (main paper, Fig. 5; supplement C.4).
+
+A map whose entries are all alike ranks no token above another. The paper finds the variance above 1e-5 after the first
+15 of 50 denoising steps, and for that reason prunes less in those 15. Measured here on any dense pipeline.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atedm.lab.evaluation.images import Drawing
+from atedm.lab.probes.dense_runs import dense_unet, draw_dense, first_layers_watched
+from atedm.lab.progress import Progress, silent
+from atedm.method.attention_map import attention_maps, empty_map
+from atedm.method.contract import View
+
+THRESHOLD = 1e-5
+"""The variance that the paper finds exceeded after its early steps (supplement C.4)."""
+EARLY_SHARE = 0.3
+"""Those steps as a share of the run: 15 of 50."""
+
+
+@dataclass(frozen=True)
+class BlockVariance:
+    """Variance of the entries of one block's first attention map in one denoising step, averaged over the images."""
+
+    #: Counted from 0.
+    step: int
+    block: str
+    #: Feature level, counted from 1, the finest.
+    level: int
+    #: N; the map is N x N.
+    tokens: int
+    #: Of each head's map, averaged over heads and batch.
+    per_head: float
+    #: Of the head-mean map, averaged over the batch.
+    head_mean: float
+
+    @property
+    def relative_per_head(self) -> float:
+        """``N^2 per_head``: entries average 1 / N, so this compares blocks of different sizes."""
+        return self.tokens**2 * self.per_head
+
+
+@dataclass(frozen=True)
+class VarianceReport:
+    """The variance of every block in every step."""
+
+    rows: tuple[BlockVariance, ...]
+    images: int
+    steps: int
+
+    def mean_by_step(self, field: str = "per_head", level: int | None = None) -> list[float]:
+        """Return the mean over the blocks, one a step.
+
+        Args:
+            field: "per_head", "head_mean" or "relative_per_head".
+            level: Of one feature level only.
+        """
+        rows = [row for row in self.rows if level in (None, row.level)]
+        values = [[float(getattr(row, field)) for row in rows if row.step == step] for step in range(self.steps)]
+        return [sum(of_step) / len(of_step) for of_step in values]
+
+    def mean_by_level(self, field: str = "per_head") -> dict[int, list[float]]:
+        """Return `mean_by_step` of each feature level; levels ascend."""
+        return {level: self.mean_by_step(field, level) for level in sorted({row.level for row in self.rows})}
+
+    def first_step_above(self, threshold: float = THRESHOLD) -> int | None:
+        """Return the first step whose mean over the blocks exceeds ``threshold``, counted from 0; None if none does."""
+        return next((step for step, mean in enumerate(self.mean_by_step()) if mean > threshold), None)
+
+    def as_dict(self, threshold: float = THRESHOLD) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return {
+            **asdict(self),
+            "threshold": threshold,
+            "first_step_above": self.first_step_above(threshold),
+            "mean_by_step": self.mean_by_step(),
+            "relative_mean_by_step": self.mean_by_step("relative_per_head"),
+            "mean_by_level": {str(level): means for level, means in self.mean_by_level().items()},
+        }
+
+
+def map_variance(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Variance of the entries of an attention map, around their own mean, in two ways.
+
+    Never more than one head's map and the mean are held.
+
+    Args:
+        q: Queries, (B, H, N, D), any floating dtype.
+        k: Keys, (B, H, N, D).
+        scale: The factor on the logits.
+
+    Returns:
+        (2,) float32: of each head's map, averaged over heads and batch; and of the head-mean map, averaged over the
+        batch.
+    """
+    heads = q.shape[1]
+    mean_map = empty_map(q, k)
+    per_head = mean_map.new_zeros(())
+    for a in attention_maps(q, k, scale):
+        per_head += _entry_variance(a) / heads
+        mean_map.add_(a, alpha=1 / heads)
+        del a  # or it lives on while the next head is computed
+    return torch.stack([per_head, _entry_variance(mean_map)])
+
+
+def _entry_variance(maps: Tensor) -> Tensor:
+    """Variance of the entries of each (N, N) map, averaged over the batch."""
+    # Not mean(a^2) - mean(a)^2: 1e-9 between two numbers of about 1e-7 is lost in float32.
+    return maps.flatten(1).var(-1, unbiased=False).mean()
+
+
+def attention_variance(
+    pipe: Any,
+    prompts: Sequence[str],
+    drawing: Drawing,
+    *,
+    progress: Progress = silent,
+) -> VarianceReport:
+    """Draw one image a prompt, dense, and measure the first attention map of every block on the way.
+
+    The images are what they would be without measuring, are drawn one at a time, and are not decoded. With guidance the
+    unprompted half of the batch counts like the prompted.
+
+    Args:
+        pipe: A text-to-image pipeline with a U-Net, neither patched nor compiled.
+        prompts: One image each.
+        drawing: Steps, guidance, size and seed. Where the scheduler calls the U-Net more often (Heun), calls are spread
+            over the steps in their order and averaged within each.
+        progress: Told of every call of the U-Net.
+
+    Raises:
+        TypeError: If the pipeline has no U-Net.
+        ValueError: If it is patched or compiled, has no attention blocks, or there is nothing to draw.
+    """
+    _, spans = dense_unet(pipe)
+    tokens: dict[str, int] = {}
+    found: list[tuple[int, str, list[float]]] = []
+
+    def measure(view: View) -> None:
+        tokens[view.place.name] = view.tokens.shape[1]
+        found.append((int(view.step), view.place.name, map_variance(*view.self_attention()).tolist()))
+
+    def watch(_: int) -> AbstractContextManager[None]:
+        return first_layers_watched(spans, measure, rate=None)
+
+    by_step: defaultdict[tuple[int, str], list[list[float]]] = defaultdict(list)
+    for _ in draw_dense(pipe, prompts, replace(drawing, batch=1), watch, progress=progress):
+        calls = 1 + max(call for call, _, _ in found)
+        for call, block, variance in found:
+            by_step[call * drawing.steps // calls, block].append(variance)
+        found.clear()
+    rows = tuple(
+        BlockVariance(step, name, place.level, tokens[name], *np.mean(by_step[step, name], axis=0).tolist())
+        for step in range(drawing.steps)
+        for name, (place, _) in spans.items()
+    )
+    return VarianceReport(rows, len(prompts), drawing.steps)

@@ -1,0 +1,157 @@
+"""CLIP score: how well an image fits its prompt, by any open_clip model.
+
+Hessel et al., CLIPScore, EMNLP 2021, without its factor 2.5 and without clipping at zero: the bare cosine, which is
+what text-to-image papers plot, AT-EDM (CVPR 2024) among them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from atedm.app.devices import best_device
+from atedm.lab.extra import optional
+from atedm.lab.scores.pixels import read_picture
+from atedm.tiny import weights_folder
+
+CLIP_MODEL, CLIP_WEIGHTS = "ViT-g-14", "laion2b_s34b_b88k"
+"""open_clip's names of model and weights. The paper's "ViT-G/14" may be these, or open_clip's ViT-bigG-14."""
+TINY_CLIP = "tiny"
+"""Our name of the small CLIP that ships: it knows the scenes, and nothing else."""
+
+
+def tiny_clip() -> str:
+    """Return open_clip's name of the small CLIP that ships."""
+    return f"local-dir:{weights_folder() / 'clip'}"
+
+
+class OpenedClip(NamedTuple):
+    """An open_clip model in float32, ready to score, with what prepares its images and prompts."""
+
+    model: Any
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenizer: Callable[[Sequence[str]], Tensor]
+    device: torch.device
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width, in pixels, of the images the model looks at."""
+        size = self.model.visual.preprocess_cfg["size"]
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def open_clip_model(model: str = CLIP_MODEL, pretrained: str = CLIP_WEIGHTS, device: str | None = None) -> OpenedClip:
+    """Open a model by open_clip's own names.
+
+    Args:
+        model: A name of ``open_clip.list_pretrained()``, "hf-hub:OWNER/NAME", "local-dir:FOLDER", or `TINY_CLIP`.
+        pretrained: The tag, or a file, of the weights; ignored with the last three.
+        device: By default CUDA, else MPS, else the CPU.
+
+    Raises:
+        ImportError: If open_clip is not installed.
+        ValueError: If there is no such model, or its weights are neither here nor to be downloaded.
+    """
+    open_clip = optional("open_clip")
+    where = torch.device(device or best_device())
+    model = tiny_clip() if model == TINY_CLIP else model
+    try:
+        with _quiet():
+            network, _, preprocess = open_clip.create_model_and_transforms(
+                model,
+                pretrained=None if ":" in model else pretrained,
+                precision="fp32",
+                device=where,
+                require_pretrained=True,  # or open_clip would go on with random weights
+            )
+            tokenizer = open_clip.get_tokenizer(model)
+    except Exception as error:
+        weights = f"with the weights {pretrained}" if pretrained else "without weights"
+        tried = model if ":" in model else f"{model} {weights}"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"cannot open the CLIP model {tried}: {reason}; what works is a name and a tag of "
+            "open_clip.list_pretrained() and a connection, or 'local-dir:FOLDER' of an open_clip model"
+        ) from error
+    return OpenedClip(network.eval(), preprocess, tokenizer, where)
+
+
+@torch.inference_mode()
+def image_features(clip: OpenedClip, pixels: Tensor) -> Tensor:
+    """Return the output of the image tower, not normalised to length one.
+
+    Args:
+        clip: The model.
+        pixels: (B, 3, H, W) float in [0, 255], H and W being ``clip.size``.
+
+    Returns:
+        (B, d) float32 on the model's device.
+    """
+    config = clip.model.visual.preprocess_cfg
+    mean, std = (torch.tensor(config[name], device=clip.device).view(1, 3, 1, 1) for name in ("mean", "std"))
+    features: Tensor = clip.model.encode_image((pixels.to(clip.device, torch.float32) / 255 - mean) / std)
+    return features
+
+
+@torch.inference_mode()
+def clip_scores(
+    files: Sequence[Path],
+    prompts: Sequence[str],
+    *,
+    model: str = CLIP_MODEL,
+    pretrained: str = CLIP_WEIGHTS,
+    device: str | None = None,
+    batch: int = 32,
+) -> list[float]:
+    """Score each image against its own prompt. Scores of two models do not compare.
+
+    Images are prepared by open_clip: the shortest side is resized to the model's size and the middle is cut out. A
+    prompt longer than the model reads is cut off.
+
+    Args:
+        files: n images.
+        prompts: n prompts.
+        model: See `open_clip_model`.
+        pretrained: See `open_clip_model`.
+        device: See `open_clip_model`.
+        batch: Images looked at together.
+
+    Returns:
+        n cosine similarities in [-1, 1], computed in float32.
+
+    Raises:
+        ImportError: If open_clip is not installed.
+        ValueError: If the two are not equally many, a file is no image, or the model cannot be opened.
+    """
+    if len(files) != len(prompts):
+        raise ValueError(f"each image needs its prompt: {len(files)} images and {len(prompts)} prompts")
+    if not files:
+        return []
+    clip = open_clip_model(model, pretrained, device)
+    scores: list[float] = []
+    for start in range(0, len(files), batch):
+        some = slice(start, start + batch)
+        pixels = torch.stack([clip.preprocess(read_picture(file)) for file in files[some]]).to(clip.device)
+        looks = clip.model.encode_image(pixels, normalize=True)
+        words = clip.model.encode_text(clip.tokenizer(list(prompts[some])).to(clip.device), normalize=True)
+        # Two rounded vectors of length one can have a product a little above one.
+        scores += (looks * words).sum(dim=1).clamp(-1, 1).tolist()
+    return scores
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip's notes, which go to the root logger, out of the terminal: what matters is raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)

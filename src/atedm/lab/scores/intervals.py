@@ -1,0 +1,73 @@
+"""Means and shares with 95 % intervals: the bootstrap of scipy over captions."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from atedm.lab.extra import optional
+
+
+class Interval(NamedTuple):
+    """An estimate and the ends of its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def text(self, scale: float = 1.0, digits: int = 1) -> str:
+        """Show as "97.5 (96.0 to 98.6)"."""
+        return f"{scale * self.mean:.{digits}f} ({scale * self.low:.{digits}f} to {scale * self.high:.{digits}f})"
+
+
+def ratio_interval(right: ArrayLike, asked: ArrayLike, *, draws: int = 2000, seed: int = 0) -> Interval:
+    """Estimate sum(right) / sum(asked), resampling whole captions, because objects of one caption depend on each other.
+
+    Args:
+        right: (n,) how much of each caption is right.
+        asked: (n,) how much it asks for.
+        draws: Bootstrap samples.
+        seed: Seed of the resampling.
+
+    Raises:
+        ImportError: If scipy is not installed.
+        ValueError: If nothing is asked at all.
+    """
+    r, a = np.asarray(right, dtype=np.float64), np.asarray(asked, dtype=np.float64)
+    if a.sum() <= 0:
+        raise ValueError("no caption asks for this, so there is no share to give")
+
+    def share(r: Any, a: Any, axis: int = -1) -> Any:
+        with np.errstate(invalid="ignore"):  # a sample may hold no caption that asks
+            return r.sum(axis=axis) / a.sum(axis=axis)
+
+    mean = float(share(r, a))
+    if len(r) == 1:
+        return Interval(mean, mean, mean)
+    found = optional("scipy.stats").bootstrap(
+        (r, a),
+        share,
+        paired=True,
+        vectorized=True,
+        n_resamples=draws,
+        batch=200,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    )
+    low, high = np.nanpercentile(found.bootstrap_distribution, [2.5, 97.5])
+    return Interval(mean, float(low), float(high))
+
+
+def mean_interval(values: ArrayLike, *, draws: int = 2000, seed: int = 0) -> Interval:
+    """Estimate the mean of ``values`` (n,), resampling them.
+
+    Raises:
+        ImportError: If scipy is not installed.
+        ValueError: If there are none.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if not x.size:
+        raise ValueError("no values to average")
+    return ratio_interval(x, np.ones_like(x), draws=draws, seed=seed)

@@ -1,0 +1,119 @@
+"""What is timed, and on what."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atedm.app.devices import best_device, usual_dtype
+from atedm.cost.architectures import architecture
+from atedm.suits import TINY, suits
+from atedm.words import check_whole
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model at one size on one device."""
+
+    model: str
+    #: (width, height) in pixels.
+    size: tuple[int, int]
+    #: Images at a time.
+    batch: int
+    #: Whether the U-Net runs on two of each image.
+    guidance: bool
+    dtype: str
+    device: str
+    repeats: int
+    processor: str
+    threads: int
+    versions: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        *,
+        size: tuple[int, int] | None = None,
+        batch: int = 1,
+        guidance: bool | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        repeats: int = 5,
+    ) -> Setup:
+        """Fill in what suits the model and what this machine says of itself.
+
+        By default the size is the model's own, guidance as the model is run, the device the fastest there is, and the
+        dtype float32 on the CPU and float16 elsewhere. ``repeats`` rounds count, after one to warm up.
+
+        Raises:
+            FileNotFoundError: If ``model`` is a folder that is not there.
+            ValueError: If a count is below 1, or a size does not suit the model.
+        """
+        check_whole("batch", batch)
+        check_whole("repeats", repeats)
+        size = size or (architecture(model).default_size if not Path(model).is_file() else None)
+        if size is None:
+            raise ValueError("give a --size: a single file does not say what the model was trained for")
+        device = device or best_device()
+        return cls(
+            model,
+            size,
+            batch,
+            suits(model).guidance > 0 if guidance is None else guidance,
+            dtype or str(usual_dtype(device)).removeprefix("torch."),
+            device,
+            repeats,
+            processor_of(device),
+            torch.get_num_threads(),
+            {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def call(self) -> dict[str, Any]:
+        """Return the arguments of a call of the U-Net but for the timestep, on the device."""
+        images = self.batch * (2 if self.guidance else 1)
+        return architecture(self.model).call(self.size, images, device=self.device, dtype=self.torch_dtype)
+
+    def has_weights(self) -> bool:
+        """Whether the weights are at hand: of the model that ships, of a file, or of a folder that holds them."""
+        folder = Path(self.model).expanduser()
+        return self.model == TINY or folder.is_file() or any((folder / "unet").glob("*.safetensors"))
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        return (
+            f"{self.model}, {self.size[0]} x {self.size[1]} pixels, batch {self.batch} "
+            f"{'with' if self.guidance else 'without'} guidance, {self.dtype}, {self.processor}, {self.threads} "
+            f"thread{'s' * (self.threads > 1)}, torch {self.versions['torch']}"
+        )
+
+
+_PACKAGES = ("torch", "diffusers", "tomesd", "DeepCache")
+
+
+def processor_of(device: str) -> str:
+    """Return the name of the GPU, or of the CPU as far as the system tells; ``device`` as torch names it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
