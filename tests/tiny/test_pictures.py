@@ -42,7 +42,9 @@ def test_articles_and_plurals() -> None:
 
 
 def test_captions_read_as_people_write_them() -> None:
-    assert Scene(("duck", "volcano"), "night", "in front of").caption == "a duck in front of a volcano under a night sky"
+    assert (
+        Scene(("duck", "volcano"), "night", "in front of").caption == "a duck in front of a volcano under a night sky"
+    )
     assert Scene(("duck", "owl", "cherries"), "sea").caption == "a duck, an owl and cherries by the sea"
     assert Scene(("rose",), "pink", size="large", is_short=True).caption == "a large rose"
 

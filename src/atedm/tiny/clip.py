@@ -18,7 +18,7 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 from torch import Tensor
 
-from atedm.pipelines import tiny_folder
+from atedm.tiny import weights_folder
 from atedm.tiny.classifier import canonical
 from atedm.tiny.scenes import (
     BACKGROUNDS,
@@ -152,7 +152,7 @@ def train_clip(
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = Path(scratch)
         (made / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-        for file in sorted((tiny_folder() / "tokenizer").iterdir()):
+        for file in sorted((weights_folder() / "tokenizer").iterdir()):
             shutil.copyfile(file, made / file.name)
         torch.manual_seed(seed)
         model = open_clip.create_model(f"local-dir:{made}", load_weights=False)
@@ -227,7 +227,7 @@ def _pool(count: int, rebuilt: int, rng: np.random.Generator) -> tuple[list[Scen
 
 
 def _autoencoder() -> Callable[[Tensor], Tensor]:
-    vae = AutoencoderTiny.from_pretrained(tiny_folder() / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderTiny.from_pretrained(weights_folder() / "vae", torch_dtype=torch.float32)
 
     def rebuild(images: Tensor) -> Tensor:
         with torch.inference_mode():
