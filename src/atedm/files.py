@@ -1,4 +1,4 @@
-"""Files appear under their name whole or not at all, and one that is broken is called by its name."""
+"""Files appear under their name whole or not at all, and errors name the file that is broken."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from PIL import Image
 
 @contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """Give a path to write to, which becomes ``file`` at the end; whatever goes wrong on the way leaves nothing.
+    """Give a path to write to, which becomes ``file`` at the end. If anything goes wrong, nothing is left.
 
-    The folder is made if missing. A process that is killed leaves a hidden file that ends in ".partial". A link stays
-    one, and what it leads to is written; a pipe or a device takes what comes, because it cannot be replaced.
+    The folder is made if missing. A process that is killed leaves a hidden file that ends in ".partial". A link stays a
+    link, and its target is written. A pipe or a device is written directly, because it cannot be replaced.
 
     Raises:
         OSError: If it cannot be written; the message names ``file``.
@@ -31,16 +31,16 @@ def written_whole(file: Path) -> Iterator[Path]:
         if not is_stream:
             partial.replace(target)
     except BaseException as error:
-        # Where the folder itself is at fault there is nothing to remove, and the first error is the one to tell.
         if not is_stream:
-            _remove(partial)
+            with suppress(OSError):  # if the folder itself is at fault, the first error is the one to tell
+                partial.unlink()
         if isinstance(error, OSError):
             raise OSError(f"cannot write {file}: {error.strerror or error}") from error
         raise
 
 
 def check_writable(*files: Path | None) -> None:
-    """See before long work that its results can be written; None is a file that was not asked for.
+    """Check before long work that its results can be written. None is a file that was not asked for.
 
     Raises:
         ValueError: If two are the same.
@@ -52,54 +52,37 @@ def check_writable(*files: Path | None) -> None:
             raise ValueError(f"{file} is named for two results; give each a file of its own")
         if file.is_dir():
             raise IsADirectoryError(f"cannot write {file}: it is a folder")
-        with suppress(_Checked), written_whole(file) as partial:
+        with suppress(_NothingToWrite), written_whole(file) as partial:
             partial.touch()
-            raise _Checked
+            raise _NothingToWrite
 
 
-class _Checked(Exception):
-    """What `written_whole` is left by where nothing is to be written yet."""
+class _NothingToWrite(Exception):
+    """Leaves `written_whole` without a file."""
 
 
 def save_image(image: Image.Image, file: Path) -> None:
-    """Write a PNG.
-
-    Raises:
-        OSError: As `written_whole`.
-    """
+    """Write a PNG."""
     with written_whole(file) as partial:
         image.save(partial, format="PNG")
 
 
 def save_json(content: Any, file: Path) -> None:
-    """Write JSON.
-
-    Raises:
-        OSError: As `written_whole`.
-    """
+    """Write JSON."""
     save_text(json.dumps(content, indent=2) + "\n", file)
 
 
 def save_text(text: str, file: Path) -> None:
-    """Write text in UTF-8.
-
-    Raises:
-        OSError: As `written_whole`.
-    """
+    """Write text in UTF-8."""
     with written_whole(file) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def read_json(file: Path, kind: type[Any] = dict, *, advice: str = "remove it, and the next run makes it again") -> Any:
-    """Read a file that a run of ours wrote and that holds a ``kind``.
-
-    Args:
-        file: What to read.
-        kind: What it holds.
-        advice: What to do about one that is something else.
+    """Read a JSON file that a run of ours wrote and that holds a ``kind``.
 
     Raises:
-        ValueError: If it is something else; the message names it.
+        ValueError: If it is something else; the message names it and gives ``advice``.
     """
     try:
         content = json.loads(file.read_bytes())
@@ -112,17 +95,11 @@ def read_json(file: Path, kind: type[Any] = dict, *, advice: str = "remove it, a
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder, and leave what others are writing."""
+    """Remove what killed processes left half-written in a folder. What others are writing stays. Needs psutil."""
     import psutil
 
     for partial in folder.glob(".*.partial"):
         writer = partial.name.split(".")[-2]
         if not writer.isdecimal() or int(writer) == os.getpid() or not psutil.pid_exists(int(writer)):
-            _remove(partial)
-
-
-def _remove(partial: Path) -> None:
-    try:
-        partial.unlink()
-    except OSError:
-        return
+            with suppress(OSError):
+                partial.unlink()

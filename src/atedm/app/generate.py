@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,11 @@ def generate(
     if compare and request.other is not None:
         methods["other"] = request.other
     costs = {}
+    width, height = (side // pipe.vae_scale_factor for side in image_size(pipe, request))
     for kind, method in methods.items():
         if method is not None:
             with pruned(pipe, method, protect=mask):  # before any work: refuses what cannot be pruned
-                check_protected(pipe, _latent_size(pipe, request))
+                check_protected(pipe, (height, width))
             costs[kind] = request_cost(pipe, request, method)
 
     results: list[ImageResult] = []
@@ -147,23 +148,17 @@ def _make(
 def _result(request: Request, index: int, made: Mapping[str, _Made], kind: str = "pruned") -> ImageResult:
     one, dense = made[kind], made.get("dense")
     assert one.recording is not None
-    result = ImageResult(
+    return ImageResult(
         file=f"{kind}-{index}.png",
         prompt=request.prompts[index],
         seed=request.seed + index,
         seconds=round(one.seconds, 3),
         kept_share=round(one.recording.kept_share, 4),
+        dense_file=None if dense is None else f"dense-{index}.png",
+        dense_seconds=None if dense is None else round(dense.seconds, 3),
+        psnr_to_dense=None if dense is None else min(round(psnr(one.image, dense.image), 2), 999.0),
+        other=_result(request, index, made, "other") if kind == "pruned" and "other" in made else None,
     )
-    if dense is not None:
-        result = replace(
-            result,
-            dense_file=f"dense-{index}.png",
-            dense_seconds=round(dense.seconds, 3),
-            psnr_to_dense=min(round(psnr(one.image, dense.image), 2), 999.0),
-        )
-    if kind == "pruned" and "other" in made:
-        result = replace(result, other=_result(request, index, made, "other"))
-    return result
 
 
 def _read_mask(file: Path) -> Image.Image:
@@ -180,8 +175,3 @@ def _read_mask(file: Path) -> Image.Image:
         raise
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is no picture ({error}); give a PNG, white where nothing is to be dropped") from error
-
-
-def _latent_size(pipe: Any, request: Request) -> tuple[int, int]:
-    width, height = image_size(pipe, request)
-    return height // pipe.vae_scale_factor, width // pipe.vae_scale_factor

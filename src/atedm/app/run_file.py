@@ -66,34 +66,27 @@ def read_run_file(file: Path) -> tuple[str, Request]:
         ValueError: If it is no run file, or not enough to make the run again; the message says why.
     """
     run = read_json(file, advice="give the run.json of a run")
-    model, request = run.get("model"), run.get("request")
-    if not isinstance(model, str) or not isinstance(request, dict):
+    model, values = run.get("model"), run.get("request")
+    if not isinstance(model, str) or not isinstance(values, dict):
         raise ValueError(f"{file} is no run file: it names no model and request")
+    known = {field.name for field in dataclasses.fields(Request)}
     try:
-        return model, _read_request(request, file.parent / MASK)
+        if unknown := [name for name in values if name not in known]:
+            raise ValueError(f"Request has no field {unknown[0]!r}; it may be from another version of atedm")
+        if not isinstance(prompts := values.get("prompts"), list):
+            raise ValueError(f"prompts must be a list, not {prompts!r}")
+        methods: dict[str, Any] = {"method": _read_method(values.get("method"))}
+        if values.get("other") is not None:
+            methods["other"] = _read_method(values["other"])
+        request = Request(**values | {"prompts": tuple(prompts)} | methods)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} holds no run that can be made again: {error}") from error
+    if request.protect and (mask := file.parent / MASK).exists():
+        request = dataclasses.replace(request, protect=str(mask))  # the picture itself may be elsewhere by now
+    return model, request
 
 
-def _read_request(values: dict[str, Any], mask: Path) -> Request:
-    fields = dict(values)
-    known = {field.name for field in dataclasses.fields(Request)}
-    if unknown := [name for name in fields if name not in known]:
-        raise ValueError(f"Request has no field {unknown[0]!r}; it may be from another version of atedm")
-    if not isinstance(prompts := fields.get("prompts"), list):
-        raise ValueError(f"prompts must be a list, not {prompts!r}")
-    method = _read_method(fields.pop("method", None))
-    if method is None:
-        raise ValueError("it names no method")
-    other = _read_method(fields.pop("other", None))
-    if fields.get("protect") and mask.exists():
-        fields["protect"] = str(mask)  # the picture itself may be elsewhere by now
-    return Request(**fields | {"prompts": tuple(prompts), "method": method, "other": other})
-
-
-def _read_method(values: object) -> Method | None:
-    if values is None:
-        return None
+def _read_method(values: object) -> Method:
     if not isinstance(values, dict):
         raise ValueError(f"a method must be fields by name, not {values!r}")
     return method_from_dict(values)

@@ -70,8 +70,6 @@ def cost(
 
     `atedm cost --budget 0.7` solves for the rate at which a run costs 70 % of the dense one.
     """
-    from dataclasses import asdict
-
     from rich.console import Console
     from rich.markup import escape
 
@@ -100,9 +98,7 @@ def cost(
 
         save_image(stage_chart(report), plot)
     if as_json:
-        beside = [
-            asdict(tome) | {name: report.with_tome(tome, name).as_dict() for name in CONVENTIONS} for tome in tomes
-        ]
+        beside = [vars(tome) | {name: report.with_tome(tome, name).as_dict() for name in CONVENTIONS} for tome in tomes]
         typer.echo(dumps(report.as_dict() | {"tome": beside}, indent=2))
         return
     typer.echo(cost_text(report, tomes))

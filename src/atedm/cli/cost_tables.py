@@ -1,4 +1,4 @@
-"""What `atedm cost` prints for people: the arithmetic of steps, stages and blocks."""
+"""What `atedm cost` prints for people: the arithmetic of steps and blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from atedm.method.contract import Method
 
 _UNITS = {"T": 1e12, "G": 1e9}
-_STEPS = ("dense", "normal_step", "early_step")
 
 
 def cost_text(report: CostReport, tomes: Sequence[ToMe]) -> str:
@@ -23,7 +22,6 @@ def cost_text(report: CostReport, tomes: Sequence[ToMe]) -> str:
         (
             _headline(report),
             _steps_table(report, tomes),
-            _stages_table(report),
             _blocks_table(report),
             f"The method adds {report.overhead() / _UNITS[unit]:.3f} {unit} MACs to a normal step.\n"
             f"A run of {report.steps} steps: {report.steps * run.dense / _UNITS[unit]:.1f} {unit} MACs dense, "
@@ -57,21 +55,6 @@ def _steps_table(report: CostReport, tomes: Sequence[ToMe]) -> str:
         levels = "all levels" if tome.levels == "all" else "highest level"
         rows.append(row(f"ToMe {tome.ratio:.0%}, {parts}, {levels}", report.with_tome(tome)))
     return markdown_table([f"{unit} MACs of a step", "dense", "normal", "early", "mean", "cost"], rows)
-
-
-def _stages_table(report: CostReport) -> str:
-    dense = report.figures().dense
-    rows = []
-    for stage in report.stages:
-        spans = report.spans_of(stage.name)
-        sums = [sum(getattr(span, step).exact for span in spans) for step in _STEPS]
-        rows.append([100 * macs / dense for macs in (stage.resnet, stage.other, *sums)])
-    total = [sum(column) for column in zip(*rows, strict=True)]
-    names = [*(stage.name for stage in report.stages), "all stages"]
-    return markdown_table(
-        ["% of the dense step", "ResNet", "other", "attention", "normal", "early"],
-        [[name, *(f"{share:.1f}" for share in row)] for name, row in zip(names, [*rows, total], strict=True)],
-    )
 
 
 def _blocks_table(report: CostReport) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,16 +27,6 @@ if TYPE_CHECKING:
 
 _WITH_AGAIN = ("again", "out", "device", "compare", "compare_with", "maps")
 """What may be given with ``--again``, because it is not of the run itself."""
-
-
-class OtherMethod(str, Enum):
-    """What ``--compare-with`` takes: the name of a method, or none."""
-
-    matched = "matched"
-    paper = "paper"
-    dagger = "dagger"
-    turbo = "turbo"
-    none = "none"
 
 
 def generate(
@@ -81,9 +70,9 @@ def generate(
         ),
     ] = False,
     compare_with: Annotated[
-        OtherMethod | None,
+        MethodName | None,
         typer.Option(
-            help="Turns --compare on, and names the other method. It has the same cost if it gets there. "
+            help="Turns --compare on and names the other method, which is shown at the same cost if it gets there. "
             "By default paper beside matched, and matched beside others.",
             rich_help_panel="Output",
         ),
@@ -107,18 +96,29 @@ def generate(
 
     `atedm generate --again out/run.json --out out/again` makes the images of a run again.
     """
-    from dataclasses import replace
-
     from rich.console import Console
     from rich.markup import escape
 
-    from atedm.app.equal_cost import with_other_method, within_budget
+    from atedm.app.equal_cost import method_at, with_other_method, within_budget
     from atedm.app.models import load_pipeline, quiet_libraries
+    from atedm.app.request import Request
     from atedm.app.run_file import read_run_file
+    from atedm.suits import suits
 
     refuse_rate_and_budget(rate, budget)
     if again is None:
-        request = _request(model, prompts, method, rate, steps, guidance, size, seed, protect)
+        suiting = suits(model)
+        width, height = pixels(size) or (None, None)
+        request = Request(
+            prompts=tuple(prompts or suiting.prompts),
+            method=method_at(suiting.method if method is None else method.value, rate),
+            steps=suiting.steps if steps is None else steps,
+            guidance=suiting.guidance if guidance is None else guidance,
+            width=width,
+            height=height,
+            seed=seed,
+            protect=None if protect is None else str(protect),
+        )
     elif given := _given(context, but=_WITH_AGAIN):
         raise ValueError(f"--again makes a run again as it was; leave out {', '.join(given)}")
     else:
@@ -129,9 +129,7 @@ def generate(
         pipe = load_pipeline(model, device=device)
         if budget is not None:
             request = within_budget(pipe, request, budget)
-        if compare_with is OtherMethod.none:
-            request = replace(request, other=None)
-        elif compare and (compare_with is not None or request.other is None):
+        if compare and (compare_with is not None or request.other is None):
             request = with_other_method(pipe, request, compare_with and compare_with.value)
     results = _make_with_progress(pipe, request, out, compare, maps, model)
     for image in results:
@@ -139,36 +137,6 @@ def generate(
         if image.other is not None:
             typer.echo(_line(out, image.other))
     typer.echo(str(out / ("comparison.png" if compare else "run.json")))
-
-
-def _request(
-    model: str,
-    prompts: list[str] | None,
-    method: MethodName | None,
-    rate: float | None,
-    steps: int | None,
-    guidance: float | None,
-    size: str | None,
-    seed: int,
-    protect: Path | None,
-) -> Request:
-    """Fill in what suits the model where nothing was asked for."""
-    from atedm.app.equal_cost import method_at
-    from atedm.app.request import Request
-    from atedm.suits import suits
-
-    suiting = suits(model)
-    width, height = pixels(size) or (None, None)
-    return Request(
-        prompts=tuple(prompts or suiting.prompts),
-        method=method_at(suiting.method if method is None else method.value, rate),
-        steps=suiting.steps if steps is None else steps,
-        guidance=suiting.guidance if guidance is None else guidance,
-        width=width,
-        height=height,
-        seed=seed,
-        protect=None if protect is None else str(protect),
-    )
 
 
 def _make_with_progress(

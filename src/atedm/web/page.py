@@ -16,7 +16,7 @@ from atedm.app.request import ImageResult
 from atedm.hosts.diffusers_unet import Observation
 from atedm.record import Recording
 from atedm.web.job import ImageDone, StepDone, Stopped
-from atedm.web.layout import KEPT, Controls, Results, build_controls, build_results, cost_slider
+from atedm.web.layout import KEPT, Controls, Results, cost_slider
 from atedm.web.messages import complaint, figures, hint, message, progress
 from atedm.web.service import MAX_SEED, Service
 
@@ -161,33 +161,14 @@ class Page:
         on.cancel.click(self.cancel, None, None, queue=False, **private)
         offered = [on.prompt, on.method, on.steps, on.guidance, on.cost, on.status]
         on.model.input(self.choose_model, on.model, offered, **private)
-        for control in (on.method, on.steps):
-            control.input(
-                self.choose_method,
-                [on.model, on.method, on.steps],
-                [on.cost, on.status],
-                show_progress="hidden",
-                trigger_mode="always_last",
-                **private,
-            )
         on.another_seed.click(_another_seed, None, on.seed, **private)
-        results.wipe.input(
-            lambda position: gr.ImageSlider(slider_position=position),
-            results.wipe,
-            results.compared,
-            show_progress="hidden",
-            trigger_mode="always_last",
-            **private,
-        )
+        at_once: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **private}
+        for control in (on.method, on.steps):
+            control.input(self.choose_method, [on.model, on.method, on.steps], [on.cost, on.status], **at_once)
+        results.wipe.input(_wipe, results.wipe, results.compared, **at_once)
+        looked_at = [self.shown, results.block, results.step, results.overlay_of]
         for control in (results.block, results.step, results.overlay_of):
-            control.input(
-                overlay,
-                [self.shown, results.block, results.step, results.overlay_of],
-                results.overlay,
-                show_progress="hidden",
-                trigger_mode="always_last",
-                **private,
-            )
+            control.input(overlay, looked_at, results.overlay, **at_once)
 
 
 def build_page(service: Service) -> gr.Blocks:
@@ -206,9 +187,9 @@ def build_page(service: Service) -> gr.Blocks:
         shown, drawn = gr.State(None), gr.State([])
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                controls = build_controls(service, model)
+                controls = Controls(service, model)
             with gr.Column(scale=3, min_width=300):
-                results = build_results()
+                results = Results()
         page = Page(service, controls, results, shown, drawn)
         page.wire()
         blocks.unload(page.cancel)
@@ -240,6 +221,10 @@ def _entries(result: ImageResult, folder: Path) -> list[tuple[str, str]]:
 
 def _visitor(request: gr.Request) -> str:
     return str(request.session_hash)
+
+
+def _wipe(position: float) -> gr.ImageSlider:
+    return gr.ImageSlider(slider_position=position)
 
 
 def _another_seed() -> int:

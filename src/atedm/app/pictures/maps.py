@@ -14,6 +14,8 @@ from atedm.record import Recording
 
 SIDE = 104
 """Side of one map on a sheet, in pixels."""
+STEPS = 6
+"""How many steps a sheet shows, spread over the run."""
 _VIRIDIS = np.array(
     [[68, 1, 84], [71, 44, 122], [59, 81, 139], [44, 113, 142], [33, 144, 141], [39, 173, 129], [92, 200, 99],
      [170, 220, 50], [253, 231, 37]]
@@ -21,20 +23,14 @@ _VIRIDIS = np.array(
 """Colours from the least to the most, evenly spaced: matplotlib's viridis."""
 
 
-def kept_overlay(image: Image.Image, seen: Observation, element: int = -1) -> Image.Image:
-    """Dim the tokens that were dropped.
-
-    Args:
-        image: The finished image.
-        seen: What was observed.
-        element: Which element of the batch. With guidance the last is the one with the prompt.
-    """
-    return _dim(image, _kept_grid(seen, element))
+def kept_overlay(image: Image.Image, seen: Observation) -> Image.Image:
+    """Dim the tokens that were dropped from the last image of a batch, which with guidance has the prompt."""
+    return _dim(image, _kept_grid(seen))
 
 
-def importance_overlay(image: Image.Image, seen: Observation, element: int = -1) -> Image.Image:
+def importance_overlay(image: Image.Image, seen: Observation) -> Image.Image:
     """Colour the image by the rank of each token: dark blue is the least important, yellow the most."""
-    importance = seen.importance[element].numpy()
+    importance = seen.importance[-1].numpy()
     rank = importance.argsort(kind="stable").argsort(kind="stable") / max(1, importance.size - 1)
     stops = np.linspace(0, 1, len(_VIRIDIS))
     heat = np.stack([np.interp(rank, stops, channel) for channel in _VIRIDIS.T], axis=-1).reshape(*seen.size, 3)
@@ -42,24 +38,24 @@ def importance_overlay(image: Image.Image, seen: Observation, element: int = -1)
     return Image.blend(image.convert("RGB"), grid, 0.65)
 
 
-def mean_kept_overlay(image: Image.Image, recording: Recording, element: int = -1) -> Image.Image:
+def mean_kept_overlay(image: Image.Image, recording: Recording) -> Image.Image:
     """Dim each place by how often its tokens were dropped, over all blocks and steps."""
     if not recording.observations:
         return image.convert("RGB")
     height, width = np.array([seen.size for seen in recording.observations]).max(axis=0)
     total = np.zeros((height, width), dtype=np.float32)
     for seen in recording.observations:
-        grid = Image.fromarray(_kept_grid(seen, element)).resize((width, height), Image.Resampling.NEAREST)
+        grid = Image.fromarray(_kept_grid(seen)).resize((width, height), Image.Resampling.NEAREST)
         total += np.asarray(grid)
     share = (total / len(recording.observations)).astype(np.float32)
     low, high = float(share.min()), float(share.max())
     return _dim(image, (share - np.float32(low)) / np.float32(max(1e-6, high - low)))
 
 
-def _kept_grid(seen: Observation, element: int) -> NDArray[np.float32]:
+def _kept_grid(seen: Observation) -> NDArray[np.float32]:
     """Return (h, w) of 1 where a token was kept and 0 where it was dropped."""
     kept = np.zeros(seen.size[0] * seen.size[1], dtype=np.float32)
-    kept[seen.keep[element].numpy()] = 1
+    kept[seen.keep[-1].numpy()] = 1
     return kept.reshape(seen.size)
 
 
@@ -70,18 +66,11 @@ def _dim(image: Image.Image, light: NDArray[np.float32]) -> Image.Image:
     return Image.composite(image.convert("RGB"), dark, mask)
 
 
-def maps_sheet(image: Image.Image, recording: Recording, prompt: str, steps_shown: int = 6) -> Image.Image:
-    """Draw the importance and the kept tokens of every block at a few steps.
-
-    Args:
-        image: The finished image.
-        recording: What was recorded while it was made.
-        prompt: Shown on top.
-        steps_shown: Steps to show, spread over the run.
-    """
+def maps_sheet(image: Image.Image, recording: Recording, prompt: str) -> Image.Image:
+    """Draw the importance and the kept tokens of every block over the image, at a few steps, under its prompt."""
     steps = sorted({seen.step for seen in recording.observations})
     last = len(steps) - 1
-    shown = sorted({steps[round(i * last / max(1, steps_shown - 1))] for i in range(steps_shown)})
+    shown = sorted({steps[round(i * last / (STEPS - 1))] for i in range(STEPS)})
     parts = []
     for block in recording.blocks:
         by_step = {seen.step: seen for seen in recording.observations if seen.block == block}
