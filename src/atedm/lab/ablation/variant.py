@@ -154,7 +154,8 @@ class Variant:
     def counts_by_layer(self, place: Place, tokens: int, *, early: bool = False) -> dict[int, int]:
         """Tokens left after each layer of a block that drops any, by layer."""
         counts: dict[int, int] = {}
-        if not self.where(place) or (early and Early(self.early_share, self.pairing).spares(place)):
+        spares = early and self.schedule != "constant" and Early(self.early_share, self.pairing).spares(place)
+        if spares or not self.where(place):
             return counts
         factor = dict(self.level_factors).get(place.level, 1.0)
         end = place.layers - (self.place == "after-feed-forward")  # after which something runs on fewer tokens
