@@ -1,4 +1,4 @@
-"""AT-EDM: attention-driven, training-free token pruning for diffusion U-Nets, on top of diffusers.
+"""Training-free token pruning for diffusion models: matched pruning and AT-EDM, on top of diffusers.
 
 import atedm
 
@@ -11,8 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atedm.cost.report import CostReport, cost
-    from atedm.cost.tome import ToMe
+    from atedm.app.models import load_pipeline
+    from atedm.costs.report import CostReport, cost
+    from atedm.costs.tome import ToMe
     from atedm.hosts.diffusers_unet import Observation
     from atedm.method.at_edm import AtEdm, ToRefill
     from atedm.method.contract import Cut, Place, View
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from atedm.method.presets import METHODS
     from atedm.method.schedule import Early
     from atedm.patch import apply, is_applied, observed, pruned, remove
-    from atedm.pipelines import load_pipeline
     from atedm.record import Recording, recorded
     from atedm.summary import PatchSummary
 
@@ -57,7 +57,7 @@ __all__ = [
 _HOMES = {
     "METHODS": "atedm.method.presets",
     "AtEdm": "atedm.method.at_edm",
-    "CostReport": "atedm.cost.report",
+    "CostReport": "atedm.costs.report",
     "Cut": "atedm.method.contract",
     "Early": "atedm.method.schedule",
     "Matched": "atedm.method.matched",
@@ -65,26 +65,20 @@ _HOMES = {
     "PatchSummary": "atedm.summary",
     "Place": "atedm.method.contract",
     "Recording": "atedm.record",
-    "ToMe": "atedm.cost.tome",
+    "ToMe": "atedm.costs.tome",
     "ToRefill": "atedm.method.at_edm",
     "View": "atedm.method.contract",
     "apply": "atedm.patch",
-    "cost": "atedm.cost.report",
+    "cost": "atedm.costs.report",
     "everywhere": "atedm.method.places",
     "is_applied": "atedm.patch",
-    "load_pipeline": "atedm.pipelines",
+    "load_pipeline": "atedm.app.models",
     "not_second_level": "atedm.method.places",
     "observed": "atedm.patch",
     "only_second_level": "atedm.method.places",
     "pruned": "atedm.patch",
     "recorded": "atedm.record",
     "remove": "atedm.patch",
-    # Names of the old core, until what uses them has moved.
-    "PRESETS": "atedm.config",
-    "BlockObservation": "atedm.patching.state",
-    "BlockPlace": "atedm.schedule",
-    "PruningConfig": "atedm.config",
-    "ToRank": "atedm.token_ranking",
 }
 
 

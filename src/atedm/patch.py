@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from atedm.cost.budget import fit_to_budget
+from atedm.costs.budget import fit_to_budget
 from atedm.hosts.diffusers_unet import Observation, attach, detach, is_attached, refuse_attached
 from atedm.hosts.unet_spans import find_unet
 from atedm.method.contract import Method
@@ -31,7 +31,7 @@ def apply(
         method: A `Matched` or an `AtEdm`, or the name of one: our own "matched", or the paper's "paper", "dagger" (no
             pruning at the second level) and "turbo" (for few steps). By default "matched", which the figures support.
         budget: What a run may cost, as a share of the dense run, at the size the model was trained for; its rate takes
-            the place of the method's. `atedm.cost.budget.fit_to_budget` has more choices.
+            the place of the method's. `atedm.costs.budget.fit_to_budget` has more choices.
         protect: A mask over the image of what is never dropped, as `atedm.method.protection.region` reads it. That many
             of the others are dropped in its place; where they are too few, the first step says so.
 
@@ -54,7 +54,7 @@ def apply(
     if budget is not None:
         method = fit_to_budget(target, method, share=budget)
     attach(unet, method, mask)
-    return PatchSummary.of(unet, method, frozenset(unet._atedm.spans))
+    return PatchSummary.of(target, method, frozenset(unet._atedm.spans))
 
 
 def remove(target: Any) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from diffusers import UNet2DConditionModel
 
-from atedm.cost.architectures import architecture
-from atedm.cost.budget import Profile, profile_of
-from atedm.cost.spans import SpanShape, early_steps, span_shape
-from atedm.hosts.unet_spans import find_spans
+from atedm.costs.architectures import WORDS, Architecture, architecture
+from atedm.costs.budget import Profile, profile_of
+from atedm.costs.spans import SpanShape, early_steps, span_shape
+from atedm.hosts.unet_spans import find_spans, find_unet
 from atedm.method.contract import Method
 
 RUN_STEPS = 50
@@ -29,16 +30,17 @@ class PatchSummary:
     shapes: tuple[SpanShape, ...]
     #: Names of the blocks that are pruned.
     pruned: frozenset[str]
-    #: The model, for what is only counted when it is asked for.
-    _unet: UNet2DConditionModel
+    #: The model, for what is only counted when it is asked for; None for a ControlNet.
+    _architecture: Architecture | None = field(repr=False, compare=False)
 
     @classmethod
-    def of(cls, unet: UNet2DConditionModel, method: Method, pruned: frozenset[str]) -> PatchSummary:
-        """Describe a pruned model."""
-        default = unet.config.get("sample_size") or 64  # a ControlNet does not say
-        size = (default, default) if isinstance(default, int) else tuple(default)
-        shapes = tuple(span_shape(unet, place, size) for place, _ in find_spans(unet).values())
-        return cls(method, shapes, pruned, unet)
+    def of(cls, target: Any, method: Method, pruned: frozenset[str]) -> PatchSummary:
+        """Describe a pruned pipeline or model."""
+        unet = find_unet(target)
+        arch = architecture(target) if isinstance(unet, UNet2DConditionModel) else None
+        latents, words = ((64, 64), WORDS) if arch is None else (arch.latents(), arch.words)
+        shapes = tuple(span_shape(unet, place, latents, words) for place, _ in find_spans(unet).values())
+        return cls(method, shapes, pruned, arch)
 
     def kept(self, shape: SpanShape, *, early: bool = False) -> int:
         """Tokens that the last layer of a block runs on."""
@@ -72,7 +74,9 @@ class PatchSummary:
 
     @functools.cached_property
     def _profile(self) -> Profile:
-        return profile_of(architecture(self._unet))
+        if self._architecture is None:
+            raise TypeError("what a ControlNet costs depends on the U-Net that it steers, so it is not counted")
+        return profile_of(self._architecture)
 
     def __str__(self) -> str:
         """Show one line a block, then what it comes to."""
@@ -86,7 +90,7 @@ class PatchSummary:
             line = f"{place.name:<{width}}  {place.level:>5}  {place.layers:>6}  {shape.tokens:>6}  {kept}  {when}"
             lines.append(line.rstrip())
         lines.append(f"{self.method.name}: {len(self.pruned)} of {len(self.shapes)} blocks are pruned.")
-        if isinstance(self._unet, UNet2DConditionModel):
+        if self._architecture is not None:
             cost = self.cost()
             lines.append(f"A run of {RUN_STEPS} steps costs {cost:.1%} of the dense arithmetic.")
             if cost > 1:

@@ -11,7 +11,7 @@ from typing import Any
 
 from atedm.app.models import native_size
 from atedm.app.request import Request
-from atedm.cost.budget import CostOutOfReach, fit_to_budget, run_cost
+from atedm.costs.budget import CostOutOfReach, fit_to_budget, run_cost
 from atedm.hosts.unet_spans import choose_spans, find_spans, find_unet
 from atedm.method.contract import Method
 from atedm.method.matched import Matched

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.lab.options import (
+from atedm.cli.lab_options import (
     BatchOption,
     DtypeOption,
     JsonOption,
@@ -21,8 +21,6 @@ from atedm.cli.lab.options import (
 from atedm.cli.options import DeviceOption, SizeOption, at_least_one, pixels
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from atedm.lab.bench.bench import BenchReport
 
 DEFAULT = "dense,matched,paper,deepcache"
@@ -84,13 +82,7 @@ def bench(
         report = measure(setup, chosen, whole_images=whole_images, steps=steps, memory=memory, progress=tell)
     if out is not None:
         save_json(report.as_dict(), out)
-
-    def draw() -> Image:
-        from atedm.lab.charts.bench import bench_chart
-
-        return bench_chart(report)
-
-    show(report.as_dict(), table(report), json, plot, draw)
+    show(report.as_dict(), table(report), json, plot, "bench", report)
     if methods == DEFAULT and not json:
         typer.echo(MORE)
 

@@ -76,10 +76,10 @@ def cost(
     from atedm.app.equal_cost import method_at
     from atedm.app.models import quiet_libraries
     from atedm.cli.cost_tables import cost_text
-    from atedm.cost.budget import fit_to_budget
-    from atedm.cost.report import cost as cost_of
-    from atedm.cost.spans import CONVENTIONS
-    from atedm.cost.tome import LEVELS, MERGES, ToMe
+    from atedm.costs.budget import fit_to_budget
+    from atedm.costs.report import cost as cost_of
+    from atedm.costs.spans import CONVENTIONS
+    from atedm.costs.tome import LEVELS, MERGES, ToMe
     from atedm.files import check_writable, save_image
     from atedm.suits import suits
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from atedm.lab.tables import markdown_table
 
 if TYPE_CHECKING:
-    from atedm.cost.report import CostReport, Figures
-    from atedm.cost.tome import ToMe
+    from atedm.costs.report import CostReport, Figures
+    from atedm.costs.tome import ToMe
     from atedm.method.contract import Method
 
 _UNITS = {"T": 1e12, "G": 1e9}
@@ -41,7 +41,7 @@ def _headline(report: CostReport) -> str:
 
 
 def _steps_table(report: CostReport, tomes: Sequence[ToMe]) -> str:
-    from atedm.cost.spans import CONVENTIONS
+    from atedm.costs.spans import CONVENTIONS
 
     unit = _unit(report)
 

@@ -103,11 +103,6 @@ def pixels(size: str | None) -> tuple[int, int] | None:
     return width, height
 
 
-def parse_size(size: str | None) -> tuple[int | None, int | None]:
-    """Read "WxH" in pixels."""
-    return pixels(size) or (None, None)
-
-
 def refuse_rate_and_budget(rate: float | None, budget: float | None) -> None:
     """Raise if both are given, because a budget is solved for its rate."""
     if rate is not None and budget is not None:

@@ -1,1 +1,1 @@
-"""What a denoising step costs, dense and pruned: arithmetic, memory and time, for any U-Net."""
+"""What models cost, dense and pruned, in multiply-accumulates (MACs), without weights."""

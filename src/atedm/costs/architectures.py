@@ -12,13 +12,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from atedm.checks import is_whole
-from atedm.choices import check_name
-from atedm.patching.summary import WORDS
-from atedm.patching.survey import find_unet
-from atedm.pipelines import TINY, habits, tiny_folder
+from atedm.hosts.unet_spans import find_unet
+from atedm.suits import TINY, suits
+from atedm.tiny import weights_folder
+from atedm.words import check_name, is_whole
 
 _CONFIGS = Path(__file__).parent / "unets"
+WORDS = 77
+"""Text tokens assumed where a model does not say; the share they have is small."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def architecture(model: Any) -> Architecture:
         known = NAMED[name]
         config = json.loads((_CONFIGS / known.config).read_text())
         return Architecture(name, config, (known.side, known.side), 8, known.guidance)
-    folder = tiny_folder() if name == TINY else Path(name).expanduser()
+    folder = weights_folder() if name == TINY else Path(name).expanduser()
     if folder.is_dir():
         return _of_folder(name, folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -169,7 +170,7 @@ def architecture(model: Any) -> Architecture:
 def _of_object(target: Any) -> Architecture:
     unet = find_unet(target)
     if not isinstance(unet, UNet2DConditionModel):
-        raise TypeError(f"costs are counted for a U-Net, not for a {type(unet).__name__}; give a pruning_rate there")
+        raise TypeError(f"costs are counted for a U-Net, not for a {type(unet).__name__}; give a rate there")
     factor = getattr(target, "vae_scale_factor", 8)
     text = getattr(getattr(target, "text_encoder", None), "config", None)
     words = getattr(text, "max_position_embeddings", WORDS)
@@ -207,10 +208,10 @@ def _read(file: Path) -> dict[str, Any]:
 def _architecture(name: str, config: dict[str, Any], factor: int, words: int = WORDS) -> Architecture:
     kind = config.get("_class_name", "UNet2DConditionModel")
     if kind != "UNet2DConditionModel":
-        raise ValueError(f"{name} holds a {kind}; AT-EDM prunes the attention blocks of a UNet2DConditionModel")
+        raise ValueError(f"{name} holds a {kind}; atedm prunes the attention blocks of a UNet2DConditionModel")
     side = config.get("sample_size") or 64
     height, width = (side, side) if isinstance(side, int) else side
-    return Architecture(name, config, (width * factor, height * factor), factor, habits(name).guidance > 0, words)
+    return Architecture(name, config, (width * factor, height * factor), factor, suits(name).guidance > 0, words)
 
 
 def _factor(vae: dict[str, Any]) -> int:

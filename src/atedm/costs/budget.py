@@ -1,90 +1,133 @@
-"""A budget in place of a rate: which pruning rate makes a step, or a run, cost so much."""
+"""A budget in place of a rate: which rate makes a step, or a run, cost so much."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from atedm.choices import check_name
-from atedm.config import PruningConfig
-from atedm.costs.formula import CONVENTIONS, BlockShape, mean_macs, step_macs
+from atedm.costs.architectures import Architecture, architecture
+from atedm.costs.counting import count_macs
+from atedm.costs.spans import CONVENTIONS, SpanShape, mean_macs, span_shape, step_macs
 from atedm.costs.tome import ToMe, tome_mean_macs
+from atedm.hosts.unet_spans import choose_spans, find_spans
+from atedm.method.contract import Method
+from atedm.words import check_name, check_whole
 
 #: What a budget is for: the mean step of a run, or a normal step, which is what the paper's figures are.
 BUDGETS_OF = ("mean", "normal-step")
 
 _HIGHEST_RATE = 1 - 1e-9
 
+M = TypeVar("M", bound="Method | ToMe")
+
 
 class CostOutOfReach(ValueError):
     """No rate or ratio brings a method down to the cost asked for."""
 
 
-def solve_pruning_rate(
-    shapes: Sequence[BlockShape],
-    config: PruningConfig,
-    pruned: frozenset[str],
-    target: float,
-    steps: int = 50,
-    *,
-    of: str = "mean",
-    convention: str = "exact",
-    rest: float = 0,
-    images: int = 1,
-) -> PruningConfig:
-    """Return ``config`` with the least pruning rate at which a step costs no more than ``target`` MACs.
+@dataclass(frozen=True)
+class Profile:
+    """What the cost of a U-Net at one size depends on, for one image."""
+
+    shapes: tuple[SpanShape, ...]
+    #: MACs outside the spans.
+    rest: int
+
+    def dense(self, convention: str = "exact") -> float:
+        """MACs of a dense step."""
+        return self.rest + step_macs(self.shapes).by(convention)
+
+    def mean(self, method: Method | ToMe, steps: int, convention: str = "exact") -> float:
+        """Mean MACs of a step of a run with a method."""
+        of_spans = tome_mean_macs if isinstance(method, ToMe) else mean_macs
+        return self.rest + of_spans(self.shapes, method, steps, convention)  # type: ignore[arg-type]
+
+
+def run_cost(model: Any, method: Method | ToMe, *, size: tuple[int, int] | None = None, steps: int = 50) -> float:
+    """Return the cost of a run: its MACs as a share of the dense run's, everything counted.
 
     Args:
-        shapes: All attention blocks.
-        config: What to prune and how.
-        pruned: Names of the blocks that are pruned.
-        target: MACs of a step for one image.
+        model: As `atedm.costs.architectures.architecture`.
+        method: What is pruned or merged.
+        size: (width, height) in pixels; by default what the model was trained for.
         steps: Steps of the run.
-        of: One of `BUDGETS_OF`.
-        convention: One of `CONVENTIONS`.
-        rest: MACs outside the attention blocks, counted in ``target``.
-        images: U-Net calls an image takes, for the figures of the message.
 
     Raises:
-        ValueError: If no rate gives that cost; the message names the range that can be had.
+        FileNotFoundError: As `architecture`.
+        TypeError: As `architecture`.
+        ValueError: As `architecture`.
     """
-    check_name("of", of, BUDGETS_OF)
-    check_name("convention", convention, CONVENTIONS)
-    if config.gradual:
-        raise ValueError("a rate can be solved for one pruning layer a block only, not for gradual pruning")
-
-    def cost(rate: float) -> float:
-        at = config.replace(pruning_rate=rate)
-        if of == "mean":
-            return rest + mean_macs(shapes, at, pruned, steps, convention)
-        return rest + step_macs(shapes, at, pruned, prune_less=False).by(convention)
-
-    what = "a mean step" if of == "mean" else "a normal step"
-    return config.replace(pruning_rate=_least(cost, target, _HIGHEST_RATE, what, images))
+    profile = profile_of(architecture(model), size)
+    return profile.mean(method, steps) / profile.dense()
 
 
-def solve_tome_ratio(
-    shapes: Sequence[BlockShape],
-    tome: ToMe,
-    target: float,
-    steps: int = 50,
+def fit_to_budget(
+    model: Any,
+    method: M,
     *,
+    share: float | None = None,
+    tmacs: float | None = None,
+    size: tuple[int, int] | None = None,
+    guidance: bool | None = None,
+    of: str = "mean",
+    steps: int = 50,
     convention: str = "exact",
-    rest: float = 0,
-    images: int = 1,
-) -> ToMe:
-    """Return ``tome`` with the least ratio at which the mean step of a run costs no more than ``target`` MACs.
+) -> M:
+    """Return ``method`` with the least rate, or ratio of ToMe, that keeps to a budget for the whole model.
+
+        >>> from atedm import AtEdm
+        >>> fit_to_budget("sdxl", AtEdm(), tmacs=4.1, of="normal-step", convention="paper").rate  # doctest: +SKIP
+        0.617...
+
+    Args:
+        model: As `atedm.costs.architectures.architecture`.
+        method: What to prune and how, but for the rate.
+        share: The budget as a share of the dense step.
+        tmacs: Or in T MACs for one image, guidance counted.
+        size: (width, height) in pixels; by default what the model was trained for.
+        guidance: Whether an image takes two halves of a U-Net call; by default what suits the model.
+        of: One of `BUDGETS_OF`.
+        steps: Steps of the run.
+        convention: One of `CONVENTIONS`.
 
     Raises:
-        ValueError: If no ratio gives that cost; the message names the range that can be had.
+        TypeError: If there is no U-Net, or ``method`` has no rate.
+        ValueError: If an argument is out of its range, or there is nothing to prune.
+        CostOutOfReach: If the budget cannot be kept; the message names the range that can.
     """
     check_name("convention", convention, CONVENTIONS)
+    check_name("of", of, BUDGETS_OF)
+    check_whole("steps", steps)
+    if (share is None) == (tmacs is None):
+        raise ValueError("give a budget as a share of the dense cost, or in T MACs: one of the two")
+    given = tmacs if share is None else share
+    if not isinstance(given, int | float) or isinstance(given, bool) or not given > 0:
+        raise ValueError(f"a budget must be a number above 0, not {given!r}")
+    slider, highest, what = (
+        ("ratio", 0.75, "a step with ToMe") if isinstance(method, ToMe) else ("rate", _HIGHEST_RATE, "")
+    )
+    if not hasattr(method, slider):
+        raise TypeError(f"a budget is solved for the rate of a method or the ratio of ToMe, not for {method!r}")
+    arch = architecture(model)
+    profile = profile_of(arch, size)
+    if not isinstance(method, ToMe):
+        choose_spans(find_spans(arch.on_meta()), method)  # or the floor would be the dense cost, with no word why
+    images = 2 if (arch.guidance if guidance is None else guidance) else 1
+    target = share * profile.dense(convention) if share is not None else given * 1e12 / images
 
-    def cost(ratio: float) -> float:
-        return rest + tome_mean_macs(shapes, dataclasses.replace(tome, ratio=ratio), steps, convention)
+    def cost(value: float) -> float:
+        at = dataclasses.replace(method, **{slider: value})  # type: ignore[type-var]
+        if of == "mean" or isinstance(at, ToMe):
+            return profile.mean(at, steps, convention)
+        return profile.rest + step_macs(profile.shapes, at).by(convention)
 
-    return dataclasses.replace(tome, ratio=_least(cost, target, 0.75, "a step with ToMe", images))
+    what = what or ("a mean step" if of == "mean" else "a normal step")
+    return dataclasses.replace(method, **{slider: _least(cost, target, highest, what, images)})  # type: ignore[type-var]
 
 
 def _least(cost: Callable[[float], float], target: float, highest: float, what: str, images: int) -> float:
@@ -103,3 +146,16 @@ def _least(cost: Callable[[float], float], target: float, highest: float, what: 
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) > target else (low, middle)
     return min(math.ceil(high * 1e6) / 1e6, highest)  # six digits are finer than one token of a million
+
+
+def profile_of(arch: Architecture, size: tuple[int, int] | None = None) -> Profile:
+    """Count the dense U-Net at ``size`` (width, height) in pixels; the same one is counted once."""
+    return _profile(json.dumps(arch.config, sort_keys=True, default=str), arch.latents(size), arch.words)
+
+
+@functools.lru_cache(maxsize=8)
+def _profile(config: str, latents: tuple[int, int], words: int) -> Profile:
+    arch = Architecture("", json.loads(config), (latents[1], latents[0]), 1, False, words)
+    unet = arch.on_meta()
+    shapes = tuple(span_shape(unet, place, latents, words) for place, _ in find_spans(unet).values())
+    return Profile(shapes, count_macs(unet, arch.call()).rest)

@@ -1,21 +1,22 @@
-"""What one model costs at one size, dense and with one way of pruning: counted, and summed up in two conventions."""
+"""What one model costs at one size, dense and with one method: counted, and summed up in two conventions."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import atedm
-from atedm.config import PruningConfig, preset
-from atedm.costs.architectures import architecture
-from atedm.costs.counting import LATE, Counted, count_macs, kinds_of_step
-from atedm.costs.formula import CONVENTIONS, BlockShape, Macs, at_most, block_macs, block_run_macs
+from diffusers import UNet2DConditionModel
+
+from atedm.costs.architectures import Architecture, architecture
+from atedm.costs.counting import Counted, count_macs, kinds_of_step
+from atedm.costs.spans import CONVENTIONS, Macs, SpanShape, early_steps, span_macs, span_run_macs, span_shape
 from atedm.costs.tome import ToMe, tome_macs, tome_mean_macs, tome_step_macs
-from atedm.patching.apply import pruned
-from atedm.patching.summary import block_shape
-from atedm.patching.survey import choose_blocks, find_blocks
-from atedm.pipelines import habits
-from atedm.schedule import prune_less_blocks, prune_less_steps
+from atedm.hosts.diffusers_unet import attach, detach
+from atedm.hosts.unet_spans import choose_spans, find_spans
+from atedm.method.contract import Method
+from atedm.method.presets import method_named
+from atedm.suits import suits
+from atedm.words import check_whole
 
 TERA = 1e12
 
@@ -25,7 +26,7 @@ class Figures(NamedTuple):
 
     dense: float
     normal_step: float
-    prune_less_step: float
+    early_step: float
     #: Over the run.
     mean: float
 
@@ -39,19 +40,27 @@ class Figures(NamedTuple):
         """Share of the dense run that the run saves."""
         return 1 - self.mean / self.dense
 
+    def as_dict(self) -> dict[str, float]:
+        """Return plain JSON values: T MACs and shares."""
+        return {
+            **{name: _tera(value) for name, value in self._asdict().items()},
+            "saving_normal": round(self.saving_normal, 6),
+            "saving_mean": round(self.saving_mean, 6),
+        }
+
 
 @dataclass(frozen=True)
-class BlockCost:
+class SpanCost:
     """One attention block, for all images of one U-Net call."""
 
-    shape: BlockShape
+    shape: SpanShape
     #: Tokens that its last layer runs on in a normal step.
     kept: int
-    #: Whether prune-less steps leave it alone.
+    #: Whether early steps leave it alone though normal ones prune it.
     spared: bool
     dense: Macs
     normal_step: Macs
-    prune_less_step: Macs
+    early_step: Macs
     #: All steps of the run together.
     run: Macs
 
@@ -71,15 +80,15 @@ class CostReport:
     """Arithmetic of one denoising step and of a run; see `cost`."""
 
     model: str
-    method: PruningConfig | ToMe
+    method: Method | ToMe
     #: (width, height) in pixels.
     size: tuple[int, int]
     batch: int
     guidance: bool
     steps: int
-    #: How many of the steps are prune-less.
-    prune_less_steps: int
-    blocks: tuple[BlockCost, ...]
+    #: How many of the steps are early.
+    early_steps: int
+    spans: tuple[SpanCost, ...]
     stages: tuple[StageCost, ...]
 
     @property
@@ -89,78 +98,74 @@ class CostReport:
 
     def figures(self, convention: str = "exact") -> Figures:
         """Sum a step up by one of `CONVENTIONS`."""
-        dense, normal, less = (
-            self.rest + sum(getattr(block, step).by(convention) for block in self.blocks)
-            for step in ("dense", "normal_step", "prune_less_step")
+        dense, normal, early = (
+            self.rest + sum(getattr(span, step).by(convention) for span in self.spans)
+            for step in ("dense", "normal_step", "early_step")
         )
-        mean = self.rest + sum(block.run.by(convention) for block in self.blocks) / self.steps
-        return Figures(dense, normal, less, mean)
+        mean = self.rest + sum(span.run.by(convention) for span in self.spans) / self.steps
+        return Figures(dense, normal, early, mean)
 
     def with_tome(self, tome: ToMe, convention: str = "exact") -> Figures:
         """Figures of ToMe on the same model at the same size."""
         images = self.batch * (2 if self.guidance else 1)
-        shapes = [block.shape for block in self.blocks]
-        normal, less = (
-            self.rest + images * tome_step_macs(shapes, tome, prune_less).by(convention) for prune_less in (False, True)
+        shapes = [span.shape for span in self.spans]
+        normal, early = (
+            self.rest + images * tome_step_macs(shapes, tome, early).by(convention) for early in (False, True)
         )
-        if not tome.prune_less_share:
-            less = normal
+        if not tome.early_share:
+            early = normal
         mean = self.rest + images * tome_mean_macs(shapes, tome, self.steps, convention)
-        return Figures(self.figures(convention).dense, normal, less, mean)
+        return Figures(self.figures(convention).dense, normal, early, mean)
 
-    def overhead(self) -> Macs:
-        """Of a normal step; its ``exact`` figures hold the map, the ranking and the matching."""
-        return Macs().plus(*(block.normal_step for block in self.blocks))
+    def overhead(self) -> int:
+        """MACs that the method adds in a normal step."""
+        return sum(span.normal_step.overhead for span in self.spans)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values, in T MACs."""
-        overhead = self.overhead()
         return {
-            "atedm": atedm.__version__,
             "model": self.model,
-            "method": "at-edm" if isinstance(self.method, PruningConfig) else "tome",
-            "config": self.method.as_dict() if isinstance(self.method, PruningConfig) else asdict(self.method),
+            "method": {"method": "tome", **asdict(self.method)}
+            if isinstance(self.method, ToMe)
+            else self.method.as_dict(),
             "size": list(self.size),
             "batch": self.batch,
             "guidance": self.guidance,
             "steps": self.steps,
-            "prune_less_steps": self.prune_less_steps,
+            "early_steps": self.early_steps,
             "unit": "TMAC",
-            "convention": {name: figures_as_dict(self.figures(name)) for name in CONVENTIONS},
-            "overhead_of_a_normal_step": {
-                part: _tera(getattr(overhead, part)) for part in ("map", "ranking", "matching")
-            },
+            "convention": {name: self.figures(name).as_dict() for name in CONVENTIONS},
+            "overhead_of_a_normal_step": _tera(self.overhead()),
             "stages": [
                 {
                     "name": stage.name,
                     "resnet": _tera(stage.resnet),
                     "other": _tera(stage.other),
-                    "attention": {
-                        name: _steps_as_dict(_blocks_of(self.blocks, stage.name), name) for name in CONVENTIONS
-                    },
+                    "attention": {name: _steps_as_dict(self.spans_of(stage.name), name) for name in CONVENTIONS},
                 }
                 for stage in self.stages
             ],
             "blocks": [
                 {
-                    "name": block.shape.place.name,
-                    "stage": block.shape.place.stage,
-                    "level": block.shape.place.level,
-                    "layers": block.shape.place.layers,
-                    "tokens": block.shape.tokens,
-                    "channels": block.shape.channels,
-                    "kept": block.kept,
-                    "spared": block.spared,
-                    **{name: _steps_as_dict((block,), name) for name in CONVENTIONS},
+                    **{name: getattr(span.shape.place, name) for name in ("name", "stage", "level", "layers")},
+                    "tokens": span.shape.tokens,
+                    "channels": span.shape.channels,
+                    "kept": span.kept,
+                    "spared": span.spared,
+                    **{name: _steps_as_dict((span,), name) for name in CONVENTIONS},
                 }
-                for block in self.blocks
+                for span in self.spans
             ],
         }
+
+    def spans_of(self, stage: str) -> tuple[SpanCost, ...]:
+        """Attention blocks of one stage."""
+        return tuple(span for span in self.spans if span.shape.place.name.startswith(f"{stage}."))
 
 
 def cost(
     model: Any = "sdxl",
-    method: PruningConfig | ToMe | str | None = None,
+    method: Method | ToMe | str | None = None,
     *,
     size: tuple[int, int] | None = None,
     batch: int = 1,
@@ -178,8 +183,7 @@ def cost(
 
     Args:
         model: As `atedm.costs.architectures.architecture`: "sdxl", "sd15", a folder, a hub id, a pipeline, a U-Net.
-        method: A `PruningConfig`, the name of a preset, or a `ToMe`; by default what suits
-            the model, see `suiting`.
+        method: A method, the name of one, or a `ToMe`; by default what suits the model.
         size: (width, height) in pixels; by default what the model was trained for.
         batch: Images made at once.
         guidance: Whether each image takes two halves of a U-Net call; by default what suits the model.
@@ -191,90 +195,51 @@ def cost(
         ValueError: If the model is unknown, the size does not divide, or there is nothing to prune.
     """
     arch = architecture(model)
-    method = suiting(model) if method is None else method
-    method = preset(method) if isinstance(method, str) else method
-    if isinstance(method, PruningConfig) and method.own_functions:
-        raise ValueError(
-            f"costs are split by formula, and none says what your own {' and '.join(method.own_functions)} takes; "
-            f"atedm bench and atedm evaluate count it as torch does"
-        )
-    steps = habits(arch.name).steps if steps is None else steps
+    method = suits(arch.name).method if method is None else method
+    method = method_named(method) if isinstance(method, str) else method
+    steps = suits(arch.name).steps if steps is None else steps
     guidance = arch.guidance if guidance is None else guidance
-    for name, value in (("batch", batch), ("steps", steps)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+    check_whole("batch", batch)
+    check_whole("steps", steps)
     images = batch * (2 if guidance else 1)
     size = size or arch.default_size
-    latents = arch.latents(size)
     unet = arch.on_meta()
-    shapes = [block_shape(unet, place, latents, arch.words) for place, _ in find_blocks(unet).values()]
-    if isinstance(method, PruningConfig):
-        chosen = frozenset(choose_blocks(find_blocks(unet), method))
-        spared = method.spared(shape.place for shape in shapes)
-        blocks = tuple(_pruned_block(shape, method, chosen, spared, images, steps) for shape in shapes)
-        early = prune_less_steps(steps, method.schedule, method.prune_less_share)
+    places = [place for place, _ in find_spans(unet).values()]
+    shapes = [span_shape(unet, place, arch.latents(size), arch.words) for place in places]
+    if isinstance(method, ToMe):
+        early = sum(method.spare.is_early(step / steps) for step in range(steps))
+        spans = tuple(_with_tome(shape, method, images, steps, early) for shape in shapes)
     else:
-        at_all = prune_less_blocks((shape.place for shape in shapes), method.unpruned_blocks)
-        spared = at_all if method.prune_less_share else frozenset()
-        early = prune_less_steps(steps, "prune-less-early", method.prune_less_share)
-        blocks = tuple(_tome_block(shape, method, spared, images, steps, early) for shape in shapes)
-    call = arch.call(size)
-    dense = count_macs(unet, call, LATE)
-    report = CostReport(arch.name, method, size, batch, guidance, steps, early, blocks, _stages(dense, images))
-    _check(report.figures().dense, dense.total * images, "dense")
-    if isinstance(method, PruningConfig):
-        for kind, timestep in kinds_of_step(method.schedule, method.prune_less_share).items():
-            with pruned(unet, at_most(method)):
-                counted = count_macs(unet, call, timestep)
-            _check(getattr(report.figures(), kind), counted.total * images, kind)
+        choose_spans(find_spans(unet), method)
+        early = early_steps(method, steps)
+        spans = tuple(_pruned(shape, method, images, steps) for shape in shapes)
+    dense = count_macs(unet, arch.call(size))
+    report = CostReport(arch.name, method, size, batch, guidance, steps, early, spans, _stages(dense, images))
+    _check_against_torch(report, unet, arch, dense.total, images)
     return report
 
 
-def suiting(model: Any) -> PruningConfig:
-    """Return the preset that suits a model.
-
-    Where no attention block has a second layer, as in SD 1.x and 2.x, tokens are dropped after self-attention, because
-    the paper's place would save nothing.
-
-    Raises:
-        FileNotFoundError: As `cost`.
-        TypeError: As `cost`.
-        ValueError: As `cost`.
-    """
-    arch = architecture(model)
-    config = preset(habits(arch.name).preset)
-    one_layer = all(place.layers == 1 for place, _ in find_blocks(arch.on_meta()).values())
-    return config.replace(place="after-self-attention") if one_layer else config
+def _pruned(shape: SpanShape, method: Method, images: int, steps: int) -> SpanCost:
+    dense, normal, early = (
+        macs.times(images)
+        for macs in (span_macs(shape), span_macs(shape, method), span_macs(shape, method, early=True))
+    )
+    kept = method.count(shape.place, shape.tokens)
+    spared = kept < shape.tokens == method.count(shape.place, shape.tokens, early=True)
+    return SpanCost(shape, kept, spared, dense, normal, early, span_run_macs(shape, method, steps).times(images))
 
 
-def _pruned_block(
-    shape: BlockShape, config: PruningConfig, chosen: frozenset[str], spared: frozenset[str], images: int, steps: int
-) -> BlockCost:
-    name = shape.place.name
-    dense = block_macs(shape).times(images)
-    if name not in chosen:
-        return BlockCost(shape, shape.tokens, False, dense, dense, dense, dense.times(steps))
-    kept = min(config.tokens_left(shape.place, shape.tokens).values(), default=shape.tokens)
-    normal = block_macs(shape, config).times(images)
-    less = dense if name in spared else block_macs(shape, config, prune_less=True).times(images)
-    run = block_run_macs(shape, config, name in spared, steps).times(images)
-    return BlockCost(shape, kept, name in spared, dense, normal, less, run)
-
-
-def _tome_block(
-    shape: BlockShape, tome: ToMe, spared: frozenset[str], images: int, steps: int, early: int
-) -> BlockCost:
-    dense, merged = (macs.times(images) for macs in (block_macs(shape), tome_macs(shape, tome)))
-    is_spared = shape.place.name in spared
-    kept = shape.tokens - tome.merged(shape)
-    less = dense if is_spared else merged
+def _with_tome(shape: SpanShape, tome: ToMe, images: int, steps: int, early: int) -> SpanCost:
+    dense, merged = (macs.times(images) for macs in (span_macs(shape), tome_macs(shape, tome)))
+    spared = tome.early_share > 0 and tome.spare.spares(shape.place)
+    less = dense if spared else merged
     run = less.times(early).plus(merged.times(steps - early))
-    return BlockCost(shape, kept, is_spared, dense, merged, less, run)
+    return SpanCost(shape, shape.tokens - tome.merged(shape), spared, dense, merged, less, run)
 
 
 def _stages(counted: Counted, images: int) -> tuple[StageCost, ...]:
     def attention(stage: str) -> int:
-        return sum(macs for name, macs in counted.blocks.items() if name.startswith(f"{stage}."))
+        return sum(macs for name, macs in counted.spans.items() if name.startswith(f"{stage}."))
 
     stages = [
         StageCost(name, counted.resnets[name] * images, (whole - counted.resnets[name] - attention(name)) * images)
@@ -283,32 +248,30 @@ def _stages(counted: Counted, images: int) -> tuple[StageCost, ...]:
     return (*stages, StageCost("in and out", 0, (counted.total - sum(counted.stages.values())) * images))
 
 
-def _check(formula: float, counted: int, what: str) -> None:
+def _check_against_torch(
+    report: CostReport, unet: UNet2DConditionModel, arch: Architecture, dense: int, images: int
+) -> None:
     """The figures are split up by formula, so the formula has to be what torch counts."""
-    if formula != counted:
-        raise ValueError(
-            f"this U-Net has parts not known here: by formula a {what.replace('_', ' ')} takes {formula:.6g} MACs, "
-            f"but torch counts {counted:.6g}"
-        )
+    found = {"dense": dense * images}
+    if not isinstance(report.method, ToMe):
+        attach(unet, report.method)
+        try:
+            for kind, timestep in kinds_of_step(report.method).items():
+                found[kind] = count_macs(unet, arch.call(report.size), timestep).total * images
+        finally:
+            detach(unet)
+    for kind, counted in found.items():
+        if (formula := getattr(report.figures(), kind)) != counted:
+            raise ValueError(
+                f"this U-Net has parts not known here: by formula a {kind.replace('_', ' ')} takes {formula:.6g} MACs, "
+                f"but torch counts {counted:.6g}"
+            )
 
 
-def _blocks_of(blocks: tuple[BlockCost, ...], stage: str) -> tuple[BlockCost, ...]:
-    return tuple(block for block in blocks if block.shape.place.name.startswith(f"{stage}."))
-
-
-def _steps_as_dict(blocks: tuple[BlockCost, ...], convention: str) -> dict[str, float]:
+def _steps_as_dict(spans: tuple[SpanCost, ...], convention: str) -> dict[str, float]:
     return {
-        step: _tera(sum(getattr(block, step).by(convention) for block in blocks))
-        for step in ("dense", "normal_step", "prune_less_step")
-    }
-
-
-def figures_as_dict(figures: Figures) -> dict[str, float]:
-    """Return plain JSON values: T MACs and shares."""
-    return {
-        **{name: _tera(value) for name, value in figures._asdict().items()},
-        "saving_normal": round(figures.saving_normal, 6),
-        "saving_mean": round(figures.saving_mean, 6),
+        step: _tera(sum(getattr(span, step).by(convention) for span in spans))
+        for step in ("dense", "normal_step", "early_step")
     }
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from atedm.checks import is_number
-from atedm.choices import check_name
-from atedm.costs.formula import BlockShape, Macs, block_macs, layer_macs
-from atedm.schedule import PAIRINGS, prune_less_blocks, prune_less_steps
+from atedm.costs.spans import Macs, SpanShape, layer_macs, span_macs
+from atedm.method.schedule import Early
+from atedm.words import check_name, is_number
 
 #: What runs on merged tokens: self-attention alone, as by default, or with cross-attention and feed-forward, as the
 #: paper widens it for SD-XL (supplement B.1).
@@ -37,9 +36,9 @@ class ToMe:
     levels: str = "all"
     #: Share of the run in which one block of each down and up stage is spared, as the paper does to compare; 0 is ToMe
     #: as it comes, 0.3 the paper's 15 of 50 steps.
-    prune_less_share: float = 0.0
-    #: Which blocks those are, see `atedm.schedule.PAIRINGS`.
-    unpruned_blocks: str = "F-L"
+    early_share: float = 0.0
+    #: Which blocks those are, see `atedm.method.schedule.PAIRINGS`.
+    pairing: str = "F-L"
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -47,18 +46,21 @@ class ToMe:
             raise ValueError(f"ratio must be from 0 to 0.75, the most that ToMe can merge, not {self.ratio!r}")
         check_name("merge", self.merge, MERGES)
         check_name("levels", self.levels, LEVELS)
-        if not is_number(self.prune_less_share) or not 0 <= self.prune_less_share <= 1:
-            raise ValueError(f"prune_less_share must be in [0, 1], not {self.prune_less_share!r}")
-        check_name("unpruned_blocks", self.unpruned_blocks, PAIRINGS)
+        Early(self.early_share, self.pairing)
 
-    def merged(self, shape: BlockShape) -> int:
+    @property
+    def spare(self) -> Early:
+        """Which steps are early, and which blocks they leave alone."""
+        return Early(self.early_share, self.pairing)
+
+    def merged(self, shape: SpanShape) -> int:
         """Tokens of a block that are merged away."""
         if self.levels == "highest" and shape.place.level > 1:
             return 0
         return min(int(shape.tokens * self.ratio), shape.tokens - _destinations(shape))
 
 
-def tome_macs(shape: BlockShape, tome: ToMe) -> Macs:
+def tome_macs(shape: SpanShape, tome: ToMe) -> Macs:
     """MACs of one attention block for one image with ToMe in each of its layers."""
     n, c = shape.tokens, shape.channels
     merged = tome.merged(shape)
@@ -67,23 +69,23 @@ def tome_macs(shape: BlockShape, tome: ToMe) -> Macs:
     layer = layer_macs(shape, left, elsewhere, elsewhere)
     if merged:
         destinations = _destinations(shape)
-        layer = layer.plus(Macs(matching=(n - destinations) * destinations * c))
+        layer = layer.plus(Macs(overhead=(n - destinations) * destinations * c))
     return Macs(linear=2 * n * c * c).plus(layer.times(shape.place.layers))
 
 
-def tome_step_macs(shapes: Sequence[BlockShape], tome: ToMe, prune_less: bool = False) -> Macs:
+def tome_step_macs(shapes: Sequence[SpanShape], tome: ToMe, early: bool = False) -> Macs:
     """MACs of all attention blocks in one step for one image: a normal one, or one that spares some blocks."""
-    spared = prune_less_blocks((s.place for s in shapes), tome.unpruned_blocks) if prune_less else frozenset()
-    return Macs().plus(*(block_macs(s) if s.place.name in spared else tome_macs(s, tome) for s in shapes))
+    spare = tome.spare
+    return Macs().plus(*(span_macs(s) if early and spare.spares(s.place) else tome_macs(s, tome) for s in shapes))
 
 
-def tome_mean_macs(shapes: Sequence[BlockShape], tome: ToMe, steps: int = 50, convention: str = "exact") -> float:
+def tome_mean_macs(shapes: Sequence[SpanShape], tome: ToMe, steps: int = 50, convention: str = "exact") -> float:
     """Mean of `tome_step_macs` over a run of ``steps`` steps, summed up by one of the conventions."""
-    early = prune_less_steps(steps, "prune-less-early", tome.prune_less_share) / steps
+    early = sum(tome.spare.is_early(step / steps) for step in range(steps)) / steps
     normal, less = (tome_step_macs(shapes, tome, kind).by(convention) for kind in (False, True))
     return early * less + (1 - early) * normal
 
 
-def _destinations(shape: BlockShape) -> int:
+def _destinations(shape: SpanShape) -> int:
     height, width = shape.size
     return (height // 2) * (width // 2)

@@ -6,7 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from atedm.cost.architectures import Architecture
+from atedm.costs.architectures import Architecture
 
 _NOISE = 1_048_573
 """Length of the noise. It is a prime, so that no row of a weight is a whole share of it and no two rows are alike."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from atedm.app.devices import best_device, usual_dtype
-from atedm.cost.architectures import architecture
+from atedm.costs.architectures import architecture
 from atedm.suits import TINY, suits
 from atedm.words import check_whole
 

@@ -15,7 +15,7 @@ from typing import Any
 from atedm.app.equal_cost import can_prune, method_at, within_budget
 from atedm.app.models import load_pipeline
 from atedm.app.request import Request
-from atedm.cost.budget import run_cost
+from atedm.costs.budget import run_cost
 from atedm.suits import Suits, draws_in_few_steps, suits
 from atedm.web.job import Event, run_job
 from atedm.words import check_name

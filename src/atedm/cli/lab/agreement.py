@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.lab.options import (
+from atedm.cli.lab_options import (
     BatchOption,
     CaptionsOption,
     DtypeOption,
@@ -15,14 +15,17 @@ from atedm.cli.lab.options import (
     RateOption,
     SeedOption,
     StepsOption,
-    checked_rate,
+    drawing_of,
     open_pipeline,
     progress_bar,
+    show,
 )
 from atedm.cli.options import DeviceOption
 
 if TYPE_CHECKING:
     from atedm.lab.ablation import Variant
+
+MODEL = "tiny"
 
 
 def agreement(
@@ -47,27 +50,21 @@ def agreement(
     *Kept* is the share of the whole map's kept tokens that the mode keeps too; *importance* what those it keeps carry,
     of the most that could be; *source* the share of dropped tokens that copy the same kept token.
     """
-    from dataclasses import asdict
-    from json import dumps
+    from dataclasses import asdict, astuple
 
-    from atedm.lab.evaluation.images import Drawing
     from atedm.lab.probes.agreement import map_agreement
     from atedm.lab.tables import markdown_table
-    from atedm.suits import TINY, suits
     from atedm.tiny.scenes import held_out_scenes
 
-    checked_rate(rate)
-    variants = {name.strip(): variant_of_mode(name.strip()) for name in modes.split(",")}
-    drawing = Drawing(TINY, steps, suits(TINY).guidance if guidance is None else guidance, seed, batch)
+    variants = {name: variant_of_mode(name) for name in modes.replace(" ", "").split(",")}
     texts = [scene.caption for scene in held_out_scenes(captions, seed)]
-    pipe = open_pipeline(TINY, device, dtype)
+    pipe = open_pipeline(MODEL, device, dtype)
     with progress_bar() as tell:
+        drawing = drawing_of(MODEL, steps, guidance, seed, batch)
         found = map_agreement(pipe, texts, variants, drawing, rate=rate, progress=tell)
-    if json:
-        typer.echo(dumps([asdict(row) for row in found], indent=2))
-        return
-    rows = [[row.mode, row.level, *(f"{x:.3f}" for x in (row.kept, row.importance, row.source))] for row in found]
-    typer.echo(markdown_table(["map", "level", "kept", "importance", "source"], rows))
+    rows = [[mode, level, *(f"{share:.3f}" for share in shares)] for mode, level, *shares in map(astuple, found)]
+    head = ["map", "level", "kept", "importance", "source"]
+    show([asdict(row) for row in found], markdown_table(head, rows), json)
 
 
 def variant_of_mode(name: str) -> Variant:

@@ -6,24 +6,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.lab.options import (
+from atedm.cli.lab_options import (
     BatchOption,
+    CaptionsOption,
     DtypeOption,
     GuidanceOption,
     JsonOption,
     PlotOption,
     SeedOption,
     StepsOption,
+    drawing_of,
     method_of,
     open_pipeline,
     progress_bar,
     show,
 )
-from atedm.cli.options import DeviceOption, ModelOption, at_least_one
+from atedm.cli.options import DeviceOption, ModelOption
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from atedm.lab.probes.errors import ErrorsReport
 
 METHODS = {
@@ -52,12 +52,7 @@ def errors(
     prompts: Annotated[
         str, typer.Option(help="**scenes**, a .txt or .csv file, or a folder of MS-COCO.", rich_help_panel="Images")
     ] = "scenes",
-    captions: Annotated[
-        int | None,
-        typer.Option(
-            help="How many; by default 50, or all that a file holds.", rich_help_panel="Images", callback=at_least_one
-        ),
-    ] = None,
+    captions: CaptionsOption = 50,
     steps: StepsOption = 20,
     guidance: GuidanceOption = None,
     seed: SeedOption = 0,
@@ -71,27 +66,19 @@ def errors(
     is moved by the sum of all steps' errors, each times its step in sigma.
     """
     from atedm.files import check_writable
-    from atedm.lab.evaluation.images import Drawing
     from atedm.lab.evaluation.prompts import read_prompts
     from atedm.lab.methods.by_name import parse_methods
     from atedm.lab.probes.errors import find_errors
-    from atedm.suits import suits
 
     check_writable(plot)
     asked = METHODS if methods is None else {spec: spec for spec in parse_methods(methods)}
     chosen = {name: method_of(spec, model, steps) for name, spec in asked.items()}
-    texts = [prompt.text for prompt in read_prompts(prompts, captions, seed, at_most=50)]
-    drawing = Drawing(model, steps, suits(model).guidance if guidance is None else guidance, seed, batch)
+    texts = [prompt.text for prompt in read_prompts(prompts, None, seed, at_most=captions)]
     pipe = open_pipeline(model, device, dtype)
     with progress_bar() as tell:
-        report = find_errors(pipe, texts, chosen, drawing, progress=tell)
-
-    def draw() -> Image:
-        from atedm.lab.charts.errors import errors_chart
-
-        return errors_chart(report, f"{len(texts)} images, {steps} steps")
-
-    show(report.as_dict(), table(report), json, plot, draw)
+        report = find_errors(pipe, texts, chosen, drawing_of(model, steps, guidance, seed, batch), progress=tell)
+    title = f"{len(texts)} images, {steps} steps"
+    show(report.as_dict(), table(report), json, plot, "errors", report, title)
 
 
 def table(report: ErrorsReport) -> str:
@@ -101,13 +88,9 @@ def table(report: ErrorsReport) -> str:
 
     levels = sorted(set(report.levels.values()))
     head = ["method", *(f"block, level {level}" for level in levels), "step", "one step and the next"]
-    rows = [
-        [
-            method.name,
-            *(f"{report.of_level(method, level):.3f}" for level in levels),
-            *(f"{root_mean_square(method.steps):.4f}", f"{method.successive:.2f}"),
-            *(f"{method.moved[-1]:.4f}", f"{method.moved_if_independent[-1]:.4f}"),
-        ]
-        for method in report.methods
-    ]
+    rows = []
+    for one in report.methods:
+        blocks = (f"{report.of_level(one, level):.3f}" for level in levels)
+        moved = (f"{one.moved[-1]:.4f}", f"{one.moved_if_independent[-1]:.4f}")
+        rows.append([one.name, *blocks, f"{root_mean_square(one.steps):.4f}", f"{one.successive:.2f}", *moved])
     return markdown_table([*head, "image moved", "if independent"], rows)

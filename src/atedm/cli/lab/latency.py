@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from atedm.cli.lab.options import (
+from atedm.cli.lab_options import (
     BatchOption,
     DtypeOption,
     JsonOption,
@@ -21,8 +21,6 @@ from atedm.cli.lab.options import (
 from atedm.cli.options import DeviceOption, SizeOption
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from atedm.lab.probes.latency import LatencyReport
 
 
@@ -48,17 +46,10 @@ def latency(
     from atedm.suits import suits
 
     check_writable(plot)
-    steps = suits(model).steps
     setup = setup_of(model, device, dtype, size, batch, guidance, repeats)
     with progress_bar() as tell:
-        report = measure(setup, method_of(method, model, steps), steps, tell)
-
-    def draw() -> Image:
-        from atedm.lab.charts.latency import latency_chart
-
-        return latency_chart(report)
-
-    show(report.as_dict(), table(report, method if model == "sdxl" else ""), json, plot, draw)
+        report = measure(setup, method_of(method, model), suits(model).steps, tell)
+    show(report.as_dict(), table(report, method if model == "sdxl" else ""), json, plot, "latency", report)
 
 
 def table(report: LatencyReport, paper: str) -> str:
@@ -66,14 +57,12 @@ def table(report: LatencyReport, paper: str) -> str:
     from atedm.lab.probes.latency import PAPER
     from atedm.lab.tables import markdown_table
 
-    rows = []
-    for part in (*next(iter(report.ways.values())), "all"):
-        times = [sum(run.values()) if part == "all" else run[part] for run in report.ways.values()]
-        row = [part, *(f"{time:.1f} ({time / report.dense_run:.1%})" for time in times)]
-        if theirs := PAPER.get(paper):
-            row.append(f"{sum(theirs.values()) if part == 'all' else theirs[part]:.0f}")
-        rows.append(row)
-    head = ["ms a run", *report.ways, *(["paper, one A100"] if paper in PAPER else [])]
+    runs = {**report.ways, **({"paper, one A100": PAPER[paper]} if paper in PAPER else {})}
+    runs = {name: run | {"all": sum(run.values())} for name, run in runs.items()}
+    rows = [
+        [part, *(f"{run[part]:.1f}" + f" ({run[part] / report.dense_run:.1%})" * (name in report.ways) for name, run in runs.items())]
+        for part in next(iter(runs.values()))
+    ]
     lines = [f"{name} is left out: {why}" for name, why in report.left_out.items()]
     lines.append(f"a dense step: {report.dense_step.text()} ms; a dense run: {report.dense_run / 1e3:.2f} s")
-    return "\n".join([report.headline(), "", markdown_table(head, rows), "", *lines])
+    return "\n".join([report.headline(), "", markdown_table(["ms a run", *runs], rows), "", *lines])

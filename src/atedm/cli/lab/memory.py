@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from json import dumps
+from enum import Enum
 from typing import Annotated
 
 import typer
 
-from atedm.cli.lab.options import Attention, BatchOption, Dtype, JsonOption, TimedGuidanceOption, TimedModelOption
+from atedm.cli.lab_options import BatchOption, Dtype, JsonOption, TimedGuidanceOption, TimedModelOption, show
 from atedm.cli.options import SizeOption, pixels
 
 MIB = 2**20
+
+
+class Attention(str, Enum):
+    """How attention runs."""
+
+    fused = "fused"
+    plain = "plain"
 
 
 def memory(
@@ -35,33 +42,24 @@ def memory(
 
     from atedm.app.models import quiet_libraries
     from atedm.lab.methods.by_name import method_by_name
-    from atedm.lab.methods.candidates import Pruning
-    from atedm.lab.methods.peers import Merging
     from atedm.lab.probes.memory import memory as trace
     from atedm.lab.tables import markdown_table
-    from atedm.suits import suits
 
     quiet_libraries()
-    candidate = method_by_name(method, model)
-    if not isinstance(candidate, Pruning | Merging):
-        raise ValueError(f"memory is traced of ways to prune and of tome, not of {method!r}")
     report = trace(
         model,
-        candidate.method if isinstance(candidate, Pruning) else candidate.tome,
+        method_by_name(method, model),
         size=pixels(size),
         batch=batch,
         guidance=guidance,
-        steps=suits(model).steps,
         dtype=getattr(torch, dtype.value),
         attention=attention.value,
     )
-    if json:
-        typer.echo(dumps(report.as_dict(), indent=2))
-        return
     steps = {"dense": report.dense, "normal step": report.normal_step, "early step": report.early_step}
     rows = [[name, f"{step.peak / MIB:.1f}", f"{step.average / MIB:.1f}"] for name, step in steps.items()]
-    typer.echo(markdown_table(["activations, MiB", "peak", "average over the step"], rows))
-    typer.echo(
-        f"\nweights {report.weights / MIB:.0f} MiB. More jobs in the same memory, over a run: {report.more_jobs:+.1%}; "
+    text = (
+        f"{markdown_table(['activations, MiB', 'peak', 'average over the step'], rows)}\n\n"
+        f"weights {report.weights / MIB:.0f} MiB. More jobs in the same memory, over a run: {report.more_jobs:+.1%}; "
         f"each with its own weights {report.more_jobs_with_weights:+.1%}.\nAssumed: {report.assumption}."
     )
+    show(report.as_dict(), text, json)

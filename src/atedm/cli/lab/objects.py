@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from atedm.cli.lab.options import (
+from atedm.cli.lab_options import (
     BatchOption,
     CaptionsOption,
     DtypeOption,
@@ -14,15 +12,14 @@ from atedm.cli.lab.options import (
     RateOption,
     SeedOption,
     StepsOption,
-    checked_rate,
+    drawing_of,
     open_pipeline,
     progress_bar,
     show,
 )
 from atedm.cli.options import DeviceOption
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+MODEL = "tiny"
 
 
 def objects(
@@ -43,24 +40,15 @@ def objects(
     between a dropped token and a kept one: the one most like it, and the one that the paper's rule copies from.
     """
     from atedm.files import check_writable
-    from atedm.lab.evaluation.images import Drawing
     from atedm.lab.probes.objects import find_objects
     from atedm.lab.tables import markdown_table
-    from atedm.suits import TINY, suits
     from atedm.tiny.scenes import held_out_scenes
 
     check_writable(plot)
-    checked_rate(rate)
-    drawing = Drawing(TINY, steps, suits(TINY).guidance if guidance is None else guidance, seed, batch)
-    pipe = open_pipeline(TINY, device, dtype)
+    drawing = drawing_of(MODEL, steps, guidance, seed, batch)
+    pipe = open_pipeline(MODEL, device, dtype)
     with progress_bar() as tell:
         report = find_objects(pipe, held_out_scenes(captions, seed), drawing, rate=rate, progress=tell)
-
-    def draw() -> Image:
-        from atedm.lab.charts.objects import objects_chart
-
-        return objects_chart(report, f"{captions} scenes, {steps} steps")
-
     names = {"auc": "AUC", "best_match": "best match", "attention_match": "attention's match"}
     columns = [(what, level) for what in names for level in report.levels]
     rows = [
@@ -68,4 +56,5 @@ def objects(
         for ranking in report.rankings
     ]
     head = ["ranking", *(f"{names[what]}, level {level}" for what, level in columns)]
-    show(report.as_dict(), markdown_table(head, rows), json, plot, draw)
+    title = f"{captions} scenes, {steps} steps"
+    show(report.as_dict(), markdown_table(head, rows), json, plot, "objects", report, title)

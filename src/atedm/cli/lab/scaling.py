@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from atedm.cli.lab.options import JsonOption, MethodOption, PlotOption, method_of, progress_bar, show
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from atedm.cli.lab_options import JsonOption, MethodOption, PlotOption, method_of, progress_bar, show
 
 
 def scaling(
@@ -41,20 +38,11 @@ def scaling(
     if not names:
         raise ValueError("models must name at least one model")
     with progress_bar() as tell:
-        points = scale(names, [int(side) for side in sizes.split(",")], method_of(method, names[0], 50), progress=tell)
-
-    def draw() -> Image:
-        from atedm.lab.charts.cost import scaling_chart
-
-        return scaling_chart(points)
-
-    rows = [
-        [
-            *(point.model, point.side, f"{point.attention:.4g}", f"{point.attention_share:.0%}"),
-            *(f"{point.resnet:.4g}", f"{point.other:.4g}"),
-            "nothing" if point.attention_pruned is None else f"{point.attention_pruned:.4g}",
-        ]
-        for point in points
-    ]
+        points = scale(names, [int(side) for side in sizes.split(",")], method_of(method, names[0]), progress=tell)
+    rows = []
+    for p in points:
+        pruned = "nothing" if p.attention_pruned is None else f"{p.attention_pruned:.4g}"
+        parts = (f"{value:.4g}" for value in (p.resnet, p.other))
+        rows.append([p.model, p.side, f"{p.attention:.4g}", f"{p.attention_share:.0%}", *parts, pruned])
     head = ["T MACs of a step", "px", "attention", "share", "ResNet", "other", "attention pruned"]
-    show([point.as_dict() for point in points], markdown_table(head, rows), json, plot, draw)
+    show([p.as_dict() for p in points], markdown_table(head, rows), json, plot, "scaling", points)

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from atedm.cost.spans import Macs, SpanShape, layer_macs, meta_overhead
+from atedm.costs.spans import Macs, SpanShape, layer_macs, meta_overhead
 from atedm.lab.ablation.choosing import RANKS, REFILLS, choose, drop, rank_tokens
 from atedm.lab.ablation.map_modes import HEAD_FUSIONS, MAP_MODES
 from atedm.method.at_edm import AtEdm

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from atedm.app.models import load_pipeline
-from atedm.cost.architectures import architecture
+from atedm.costs.architectures import architecture
 from atedm.lab.bench.turns import Turns, images_in_turns, steps_in_turns
 from atedm.lab.methods.candidates import Candidate, Dense
 from atedm.lab.methods.counting import counted_run, late_step_cost

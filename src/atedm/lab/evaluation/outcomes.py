@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from atedm.cost.budget import CostOutOfReach
+from atedm.costs.budget import CostOutOfReach
 from atedm.lab.evaluation.experiments import Experiment
 from atedm.lab.evaluation.images import Drawing
 from atedm.lab.evaluation.prompts import Prompt

@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from atedm.cost.budget import fit_to_budget, run_cost
-from atedm.cost.tome import ToMe
+from atedm.costs.budget import fit_to_budget, run_cost
+from atedm.costs.tome import ToMe
 from atedm.lab.ablation import Variant, variant_of
 from atedm.lab.methods.candidates import Candidate, Dense, Pruning
 from atedm.lab.methods.peers import Caching, Merging
@@ -54,7 +54,7 @@ def method_by_name(
 
     Args:
         spec: What to parse.
-        model: As `atedm.cost.architectures.architecture`, for equal cost.
+        model: As `atedm.costs.architectures.architecture`, for equal cost.
         size: (width, height) in pixels, for equal cost.
         steps: Steps of the run, for equal cost.
 

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from atedm.cost.flops import flop_counter
+from atedm.costs.flops import flop_counter
 from atedm.lab.methods.candidates import Candidate, Dense
 
 #: Takes one step of a run.

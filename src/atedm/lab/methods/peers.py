@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from atedm.cost.tome import ToMe
+from atedm.costs.tome import ToMe
 from atedm.hosts.runs import step_position
 from atedm.hosts.unet_spans import find_spans
 from atedm.lab.extra import optional

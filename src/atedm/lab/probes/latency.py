@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from atedm.cost.architectures import architecture, run_once
-from atedm.cost.spans import early_steps, span_shape
+from atedm.costs.architectures import architecture, run_once
+from atedm.costs.spans import early_steps, span_shape
 from atedm.hosts.unet_spans import choose_spans, find_spans
 from atedm.lab.probes.pruning_parts import PARTS, WAYS, prune_once
 from atedm.lab.progress import Progress, silent

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from atedm.cost.architectures import architecture
-from atedm.cost.counting import EARLY, LATE, kinds_of_step
-from atedm.cost.spans import early_steps
-from atedm.cost.tome import ToMe
+from atedm.costs.architectures import architecture
+from atedm.costs.counting import EARLY, LATE, kinds_of_step
+from atedm.costs.spans import early_steps
+from atedm.costs.tome import ToMe
 from atedm.lab.methods.peers import with_tomesd
 from atedm.lab.probes.memory_traced import Footprint, mean, traced_footprint
 from atedm.method.contract import Method
@@ -85,7 +85,7 @@ def memory(
     """Say what activations take, dense and pruned, without weights (supplement D).
 
     Args:
-        model: As `atedm.cost.architectures.architecture`.
+        model: As `atedm.costs.architectures.architecture`.
         method: A method, the name of one, or a `ToMe`, which needs the ``tomesd`` package.
         size: (width, height) in pixels; by default what the model was trained for.
         batch: Images drawn at once.

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from atedm.cost.architectures import run_once
+from atedm.costs.architectures import run_once
 from atedm.words import check_name
 
 ATTENTIONS = ("fused", "plain")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from atedm.cost.architectures import architecture
-from atedm.cost.counting import count_macs
-from atedm.cost.spans import span_shape, step_macs
+from atedm.costs.architectures import architecture
+from atedm.costs.counting import count_macs
+from atedm.costs.spans import span_shape, step_macs
 from atedm.hosts.unet_spans import choose_spans, find_spans
 from atedm.lab.progress import Progress, silent
 from atedm.method.contract import Method
@@ -44,7 +44,7 @@ def scaling(models: Sequence[str], sides: Sequence[int], method: Method, *, prog
     """Count models at sizes. Nothing is computed and no weights are read.
 
     Args:
-        models: As `atedm.cost.architectures.architecture`; each is counted once.
+        models: As `atedm.costs.architectures.architecture`; each is counted once.
         sides: Pixels of square images, counted from the smallest.
         method: What is shown beside the dense cost.
         progress: Told of each model and size.

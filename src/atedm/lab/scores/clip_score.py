@@ -7,8 +7,7 @@ what text-to-image papers plot, AT-EDM (CVPR 2024) among them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +26,6 @@ TINY_CLIP = "tiny"
 """Our name of the small CLIP that ships: it knows the scenes, and nothing else."""
 
 
-def tiny_clip() -> str:
-    """Return open_clip's name of the small CLIP that ships."""
-    return f"local-dir:{weights_folder() / 'clip'}"
-
-
 class OpenedClip(NamedTuple):
     """An open_clip model in float32, ready to score, with what prepares its images and prompts."""
 
@@ -48,12 +42,9 @@ class OpenedClip(NamedTuple):
 
 
 def open_clip_model(model: str = CLIP_MODEL, pretrained: str = CLIP_WEIGHTS, device: str | None = None) -> OpenedClip:
-    """Open a model by open_clip's own names.
+    """Open a model by open_clip's own names: one of ``open_clip.list_pretrained()`` with the tag of its weights.
 
-    Args:
-        model: A name of ``open_clip.list_pretrained()``, "hf-hub:OWNER/NAME", "local-dir:FOLDER", or `TINY_CLIP`.
-        pretrained: The tag, or a file, of the weights; ignored with the last three.
-        device: By default CUDA, else MPS, else the CPU.
+    "hf-hub:OWNER/NAME", "local-dir:FOLDER" and `TINY_CLIP` bring their own weights.
 
     Raises:
         ImportError: If open_clip is not installed.
@@ -61,39 +52,33 @@ def open_clip_model(model: str = CLIP_MODEL, pretrained: str = CLIP_WEIGHTS, dev
     """
     open_clip = optional("open_clip")
     where = torch.device(device or best_device())
-    model = tiny_clip() if model == TINY_CLIP else model
+    model = f"local-dir:{weights_folder() / 'clip'}" if model == TINY_CLIP else model
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # open_clip's notes go to the root logger; what matters is raised
     try:
-        with _quiet():
-            network, _, preprocess = open_clip.create_model_and_transforms(
-                model,
-                pretrained=None if ":" in model else pretrained,
-                precision="fp32",
-                device=where,
-                require_pretrained=True,  # or open_clip would go on with random weights
-            )
-            tokenizer = open_clip.get_tokenizer(model)
+        network, _, preprocess = open_clip.create_model_and_transforms(
+            model,
+            pretrained=None if ":" in model else pretrained,
+            precision="fp32",
+            device=where,
+            require_pretrained=True,  # or open_clip would go on with random weights
+        )
+        tokenizer = open_clip.get_tokenizer(model)
     except Exception as error:
-        weights = f"with the weights {pretrained}" if pretrained else "without weights"
-        tried = model if ":" in model else f"{model} {weights}"
+        tried = model if ":" in model else f"{model} with the weights {pretrained!r}"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"cannot open the CLIP model {tried}: {reason}; what works is a name and a tag of "
             "open_clip.list_pretrained() and a connection, or 'local-dir:FOLDER' of an open_clip model"
         ) from error
+    finally:
+        logging.disable(before)
     return OpenedClip(network.eval(), preprocess, tokenizer, where)
 
 
 @torch.inference_mode()
 def image_features(clip: OpenedClip, pixels: Tensor) -> Tensor:
-    """Return the output of the image tower, not normalised to length one.
-
-    Args:
-        clip: The model.
-        pixels: (B, 3, H, W) float in [0, 255], H and W being ``clip.size``.
-
-    Returns:
-        (B, d) float32 on the model's device.
-    """
+    """Return what the image tower gives, (B, d) float32, for (B, 3, *clip.size) pixels in [0, 255]."""
     config = clip.model.visual.preprocess_cfg
     mean, std = (torch.tensor(config[name], device=clip.device).view(1, 3, 1, 1) for name in ("mean", "std"))
     features: Tensor = clip.model.encode_image((pixels.to(clip.device, torch.float32) / 255 - mean) / std)
@@ -101,40 +86,20 @@ def image_features(clip: OpenedClip, pixels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def clip_scores(
-    files: Sequence[Path],
-    prompts: Sequence[str],
-    *,
-    model: str = CLIP_MODEL,
-    pretrained: str = CLIP_WEIGHTS,
-    device: str | None = None,
-    batch: int = 32,
-) -> list[float]:
-    """Score each image against its own prompt. Scores of two models do not compare.
+def clip_scores(clip: OpenedClip, files: Sequence[Path], prompts: Sequence[str], batch: int = 32) -> list[float]:
+    """Score each of n images against its own prompt. Scores of two models do not compare.
 
     Images are prepared by open_clip: the shortest side is resized to the model's size and the middle is cut out. A
     prompt longer than the model reads is cut off.
-
-    Args:
-        files: n images.
-        prompts: n prompts.
-        model: See `open_clip_model`.
-        pretrained: See `open_clip_model`.
-        device: See `open_clip_model`.
-        batch: Images looked at together.
 
     Returns:
         n cosine similarities in [-1, 1], computed in float32.
 
     Raises:
-        ImportError: If open_clip is not installed.
-        ValueError: If the two are not equally many, a file is no image, or the model cannot be opened.
+        ValueError: If the two are not equally many, or a file is no image.
     """
     if len(files) != len(prompts):
         raise ValueError(f"each image needs its prompt: {len(files)} images and {len(prompts)} prompts")
-    if not files:
-        return []
-    clip = open_clip_model(model, pretrained, device)
     scores: list[float] = []
     for start in range(0, len(files), batch):
         some = slice(start, start + batch)
@@ -144,14 +109,3 @@ def clip_scores(
         # Two rounded vectors of length one can have a product a little above one.
         scores += (looks * words).sum(dim=1).clamp(-1, 1).tolist()
     return scores
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep open_clip's notes, which go to the root logger, out of the terminal: what matters is raised."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,48 +23,57 @@ from atedm.lab.scores.pixels import read_picture
 
 INCEPTION = "inception"
 """The network of the FID that papers report."""
-Extractor = Callable[[Tensor], Tensor]
-"""Looks at (B, 3, H, W) float images in [0, 255] and gives (B, d)."""
 
 
-def file_features(
-    files: Sequence[Path],
-    extractor: str | Extractor = INCEPTION,
-    *,
-    pretrained: str = CLIP_WEIGHTS,
-    device: str | None = None,
-    batch: int = 32,
-) -> NDArray[np.float64]:
-    """Look at images.
+class Extractor(NamedTuple):
+    """A network that looks at images."""
 
-    Args:
-        files: n images.
-        extractor: "inception" for clean-fid's own network (downloaded by clean-fid, d = 2048); a model as
-            `open_clip_model` takes it, for its image tower; or anything that looks at images. Images are resized by
-            clean-fid's antialiased bicubic filter, without rounding: to 299 px, or to the size of the image tower.
-        pretrained: Weights of an open_clip model given by name.
-        device: By default CUDA, else MPS, else the CPU.
-        batch: Images looked at together.
+    #: Gives (B, d) for (B, 3, H, W) float images in [0, 255].
+    network: Callable[[Tensor], Tensor]
+    device: torch.device
+    #: Resizes images first; None is clean-fid's own way, to 299 px.
+    resize: Any = None
 
-    Returns:
-        (n, d), rows in the order of the files.
+
+def open_extractor(name: str, pretrained: str = CLIP_WEIGHTS, device: str | None = None) -> Extractor:
+    """Open "inception", which clean-fid downloads (d = 2048), or the image tower of an open_clip model.
 
     Raises:
         ImportError: If clean-fid, or open_clip where it is asked for, is not installed.
-        ValueError: If an image cannot be read, or the network cannot be had.
+        ValueError: If the network cannot be had.
     """
-    where = device or best_device()
-    looks_at, resize = open_extractor(extractor, pretrained, where)
+    resize = optional("cleanfid.resize")
+    where = torch.device(device or best_device())
+    if name != INCEPTION:
+        clip = open_clip_model(name, pretrained, str(where))
+        size = clip.size[::-1]
+        return Extractor(
+            lambda pixels: image_features(clip, pixels), where, resize.make_resizer("PIL", False, "bicubic", size)
+        )
+    try:
+        return Extractor(optional("cleanfid.features").build_feature_extractor("clean", where, False), where)
+    except Exception as error:
+        url = optional("cleanfid.downloads_helper").inception_url
+        raise ValueError(
+            f"cannot have clean-fid's Inception weights from {url}: {str(error).strip() or type(error)}; "
+            "what works is a connection, that file in /tmp (clean-fid's place), or an open_clip model as the extractor"
+        ) from error
+
+
+def file_features(extractor: Extractor, files: Sequence[Path], batch: int = 32) -> NDArray[np.float64]:
+    """Look at n images, resized by clean-fid's antialiased bicubic filter, without rounding: (n, d).
+
+    Raises:
+        ValueError: If one cannot be read.
+    """
+    options = {"num_workers": 0, "batch_size": batch, "mode": "clean", "verbose": False}
     try:
         features = optional("cleanfid.fid").get_files_features(
-            [str(file) for file in files],
-            looks_at,
-            num_workers=0,
-            batch_size=batch,
-            device=torch.device(where),
-            mode="clean",
-            custom_fn_resize=resize,
-            verbose=False,
+            list(map(str, files)),
+            extractor.network,
+            device=extractor.device,
+            custom_fn_resize=extractor.resize,
+            **options,
         )
     except Exception:
         for file in files:  # to name the one that is no image, if one is not
@@ -73,48 +82,14 @@ def file_features(
     return np.asarray(features, dtype=np.float64)
 
 
-def open_extractor(extractor: str | Extractor, pretrained: str, device: str) -> tuple[Extractor, Any]:
-    """Return what looks at images, and what resizes them first if 299 px is not right.
-
-    Raises:
-        ImportError: As `file_features`.
-        ValueError: As `file_features`.
-    """
-    resize = optional("cleanfid.resize")
-    if not isinstance(extractor, str):
-        return extractor, None
-    if extractor == INCEPTION:
-        return _inception(device), None
-    clip = open_clip_model(extractor, pretrained, device)
-    height, width = clip.size
-    return lambda pixels: image_features(clip, pixels), resize.make_resizer("PIL", False, "bicubic", (width, height))
-
-
-def _inception(device: str) -> Extractor:
-    features = optional("cleanfid.features")
-    try:
-        network: Extractor = features.build_feature_extractor("clean", torch.device(device), use_dataparallel=False)
-    except Exception as error:
-        url = optional("cleanfid.downloads_helper").inception_url
-        raise ValueError(
-            f"cannot have clean-fid's Inception weights from {url}: {str(error).strip() or type(error)}; "
-            "what works is a connection, that file in /tmp (clean-fid's place), or an open_clip model as the extractor"
-        ) from error
-    return network
-
-
 def fid(features: NDArray[Any], references: NDArray[Any]) -> float:
-    """Fréchet distance between the normal distributions fitted to two sets of features, by clean-fid in float64.
+    """Fréchet distance between the normal distributions fitted to (n, d) and (m, d) features, by clean-fid in float64.
 
     With few images the distance is too large: compare distances of equally many images only.
 
-    Args:
-        features: (n, d), n at least 2.
-        references: (m, d), m at least 2.
-
     Raises:
         ImportError: If clean-fid is not installed.
-        ValueError: If the shapes do not fit.
+        ValueError: If the shapes do not fit, or n or m is below 2.
     """
     a, b = (np.asarray(x, dtype=np.float64) for x in (features, references))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
@@ -126,18 +101,12 @@ def fid_interval(features: NDArray[Any], references: NDArray[Any], *, draws: int
     """Return `fid` and its 95 % interval, a bootstrap over the images of ``features`` against fixed references.
 
     A bootstrap sample holds images twice and so comes out farther away. That shift is known from the samples and taken
-    off, which leaves their spread. The interval does not cover that FID of few images is too large.
-
-    Args:
-        features: (n, d), n at least 2.
-        references: (m, d), m at least 2.
-        draws: Bootstrap samples. Each takes the eigenvalues of a (d, d) matrix: nothing for the 64 features of the
-            shipped CLIP, seconds for the 2048 of Inception.
-        seed: Seed of the resampling.
+    off, which leaves their spread. The interval does not cover that FID of few images is too large. Each of the
+    ``draws`` takes the eigenvalues of a (d, d) matrix: seconds for the 2048 of Inception.
 
     Raises:
-        ImportError: If clean-fid is not installed.
-        ValueError: If the shapes do not fit.
+        ImportError: As `fid`.
+        ValueError: As `fid`.
     """
     measured = fid(features, references)
     a, b = (np.asarray(x, dtype=np.float64) for x in (features, references))

@@ -23,13 +23,9 @@ class Interval(NamedTuple):
 
 
 def ratio_interval(right: ArrayLike, asked: ArrayLike, *, draws: int = 2000, seed: int = 0) -> Interval:
-    """Estimate sum(right) / sum(asked), resampling whole captions, because objects of one caption depend on each other.
+    """Estimate sum(right) / sum(asked) of (n,) captions, of which whole ones are resampled ``draws`` times.
 
-    Args:
-        right: (n,) how much of each caption is right.
-        asked: (n,) how much it asks for.
-        draws: Bootstrap samples.
-        seed: Seed of the resampling.
+    Objects of one caption depend on each other, so they are not resampled one by one.
 
     Raises:
         ImportError: If scipy is not installed.
@@ -46,22 +42,15 @@ def ratio_interval(right: ArrayLike, asked: ArrayLike, *, draws: int = 2000, see
     mean = float(share(r, a))
     if len(r) == 1:
         return Interval(mean, mean, mean)
-    found = optional("scipy.stats").bootstrap(
-        (r, a),
-        share,
-        paired=True,
-        vectorized=True,
-        n_resamples=draws,
-        batch=200,
-        method="percentile",
-        random_state=np.random.default_rng(seed),
-    )
+    options = {"paired": True, "vectorized": True, "batch": 200, "method": "percentile"}
+    rng = np.random.default_rng(seed)
+    found = optional("scipy.stats").bootstrap((r, a), share, n_resamples=draws, random_state=rng, **options)
     low, high = np.nanpercentile(found.bootstrap_distribution, [2.5, 97.5])
     return Interval(mean, float(low), float(high))
 
 
 def mean_interval(values: ArrayLike, *, draws: int = 2000, seed: int = 0) -> Interval:
-    """Estimate the mean of ``values`` (n,), resampling them.
+    """Estimate the mean of ``values`` (n,), as `ratio_interval`.
 
     Raises:
         ImportError: If scipy is not installed.

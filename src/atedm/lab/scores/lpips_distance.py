@@ -17,25 +17,21 @@ from atedm.lab.extra import optional
 from atedm.lab.scores.pixels import read_pixels
 
 
-def lpips_model(device: str | None = None, net: str = "alex") -> Any:
-    """Open the network that LPIPS compares features of. Torchvision downloads it when it is first used.
-
-    Args:
-        device: Where it runs; None is the fastest there is.
-        net: "alex", which its authors report distances with, "vgg" or "squeeze".
+def lpips_model(device: str | None = None) -> Any:
+    """Open the network that LPIPS compares features of: AlexNet, which its authors report distances with.
 
     Raises:
         ImportError: If lpips is not installed.
-        ValueError: If its weights are neither here nor to be downloaded.
+        ValueError: If torchvision's weights are neither here nor to be downloaded.
     """
     lpips = optional("lpips")
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")  # of arguments that torchvision no longer likes
-            model = lpips.LPIPS(net=net, verbose=False)
+            model = lpips.LPIPS(net="alex", verbose=False)
     except OSError as error:
         raise ValueError(
-            f"LPIPS needs torchvision's weights of {net}, which are not in {torch.hub.get_dir()}/checkpoints and "
+            f"LPIPS needs torchvision's weights of alex, which are not in {torch.hub.get_dir()}/checkpoints and "
             f"cannot be downloaded: {error}; leave lpips out of --metrics"
         ) from error
     return model.eval().to(device or best_device())

@@ -18,8 +18,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional
 
-from atedm.cost.architectures import WORDS
-from atedm.cost.flops import flop_counter
+from atedm.costs.architectures import WORDS
+from atedm.costs.flops import flop_counter
 from atedm.method.contract import Memory, Method, Place, QueriesAndKeys, View
 
 #: How MACs are counted: see `Macs`.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json as json_module
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from importlib import import_module
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +15,10 @@ import typer
 from atedm.cli.options import at_least_one, checked_guidance, checked_seed, pixels
 
 if TYPE_CHECKING:
-    from PIL import Image
-
+    from atedm.lab.evaluation.images import Drawing
     from atedm.lab.progress import Progress
     from atedm.lab.setup import Setup
+    from atedm.method.contract import Method
 
 
 class Dtype(str, Enum):
@@ -28,58 +29,6 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-class Attention(str, Enum):
-    """How attention runs where memory is traced."""
-
-    fused = "fused"
-    plain = "plain"
-
-
-TimedModelOption = Annotated[
-    str,
-    typer.Option(
-        help="**tiny**, the model that ships; **sdxl**, **sdxl-turbo**, **sd15**, **sd21**, a diffusers folder or a "
-        "hub id, of which only the config is read.",
-        rich_help_panel="Model",
-    ),
-]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="By default what suits the device.", rich_help_panel="Model")]
-CaptionsOption = Annotated[
-    int, typer.Option(help="How many held-out scenes to draw.", rich_help_panel="Images", callback=at_least_one)
-]
-StepsOption = Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel="Images", callback=at_least_one)]
-GuidanceOption = Annotated[
-    float | None,
-    typer.Option(
-        help="Guidance scale; by default what suits the model.", rich_help_panel="Images", callback=checked_guidance
-    ),
-]
-TimedGuidanceOption = Annotated[
-    bool | None,
-    typer.Option(help="Whether the U-Net runs on two of each image; by default as usual.", rich_help_panel="Images"),
-]
-SeedOption = Annotated[
-    int,
-    typer.Option(
-        help="Of the first image, each next has one more; and of which scenes are drawn.",
-        rich_help_panel="Images",
-        callback=checked_seed,
-    ),
-]
-BatchOption = Annotated[int, typer.Option(help="Images at a time.", rich_help_panel="Images", callback=at_least_one)]
-MethodOption = Annotated[
-    str,
-    typer.Option(
-        help="**matched**, **paper**, **dagger** or **turbo**, with changes in brackets: paper[rate=0.5].",
-        rich_help_panel="Pruning",
-    ),
-]
-RateOption = Annotated[float, typer.Option(help="Share of the tokens that is dropped.", rich_help_panel="Pruning")]
-RepeatsOption = Annotated[int, typer.Option(help="Rounds, after one to warm up.", callback=at_least_one)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with everything.", rich_help_panel="Output")]
-PlotOption = Annotated[Path | None, typer.Option(help="Also draw a chart into this PNG.", rich_help_panel="Output")]
-
-
 def checked_rate(rate: float) -> float:
     """See that some tokens are dropped and some are kept."""
     if not 0 < rate < 1:
@@ -87,7 +36,49 @@ def checked_rate(rate: float) -> float:
     return rate
 
 
-def method_of(spec: str, model: str, steps: int) -> Any:
+IMAGES = "Images"
+TimedModelOption = Annotated[
+    str,
+    typer.Option(
+        help="**tiny**, **sdxl**, **sdxl-turbo**, **sd15**, **sd21**, a diffusers folder or a hub id, of which only "
+        "the config is read.",
+        rich_help_panel="Model",
+    ),
+]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="By default what suits the device.", rich_help_panel="Model")]
+CaptionsOption = Annotated[
+    int, typer.Option(help="How many held-out scenes to draw.", rich_help_panel=IMAGES, callback=at_least_one)
+]
+StepsOption = Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=IMAGES, callback=at_least_one)]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(help="Scale; by default what suits the model.", rich_help_panel=IMAGES, callback=checked_guidance),
+]
+TimedGuidanceOption = Annotated[
+    bool | None,
+    typer.Option(help="Whether the U-Net runs on two of each image; by default as usual.", rich_help_panel=IMAGES),
+]
+SeedOption = Annotated[
+    int, typer.Option(help="Of the first image, and of the scenes.", rich_help_panel=IMAGES, callback=checked_seed)
+]
+BatchOption = Annotated[int, typer.Option(help="Images at a time.", rich_help_panel=IMAGES, callback=at_least_one)]
+MethodOption = Annotated[
+    str,
+    typer.Option(
+        help="**matched**, **paper**, **dagger** or **turbo**, with changes in brackets: paper[rate=0.5].",
+        rich_help_panel="Pruning",
+    ),
+]
+RateOption = Annotated[
+    float,
+    typer.Option(help="Share of the tokens that is dropped.", rich_help_panel="Pruning", callback=checked_rate),
+]
+RepeatsOption = Annotated[int, typer.Option(help="Rounds, after one to warm up.", callback=at_least_one)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with everything.", rich_help_panel="Output")]
+PlotOption = Annotated[Path | None, typer.Option(help="Also draw a chart into this PNG.", rich_help_panel="Output")]
+
+
+def method_of(spec: str, model: str, steps: int = 50) -> Method:
     """Read the way to prune that ``spec`` describes."""
     from atedm.lab.methods.by_name import method_by_name
     from atedm.lab.methods.candidates import Pruning
@@ -99,28 +90,28 @@ def method_of(spec: str, model: str, steps: int) -> Any:
 
 
 def setup_of(
-    model: str,
-    device: str | None,
-    dtype: Dtype | None,
-    size: str | None,
-    batch: int,
-    guidance: bool | None,
-    repeats: int,
+    model: str, device: str | None, dtype: Dtype | None, size: str | None, batch: int, guidance: bool | None, repeats: int
 ) -> Setup:
     """Fill in what was not asked for."""
     from atedm.app.models import quiet_libraries
     from atedm.lab.setup import Setup
 
     quiet_libraries()
+    precision = None if dtype is None else dtype.value
     return Setup.of(
-        model,
-        size=pixels(size),
-        batch=batch,
-        guidance=guidance,
-        dtype=None if dtype is None else dtype.value,
-        device=device,
-        repeats=repeats,
+        model, size=pixels(size), batch=batch, guidance=guidance, dtype=precision, device=device, repeats=repeats
     )
+
+
+def drawing_of(
+    model: str, steps: int, guidance: float | None, seed: int, batch: int, size: str | None = None
+) -> Drawing:
+    """Fill in the guidance that suits the model."""
+    from atedm.lab.evaluation.images import Drawing
+    from atedm.suits import suits
+
+    width, height = pixels(size) or (None, None)
+    return Drawing(model, steps, suits(model).guidance if guidance is None else guidance, seed, batch, width, height)
 
 
 def open_pipeline(model: str, device: str | None, dtype: Dtype | None) -> Any:
@@ -148,12 +139,12 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
         yield lambda what, done, total: bar.update(task, description=escape(what), completed=done, total=total)
 
 
-def show(content: Any, text: str, as_json: bool, plot: Path | None, draw: Callable[[], Image.Image]) -> None:
-    """Print a report, as JSON or as text, and draw its chart where one is asked for."""
+def show(content: Any, text: str, as_json: bool, plot: Path | None = None, chart: str = "", *drawn: Any) -> None:
+    """Print a report, as JSON or as text, and where a plot is asked for, draw ``atedm.lab.charts.CHART`` of ``drawn``."""
     from atedm.files import save_image
 
     if plot is not None:
-        save_image(draw(), plot)
-    typer.echo(json_module.dumps(content, indent=2) if as_json else text)
+        save_image(getattr(import_module(f"atedm.lab.charts.{chart}"), f"{chart}_chart")(*drawn), plot)
+    typer.echo(dumps(content, indent=2) if as_json else text)
     if plot is not None and not as_json:
         typer.echo(str(plot))

@@ -1,1 +1,0 @@
-"""What models cost, dense and pruned, in multiply-accumulates (MACs), without weights."""

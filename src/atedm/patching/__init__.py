@@ -1,1 +1,0 @@
-"""The thin layer between the method and diffusers."""

@@ -1,1 +1,0 @@
-"""Sheets to look at: dense beside pruned, and what was kept where."""
