@@ -1,6 +1,7 @@
-"""Under torch.compile: two graphs, one of a prune-less step and one of a normal one, and none ever again."""
+"""Under torch.compile: two graphs, one of an early step and one of a normal one, and none ever again."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import atedm
-from atedm.config import PruningConfig
+from atedm import AtEdm, Matched
+from atedm.method.contract import Method
 from models import draw, run, sdxl_pipeline, small_unet
 
-STEPS = torch.linspace(999, 0, 12)  # more than torch._dynamo recompiles before it gives up
+STEPS = torch.linspace(999, 0, 10)  # more than torch._dynamo recompiles before it gives up
 
 
 @pytest.fixture(autouse=True)
@@ -41,21 +43,20 @@ def tiny_unet() -> UNet2DConditionModel:
     return small_unet(mid_block_type=None)
 
 
-def expected(build: Callable[[], UNet2DConditionModel], config: PruningConfig | None) -> Tensor:
+def expected(build: Callable[[], UNet2DConditionModel], method: Method | None) -> Tensor:
     unet = build()
-    if config is not None:
-        atedm.apply(unet, config)
+    if method is not None:
+        atedm.apply(unet, method)
     return outputs(unet)
 
 
-@pytest.mark.parametrize(("build", "compile_it"), [(small_unet, wrapped), (tiny_unet, in_place)])
-def test_compiled_first_it_has_two_more_graphs_and_is_dense_again_once_removed(build: Any, compile_it: Any) -> None:
-    dense, pruned = expected(build, None), expected(build, PruningConfig())
+def test_compiled_first_it_has_two_more_graphs_and_is_dense_again_once_removed() -> None:
+    dense, pruned = expected(small_unet, None), expected(small_unet, AtEdm())
     counter = CompileCounter()
-    unet = compile_it(build(), counter)
+    unet = wrapped(small_unet(), counter)
     torch.testing.assert_close(outputs(unet), dense)
     assert counter.frame_count == 1
-    atedm.apply(unet)
+    atedm.apply(unet, "paper")
     torch.testing.assert_close(run(unet, STEPS[0]), pruned[0])
     torch.testing.assert_close(run(unet, STEPS[-1]), pruned[-1])
     assert counter.frame_count == 3
@@ -63,7 +64,7 @@ def test_compiled_first_it_has_two_more_graphs_and_is_dense_again_once_removed(b
         torch.testing.assert_close(outputs(unet), pruned)
         atedm.remove(unet)
         torch.testing.assert_close(outputs(unet), dense)
-        atedm.apply(unet)
+        atedm.apply(unet, "paper")
         torch.testing.assert_close(outputs(unet), pruned)
     assert counter.frame_count == 3
     assert (pruned - dense)[-1].abs().max() > 0.1
@@ -71,81 +72,64 @@ def test_compiled_first_it_has_two_more_graphs_and_is_dense_again_once_removed(b
 
 @pytest.mark.parametrize("compile_it", [wrapped, in_place])
 def test_applied_first_it_has_two_graphs_and_is_dense_once_removed(compile_it: Any) -> None:
-    dense, pruned = expected(tiny_unet, None), expected(tiny_unet, PruningConfig())
+    dense, pruned = expected(tiny_unet, None), expected(tiny_unet, AtEdm())
     counter = CompileCounter()
     unet = tiny_unet()
-    atedm.apply(unet)
+    atedm.apply(unet, "paper")
     unet = compile_it(unet, counter)
     torch.testing.assert_close(outputs(unet), pruned)
     assert counter.frame_count == 2
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(outputs(unet), pruned)
         # A step that is a tensor of its own has to be read, and still is no part of a graph.
-        for i in (0, 11):
+        for i in (0, 9):
             torch.testing.assert_close(run(unet, STEPS[i].clone()), pruned[i])
+        # Nor does an error keep the model busy.
+        with pytest.raises(ValueError, match="attention_mask"):
+            run(unet, STEPS[0], attention_mask=torch.ones(2, 64))
+        with ThreadPoolExecutor(1) as thread:
+            torch.testing.assert_close(thread.submit(run, unet, STEPS[0]).result(), pruned[0])
     atedm.remove(unet)
     torch.testing.assert_close(outputs(unet), dense)
     assert counter.frame_count == 3
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        PruningConfig(ranking="uniform-random", recovery="bicubic", place="before-feed-forward"),
-        PruningConfig(
-            ranking="cross-attention-power",
-            recovery="direct-copy",
-            gradual=((0, 0.3), (1, 0.4)),
-            place="after-self-attention",
-        ),
-    ],
-    ids=["random-bicubic", "cross-attention-gradual"],
-)
-def test_it_has_two_graphs_whatever_the_config(config: PruningConfig) -> None:
-    pruned = expected(tiny_unet, config)
-    counter = CompileCounter()
-    unet = tiny_unet()
-    atedm.apply(unet, config)
-    torch.testing.assert_close(outputs(wrapped(unet, counter)), pruned)
-    assert counter.frame_count == 2
+def rank_by_step(view: atedm.View) -> Tensor:
+    return (view.tokens.float().square().mean(-1) * 1000).sin() * (1 + view.step)
 
 
-def test_matched_pruning_that_remembers_nothing_is_one_graph() -> None:
-    config = atedm.PRESETS["matched"].replace(own_update_share=0.0)
-    pruned = expected(tiny_unet, config)
-    counter = CompileCounter()
-    unet = tiny_unet()
-    atedm.apply(unet, config)
-    torch.testing.assert_close(outputs(wrapped(unet, counter)), pruned)
-    assert counter.frame_count == 1
+def refill_with_the_mean(to_refill: atedm.ToRefill) -> Tensor:
+    mean = to_refill.kept.mean(1, keepdim=True).expand_as(to_refill.before)
+    return mean.scatter(1, to_refill.keep.unsqueeze(-1).expand_as(to_refill.kept), to_refill.kept)
 
 
 @pytest.mark.parametrize(
-    ("config", "graphs"),
+    ("method", "graphs"),
     [
-        # With nothing chosen before, with a choice, and with one that is too old.
-        (PruningConfig(refresh_every=3, schedule="constant"), {2, 3}),
-        (atedm.PRESETS["matched"], {2}),  # in the first step there are no own updates
+        (AtEdm(spare=None), 1),
+        (AtEdm(rank=rank_by_step, refill=refill_with_the_mean), 2),
+        (Matched(own_update_share=0.0), 1),
+        (Matched(), 2),  # in the first step there are no updates to remember
     ],
-    ids=["a-choice-for-three-steps", "own-updates"],
+    ids=["turbo", "own functions", "remembers nothing", "remembers"],
 )
-def test_what_is_remembered_takes_graphs_of_its_own(config: PruningConfig, graphs: set[int]) -> None:
-    pruned = expected(tiny_unet, config)
+def test_a_method_has_a_graph_for_each_kind_of_step(method: Method, graphs: int) -> None:
+    pruned = expected(tiny_unet, method)
     counter = CompileCounter()
     unet = tiny_unet()
-    atedm.apply(unet, config)
+    atedm.apply(unet, method)
     compiled = wrapped(unet, counter)
     torch.testing.assert_close(outputs(compiled), pruned)
-    assert counter.frame_count in graphs
+    assert counter.frame_count == graphs
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(outputs(compiled), pruned)
 
 
 def test_repeated_blocks_can_be_compiled_on_their_own() -> None:
-    dense, pruned = expected(small_unet, None), expected(small_unet, PruningConfig())
+    dense, pruned = expected(small_unet, None), expected(small_unet, AtEdm())
     counter = CompileCounter()
     unet = small_unet()
-    atedm.apply(unet)
+    atedm.apply(unet, "paper")
     unet.compile_repeated_blocks(fullgraph=True, backend=counter)
     torch.testing.assert_close(outputs(unet), pruned)
     assert counter.frame_count >= 1
@@ -157,13 +141,13 @@ def test_repeated_blocks_can_be_compiled_on_their_own() -> None:
 
 def test_a_compiled_pipeline_draws_what_it_draws_uncompiled() -> None:
     pipe = sdxl_pipeline(tiny_unet())
-    atedm.apply(pipe)
-    image = draw(pipe, num_inference_steps=10)
+    atedm.apply(pipe, "paper")
+    image = draw(pipe, num_inference_steps=5)
     counter = CompileCounter()
     pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend=counter)
     assert atedm.is_applied(pipe)
-    torch.testing.assert_close(draw(pipe, num_inference_steps=10), image, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(draw(pipe, num_inference_steps=5), image, rtol=1e-3, atol=1e-3)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        draw(pipe, num_inference_steps=10)
+        draw(pipe, num_inference_steps=5)
         draw(pipe, num_inference_steps=7)
     assert counter.frame_count == 2
