@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from atedm.pipelines import load_pipeline, tiny_folder
+from atedm.app.models import load_pipeline
+from atedm.tiny import weights_folder
 from faults import ended, in_child
 
-SOURCES = Path(__file__).parents[1] / "src"
+SOURCES = Path(__file__).parents[2] / "src"
 
 
 class Runs:
@@ -30,7 +31,7 @@ class Runs:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_folder(), tmp_path / "model"))
+    return Path(shutil.copytree(weights_folder(), tmp_path / "model"))
 
 
 def opened_in_a_child(folder: Path, before: Callable[[], None] = lambda: None) -> bool:

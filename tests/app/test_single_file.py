@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from atedm.pipelines import load_pipeline
+from atedm.app.models import load_pipeline
 from faults import Before, command, ended, in_child
 from models import draw
 from single_file import save_as_single_file

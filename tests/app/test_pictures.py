@@ -7,20 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
-from atedm.patching.state import BlockObservation
-from atedm.pictures.canvas import Cell, draw_sheet
-from atedm.pictures.comparison import Comparison, Pruned, comparison_sheet, difference, psnr
-from atedm.pictures.maps import importance_overlay, kept_overlay, maps_sheet, mean_kept_overlay
-from atedm.pictures.quality_chart import curve_chart
-from atedm.recording import Recording
+from atedm.app.pictures.canvas import Cell, draw_sheet
+from atedm.app.pictures.comparison import Comparison, PrunedImage, comparison_sheet, difference, psnr
+from atedm.app.pictures.maps import importance_overlay, kept_overlay, maps_sheet, mean_kept_overlay
+from atedm.hosts.diffusers_unet import Observation
+from atedm.record import Recording
 
 WHITE = Image.new("RGB", (64, 64), (255, 255, 255))
 
 
-def observation(step: int = 0, keep: tuple[int, ...] = (0, 5, 10, 15)) -> BlockObservation:
+def observation(step: int = 0, keep: tuple[int, ...] = (0, 5, 10, 15)) -> Observation:
     importance = torch.linspace(0, 1, 16).expand(2, 16)
     other = tuple(i for i in range(16) if i not in keep)[: len(keep)]
-    return BlockObservation("mid_block.attentions.0", 0, step, importance, torch.tensor([other, keep]), (4, 4))
+    return Observation("mid_block.attentions.0", 0, step, importance, torch.tensor([other, keep]), (4, 4))
 
 
 def brightness(image: Image.Image) -> np.ndarray:
@@ -32,11 +31,6 @@ def test_kept_tokens_stay_bright_and_dropped_ones_are_dimmed() -> None:
     cells = brightness(kept_overlay(WHITE, observation()))
     assert set(np.flatnonzero(cells > 250)) == {0, 5, 10, 15}
     assert cells[1] < 100
-
-
-def test_the_other_element_of_the_batch_can_be_drawn() -> None:
-    cells = brightness(kept_overlay(WHITE, observation(), element=0))
-    assert set(np.flatnonzero(cells > 250)) == {1, 2, 3, 4}
 
 
 def test_importance_is_drawn_by_rank() -> None:
@@ -67,7 +61,7 @@ def test_psnr_and_difference() -> None:
 def test_sheets_hold_every_picture_and_grow_with_rows() -> None:
     recording = Recording([observation()], ("mid_block.attentions.0",), [0.25])
     red = Image.new("RGB", (64, 64), (200, 0, 0))
-    way = Pruned("AT-EDM", red, recording)
+    way = PrunedImage("AT-EDM", red, recording)
     rows = [Comparison("a prompt that is long " * 20, WHITE, (way,))] * 2
     sheet = comparison_sheet(rows, "headline")
     one = comparison_sheet(rows[:1], "headline")
@@ -93,12 +87,6 @@ def test_kept_share_counts_spared_blocks_as_whole() -> None:
     assert recording.kept_share == pytest.approx((0.125 + 3) / 4)
     with pytest.raises(ValueError, match="nothing was recorded"):
         _ = Recording().kept_share
-
-
-def test_a_curve_with_far_points_shows_the_good_end_enlarged() -> None:
-    good = {"dense": [(1.0, 0.94, 8.0), (2.0, 0.95, 6.0), (3.0, 0.945, 9.0)]}
-    far = {"dense": [*good["dense"], (9.0, 0.4, 900.0)]}
-    assert curve_chart(far).width > curve_chart(good).width
 
 
 def has_ink(sheet: Image.Image, left: int, top: int, right: int, bottom: int) -> bool:
