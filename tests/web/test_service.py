@@ -10,12 +10,12 @@ import httpx
 import pytest
 
 import atedm
-from atedm.costs.fit import mean_share
-from atedm.request import Request
-from atedm.web.job import Done, Drawn, Step, Stopped, run_job
+from atedm.app.request import Request
+from atedm.costs.budget import run_cost
+from atedm.web.job import ImageDone, JobDone, StepDone, Stopped, run_job
 from atedm.web.messages import complaint, message
 from atedm.web.serve import is_loopback, serve
-from atedm.web.studio import Studio, checked_models
+from atedm.web.service import Service, without_repeats
 from models import sdxl_pipeline, sdxl_unet
 
 CIRCLE = "a red circle above a blue square"
@@ -24,15 +24,15 @@ pytestmark = pytest.mark.xdist_group("web")  # two pages at once would look for 
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
-    return Studio(("tiny",), tmp_path_factory.mktemp("web"))
+def service(tmp_path_factory: pytest.TempPathFactory) -> Service:
+    return Service(("tiny",), tmp_path_factory.mktemp("web"))
 
 
 def one_layer_unet() -> Any:
     return sdxl_unet(transformer_layers_per_block=(1, 1, 1))
 
 
-def asked(studio: Studio, **changes: Any) -> Request:
+def asked(service: Service, **changes: Any) -> Request:
     values = {
         "model": "tiny",
         "prompt": CIRCLE,
@@ -42,79 +42,79 @@ def asked(studio: Studio, **changes: Any) -> Request:
         "guidance": 3.0,
         "seed": 5,
     }
-    return studio.request(**(values | changes))
+    return service.request(**(values | changes))
 
 
-def test_a_job_tells_of_every_step_and_image_and_leaves_a_run_file(studio: Studio) -> None:
-    events = list(studio.draw("someone", "tiny", asked(studio)))
-    steps = [(event.way, event.step) for event in events if isinstance(event, Step)]
-    assert steps == [(way, step) for way in ("dense", "pruned") for step in (1, 2, 3)]
-    dense, pruned = (event for event in events if isinstance(event, Drawn))
-    assert (dense.way, dense.recording, pruned.way) == ("dense", None, "pruned")
+def test_a_job_tells_of_every_step_and_image_and_leaves_a_run_file(service: Service) -> None:
+    events = list(service.draw("someone", "tiny", asked(service)))
+    steps = [(event.kind, event.step) for event in events if isinstance(event, StepDone)]
+    assert steps == [(kind, step) for kind in ("dense", "pruned") for step in (1, 2, 3)]
+    dense, pruned = (event for event in events if isinstance(event, ImageDone))
+    assert (dense.kind, dense.recording, pruned.kind) == ("dense", None, "pruned")
     assert {seen.step for seen in pruned.recording.observations} == {0, 1, 2}
-    assert isinstance(events[-1], Done)
+    assert isinstance(events[-1], JobDone)
     run = json.loads((events[-1].folder / "run.json").read_text())
     assert run["request"]["prompts"] == [CIRCLE]
     assert run["images"][0]["seed"] == 5
-    assert events[-1].folder.parent == studio.folder
+    assert events[-1].folder.parent == service.folder
 
 
-def test_the_cost_of_the_slider_is_the_cost_of_the_run(studio: Studio) -> None:
-    offered = studio.cost_range("tiny", "matched", 3)
+def test_the_cost_of_the_slider_is_the_cost_of_the_run(service: Service) -> None:
+    offered = service.cost_range("tiny", "matched", 3)
     for cost in (offered.lowest, 70, offered.highest):
-        share = mean_share(studio.pipe("tiny"), asked(studio, cost=cost).config, steps=3)
+        share = run_cost(service.pipe("tiny"), asked(service, cost=cost).method, steps=3)
         assert cost / 100 - 0.01 < share <= cost / 100
 
 
-def test_a_preset_is_taken_as_it_is_where_the_slider_was_left_alone(studio: Studio) -> None:
-    for method in studio.methods("tiny").values():
-        usual = studio.cost_range("tiny", method, 3).usual
-        assert asked(studio, method=method, cost=usual).config == atedm.PRESETS[method]
+def test_a_method_is_taken_as_it_is_where_the_slider_was_left_alone(service: Service) -> None:
+    for method in service.methods("tiny").values():
+        usual = service.cost_range("tiny", method, 3).usual
+        assert asked(service, method=method, cost=usual).method == atedm.METHODS[method]
 
 
-def test_a_job_that_is_stopped_leaves_nothing_behind(studio: Studio) -> None:
-    before = set(studio.folder.iterdir())
+def test_a_job_that_is_stopped_leaves_nothing_behind(service: Service) -> None:
+    before = set(service.folder.iterdir())
 
     def draw() -> None:
-        for event in studio.draw("someone", "tiny", asked(studio, steps=40)):
-            if isinstance(event, Step) and (event.way, event.step) == ("pruned", 2):
-                assert studio.stop("someone")
+        for event in service.draw("someone", "tiny", asked(service, steps=40)):
+            if isinstance(event, StepDone) and (event.kind, event.step) == ("pruned", 2):
+                assert service.stop("someone")
 
     with pytest.raises(Stopped, match=r"stopped at step \d+ of 40, pruned"):
         draw()
-    assert set(studio.folder.iterdir()) == before
-    assert not atedm.is_applied(studio.pipe("tiny"))
-    assert not studio.stop("someone")
+    assert set(service.folder.iterdir()) == before
+    assert not atedm.is_applied(service.pipe("tiny"))
+    assert not service.stop("someone")
 
 
-def test_a_job_that_nobody_listens_to_any_more_ends(studio: Studio) -> None:
-    before = set(studio.folder.iterdir())
-    job = studio.draw("someone", "tiny", asked(studio, steps=100))
+def test_a_job_that_nobody_listens_to_any_more_ends(service: Service) -> None:
+    before = set(service.folder.iterdir())
+    job = service.draw("someone", "tiny", asked(service, steps=100))
     next(job)
     job.close()
     assert not any(thread.name == "atedm-job" for thread in threading.enumerate())
-    assert set(studio.folder.iterdir()) == before
-    assert not atedm.is_applied(studio.pipe("tiny"))
+    assert set(service.folder.iterdir()) == before
+    assert not atedm.is_applied(service.pipe("tiny"))
 
 
-def test_stopping_one_visitor_leaves_the_others(studio: Studio) -> None:
-    job = studio.draw("someone", "tiny", asked(studio, steps=1))
+def test_stopping_one_visitor_leaves_the_others(service: Service) -> None:
+    job = service.draw("someone", "tiny", asked(service, steps=1))
     next(job)
-    assert not studio.stop("another")
-    assert isinstance(list(job)[-1], Done)
+    assert not service.stop("another")
+    assert isinstance(list(job)[-1], JobDone)
 
 
-def test_costs_are_told_while_another_visitor_draws(studio: Studio) -> None:
-    job = studio.draw("someone", "tiny", asked(studio, steps=2))
+def test_costs_are_told_while_another_visitor_draws(service: Service) -> None:
+    job = service.draw("someone", "tiny", asked(service, steps=2))
     next(job)
     with ThreadPoolExecutor(1) as thread:
-        assert thread.submit(studio.cost_range, "tiny", "dagger", 2).result(timeout=20).usual < 100
-    assert isinstance(list(job)[-1], Done)
+        assert thread.submit(service.cost_range, "tiny", "dagger", 2).result(timeout=20).usual < 100
+    assert isinstance(list(job)[-1], JobDone)
 
 
 def test_an_error_of_the_model_reaches_the_page(tmp_path: Path) -> None:
     pipe = sdxl_pipeline(one_layer_unet())
-    request = Request((CIRCLE,), atedm.PruningConfig(), steps=1)
+    request = Request((CIRCLE,), atedm.AtEdm(), steps=1)
     with pytest.raises(ValueError, match="nothing to prune"):
         list(run_job(pipe, request, tmp_path / "job", "sd1", threading.Event()))
     assert not (tmp_path / "job").exists()
@@ -138,38 +138,42 @@ def test_an_error_of_the_model_reaches_the_page(tmp_path: Path) -> None:
         ({"model": "../tiny"}, "unknown model '../tiny'"),
     ],
 )
-def test_the_server_checks_for_itself(studio: Studio, changes: dict[str, Any], complains: str) -> None:
+def test_the_server_checks_for_itself(service: Service, changes: dict[str, Any], complains: str) -> None:
     with pytest.raises(ValueError, match=complains):
-        asked(studio, **changes)
+        asked(service, **changes)
 
 
 @pytest.mark.parametrize("steps", [None, 0, float("nan"), "x", 1000])
-def test_an_emptied_box_of_steps_is_told(studio: Studio, steps: Any) -> None:
+def test_an_emptied_box_of_steps_is_told(service: Service, steps: Any) -> None:
     with pytest.raises(ValueError, match="Steps must be from 1 to"):
-        studio.cost_range("tiny", "dagger", steps)
+        service.cost_range("tiny", "dagger", steps)
 
 
-def test_a_model_without_a_unet_is_told(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studio, "pipe", lambda model: object())
+def test_a_model_without_a_unet_is_told(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "pipe", lambda model: object())
     with pytest.raises(TypeError, match="object has no U-Net"):
-        studio.cost_range("tiny", "dagger", 4)
+        service.cost_range("tiny", "dagger", 4)
 
 
 def test_models_are_those_of_the_command_line() -> None:
-    assert checked_models(["tiny", "a/b", "tiny"]) == ("tiny", "a/b")
+    assert without_repeats(["tiny", "a/b", "tiny"]) == ("tiny", "a/b")
     with pytest.raises(ValueError, match="at least one model"):
-        checked_models([])
+        without_repeats([])
 
 
-def test_few_step_models_are_offered_what_suits_them() -> None:
-    few = Studio(("stabilityai/sdxl-turbo",), Path())
-    assert [*few.methods("stabilityai/sdxl-turbo").values()] == ["matched", "turbo"]
+def test_models_are_offered_the_methods_that_can_prune_them() -> None:
+    offered = {"stabilityai/sdxl-turbo": ["matched", "turbo"], "sdxl": ["matched", "dagger", "paper"]}
+    for model, names in offered.items():
+        service = Service((model,), Path(), _pipes={model: sdxl_pipeline()})
+        assert [*service.methods(model).values()] == names
+    service = Service(("sd",), Path(), _pipes={"sd": sdxl_pipeline(one_layer_unet())})
+    assert [*service.methods("sd").values()] == ["matched"]
+    with pytest.raises(ValueError, match="unknown method 'paper'"):
+        service.cost_range("sd", "paper", 3)
 
 
-def test_blocks_of_one_layer_are_pruned_inside_it(studio: Studio) -> None:
-    one_layer = Studio(("sd",), studio.folder, _pipes={"sd": sdxl_pipeline(one_layer_unet())})
-    usual = one_layer.cost_range("sd", "paper", 3).usual
-    assert asked(one_layer, model="sd", method="paper", cost=usual).config.place == "after-self-attention"
+def test_the_method_that_suits_a_model_comes_first(service: Service) -> None:
+    assert next(iter(service.methods("tiny").values())) == service.suits("tiny").method
 
 
 def test_what_visitors_write_is_never_markup() -> None:
