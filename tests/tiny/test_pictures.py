@@ -1,17 +1,23 @@
 """The picture model's scenes, and that its training resumes. The pictures themselves are fetched for training only."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import typer
+from diffusers import StableDiffusionXLPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from atedm.tiny.pictures.assemble import assemble, with_few_steps
 from atedm.tiny.pictures.autoencoder import build_autoencoder
+from atedm.tiny.pictures.checkpoint import save_state
+from atedm.tiny.pictures.denoiser import Denoiser
+from atedm.tiny.pictures.distill import distill
 from atedm.tiny.pictures.download import load_atlas
 from atedm.tiny.pictures.layout import place_objects
 from atedm.tiny.pictures.objects import OBJECTS, with_article
@@ -175,3 +181,27 @@ def test_a_run_that_was_cut_off_goes_on_by_the_same_command(tmp_path: Path, atla
     assert not torch.equal(first[name], second[name])
     assert first.keys() == second.keys()
     assert "this run has seen 6 images already" in sit(6)
+
+
+def test_a_run_is_distilled_and_assembled_into_a_pipeline(tmp_path: Path, atlas: Atlas) -> None:
+    run = tmp_path / "run"
+    (run / "objects").mkdir(parents=True)
+    pixels = (atlas.levels[0] * 255).to(torch.uint8)
+    save_file({"pictures": pixels}, run / "objects" / f"objects-{len(OBJECTS)}.safetensors")
+    build_autoencoder().save_pretrained(run / "vae")
+    denoiser = Denoiser(build_tokenizer(run / "tokenizer"), compiled=False)
+    save_state(run, denoiser, copy.deepcopy(denoiser), [], seen=1)
+    app = typer.Typer()
+    app.command()(distill)
+    for images in (2, 4):  # the second sitting goes on from the first
+        options = f"--images {images} --canvas 64 --batch 2 --rank 2 --pool 32 --eager".split()
+        assert CliRunner().invoke(app, [str(run), *options], catch_exceptions=False).exit_code == 0
+    assert int(load_file(run / "distillation.safetensors")["seen"]) == 4
+    assemble(run, tmp_path / "folder")
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "folder")
+    pipe.set_progress_bar_config(disable=True)
+    asked = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}
+    many = pipe("a duck", **asked, generator=torch.manual_seed(0)).images
+    few = with_few_steps(pipe, tmp_path / "folder" / "lora")("a duck", **asked, guidance_scale=1.0).images
+    assert many.shape == few.shape == (1, 64, 64, 3)
+    assert np.isfinite(few).all()
