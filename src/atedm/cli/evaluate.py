@@ -53,7 +53,9 @@ def evaluate(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help="Denoising steps; 20, or what few-steps varies.", rich_help_panel=IMAGES, callback=at_least_one),
+        typer.Option(
+            help="Denoising steps; 20, or what few-steps varies.", rich_help_panel=IMAGES, callback=at_least_one
+        ),
     ] = None,
     guidance: GuidanceOption = None,
     size: SizeOption = None,
@@ -62,7 +64,7 @@ def evaluate(
     metrics: Annotated[
         str,
         typer.Option(
-            help="Of **distance** and **lpips** to dense, **accuracy** of captions (scenes only), **clip** and **fid**.",
+            help="Of **distance** and **lpips** to dense, **accuracy** of scenes' captions, **clip** and **fid**.",
             rich_help_panel=METRICS,
         ),
     ] = "distance,accuracy,clip,fid",
@@ -120,13 +122,12 @@ def evaluate(
 
     if methods in EXPERIMENTS:
         experiment = EXPERIMENTS[methods].under(steps, guidance)
-        asked = {
-            "steps": steps and f"{steps}-step{'s' * (steps > 1)}",
-            "guidance": None if guidance is None else f"guidance-{guidance:g}",
-            "size": size,
-            "dtype": dtype and dtype.value,
-        }
-        name = "-".join([methods, *filter(None, asked.values())])  # other settings have results of their own
+        asked = [
+            "" if steps is None else f"{steps}-step{'s' * (steps > 1)}",
+            "" if guidance is None else f"guidance-{guidance:g}",
+            *(size or "", "" if dtype is None else dtype.value),
+        ]
+        name = "-".join([methods, *filter(None, asked)])  # other settings have results of their own
     else:
         name = "report"
         experiment = Experiment("Methods side by side", "", {spec: spec for spec in parse_methods(methods)})

@@ -90,7 +90,13 @@ def method_of(spec: str, model: str, steps: int = 50) -> Method:
 
 
 def setup_of(
-    model: str, device: str | None, dtype: Dtype | None, size: str | None, batch: int, guidance: bool | None, repeats: int
+    model: str,
+    device: str | None,
+    dtype: Dtype | None,
+    size: str | None,
+    batch: int,
+    guidance: bool | None,
+    repeats: int,
 ) -> Setup:
     """Fill in what was not asked for."""
     from atedm.app.models import quiet_libraries
@@ -140,7 +146,7 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
 
 
 def show(content: Any, text: str, as_json: bool, plot: Path | None = None, chart: str = "", *drawn: Any) -> None:
-    """Print a report, as JSON or as text, and where a plot is asked for, draw ``atedm.lab.charts.CHART`` of ``drawn``."""
+    """Print a report, as JSON or as text; where a plot is asked for, draw ``atedm.lab.charts.CHART`` of ``drawn``."""
     from atedm.files import save_image
 
     if plot is not None:

@@ -21,11 +21,7 @@ def random_unet(
     Weights are normal with variance one over the fan-in, norms are the identity, biases are zero. So nothing overflows
     in any dtype, and no denormal numbers slow it down.
 
-    Args:
-        arch: From `architecture`.
-        dtype: Any floating dtype.
-        device: Where to put it. It is filled there; no second copy of it is held.
-        seed: The same seed gives the same weights on every device.
+    It is filled on its device, and no second copy is held. The same seed gives the same weights on every device.
 
     Raises:
         ValueError: If diffusers cannot build it.

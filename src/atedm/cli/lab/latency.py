@@ -57,12 +57,13 @@ def table(report: LatencyReport, paper: str) -> str:
     from atedm.lab.probes.latency import PAPER
     from atedm.lab.tables import markdown_table
 
-    runs = {**report.ways, **({"paper, one A100": PAPER[paper]} if paper in PAPER else {})}
-    runs = {name: run | {"all": sum(run.values())} for name, run in runs.items()}
-    rows = [
-        [part, *(f"{run[part]:.1f}" + f" ({run[part] / report.dense_run:.1%})" * (name in report.ways) for name, run in runs.items())]
-        for part in next(iter(runs.values()))
-    ]
+    runs = {name: run | {"all": sum(run.values())} for name, run in report.ways.items()}
+    theirs = PAPER.get(paper, {})
+    rows = []
+    for part in next(iter(runs.values())):
+        times = [f"{run[part]:.1f} ({run[part] / report.dense_run:.1%})" for run in runs.values()]
+        rows.append([part, *times, *([f"{theirs.get(part, sum(theirs.values())):.0f}"] if theirs else [])])
+    head = ["ms a run", *runs, *(["paper, one A100"] if theirs else [])]
     lines = [f"{name} is left out: {why}" for name, why in report.left_out.items()]
     lines.append(f"a dense step: {report.dense_step.text()} ms; a dense run: {report.dense_run / 1e3:.2f} s")
-    return "\n".join([report.headline(), "", markdown_table(["ms a run", *runs], rows), "", *lines])
+    return "\n".join([report.headline(), "", markdown_table(head, rows), "", *lines])

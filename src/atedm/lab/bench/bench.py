@@ -75,13 +75,9 @@ def bench(
     Dense comes first whether it is named or not, and runs diffusers' own attention, which is torch's fused one. A step
     is one in which no schedule spares anything, the mean of a cycle of what works in cycles.
 
-    Args:
-        setup: The model; steps are timed with random weights, because their time does not depend on them.
-        methods: By name.
-        whole_images: Time images from words to pixels in place of steps; by default where the weights are at hand.
-        steps: Denoising steps of an image.
-        memory: Whether to measure the peak of activations too, in one round more.
-        progress: Told of every method in every round.
+    Steps are timed with random weights, because their time does not depend on them. By default whole images of
+    ``steps`` steps are timed, from words to pixels, where the weights are at hand. ``memory`` measures the peak of
+    activations too, in one round more.
 
     Raises:
         ImportError: If a package of a method is missing.

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 
 from atedm.lab.bench.peak import peak_of
 from atedm.lab.methods.candidates import Candidate
-from atedm.lab.methods.counting import LATE, Step, run_of_steps
+from atedm.lab.methods.counting import run_of_steps
 from atedm.lab.progress import Progress
 from atedm.lab.shared_weights import copy_with_shared_weights
 from atedm.lab.timing import Stopwatch
@@ -57,7 +57,7 @@ def steps_in_turns(
         for name, candidate in methods.items():
             steps = candidate.cycle * (repeats + 1 + memory)
             copied = copy_with_shared_weights(unet)
-            step = stack.enter_context(run_of_steps(copied, call, candidate, steps, before=LATE * steps))
+            step = stack.enter_context(run_of_steps(copied, call, candidate, steps))
             turns[name] = _Turn(partial(_several, step, candidate.cycle), steps=candidate.cycle)
         return _in_turns(turns, unet.device, repeats, progress, memory)
 
@@ -85,7 +85,7 @@ def images_in_turns(
     return _in_turns(turns, pipe.unet.device, repeats, progress, memory)
 
 
-def _several(step: Step, times: int) -> None:
+def _several(step: Callable[[], object], times: int) -> None:
     for _ in range(times):
         step()
 

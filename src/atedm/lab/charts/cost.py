@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.patches import Patch
 from PIL import Image
 
 from atedm.costs.report import CostReport
-from atedm.lab.charts.figure import FAINT_HEX, INK_HEX, new_chart, new_charts, picture_of
-from atedm.lab.probes.scaling import Point
+from atedm.lab.charts.figure import FAINT_HEX, INK_HEX, new_chart, picture_of
 
 ATTENTION, RESNET, OTHER = "#3b6fb6", "#d98b3a", "#b9bcc4"
 """Colours of the parts."""

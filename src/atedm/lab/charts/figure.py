@@ -20,12 +20,7 @@ INK_HEX, FAINT_HEX = ("#{:02x}{:02x}{:02x}".format(*colour) for colour in (INK, 
 def new_charts(width: float, height: float, columns: int = 1, title: str = "", **options: Any) -> tuple[Figure, Any]:
     """Return a figure of so many inches, a title over it, and its plots side by side, with as few lines as are needed.
 
-    Args:
-        width: In inches.
-        height: In inches.
-        columns: How many plots.
-        title: Above them.
-        **options: Of `matplotlib.figure.Figure.subplots`.
+    Other options are those of `matplotlib.figure.Figure.subplots`.
     """
     figure = Figure(figsize=(width, height), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)

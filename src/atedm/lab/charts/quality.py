@@ -20,12 +20,7 @@ SHOWN = (DISTANCE, ACCURACY, CLIP)
 def experiment_chart(experiment: Experiment, outcomes: Sequence[Outcome]) -> Image.Image | None:
     """Draw an experiment: FID against CLIP score where guidance varies, else quality against cost, or a row a method.
 
-    Args:
-        experiment: What was run.
-        outcomes: From `run_experiment`.
-
-    Returns:
-        The chart; None if no figure was taken that it shows.
+    None is drawn if no figure was taken that it shows.
     """
     found = [(outcome, result, result.scores.intervals()) for outcome in outcomes for result in outcome.results]
     if experiment.guidance:
@@ -53,10 +48,7 @@ def experiment_chart(experiment: Experiment, outcomes: Sequence[Outcome]) -> Ima
 def cost_chart(points: Mapping[str, tuple[str, float, Interval]], metric: str, title: str = "") -> Image.Image:
     """Draw a figure with its interval against cost, a point a method.
 
-    Args:
-        points: (kind, cost, figure) by method; those of one kind are joined by a line.
-        metric: Which figure, one of `SHOWN`.
-        title: Headline.
+    ``points`` holds (kind, cost, figure) by method; those of one kind are joined by a line. ``metric`` is of `SHOWN`.
     """
     what, factor, _ = COLUMNS[metric]
     figure, axes = new_chart(8.5, 5.0, title)
@@ -82,9 +74,7 @@ def cost_chart(points: Mapping[str, tuple[str, float, Interval]], metric: str, t
 def rows_chart(rows: Mapping[str, Mapping[str, Interval | None]], title: str = "") -> Image.Image:
     """Draw a row a method and a panel a figure, each with its interval: for methods whose cost is much the same.
 
-    Args:
-        rows: Figures by method and metric, one of `SHOWN`; a method may lack some.
-        title: Headline.
+    ``rows`` holds figures by method and metric, one of `SHOWN`; a method may lack some.
     """
     metrics = list(dict.fromkeys(metric for figures in rows.values() for metric in figures))
     figure, plots = new_charts(3.2 + 3.0 * len(metrics), 1.3 + 0.3 * len(rows), len(metrics), title, sharey=True)
@@ -106,9 +96,7 @@ def curve_chart(curves: Mapping[str, Sequence[tuple[float, float, float]]], titl
 
     Where some scales or methods are far off, FID is drawn by its logarithm and the good end once more, enlarged.
 
-    Args:
-        curves: (guidance, CLIP score, FID) by method.
-        title: Headline.
+    ``curves`` holds (guidance, CLIP score, FID) by method.
     """
     points = [point for curve in curves.values() for point in curve]
     best_clip, best_fid = max(point[1] for point in points), min(point[2] for point in points)

@@ -20,6 +20,7 @@ from atedm.files import read_json, remove_partials, save_image, save_json
 from atedm.lab.evaluation.prompts import Prompt
 from atedm.lab.extra import optional
 from atedm.lab.methods.candidates import Candidate
+from atedm.words import check_whole
 
 SETTINGS = "settings.json"
 
@@ -45,9 +46,8 @@ class Drawing:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_whole("steps", self.steps)
+        check_whole("batch", self.batch)
         if not 0 <= self.guidance < 1000:
             raise ValueError(f"guidance must be 0 or more and below 1000, not {self.guidance}")
         if not 0 <= self.seed < 2**62:
@@ -63,31 +63,31 @@ class Drawing:
         """Arguments of the pipeline but for prompts, steps and noise."""
         return {"guidance_scale": self.guidance, "width": self.width, "height": self.height}
 
+    def noise(self, images: Sequence[int]) -> list[torch.Generator]:
+        """Return the noise of some images, from generators on the CPU, which are the same on every device."""
+        return [torch.Generator("cpu").manual_seed(self.seed + i) for i in images]
+
 
 def image_file(folder: Path, index: int) -> Path:
     """Return where image ``index`` is kept."""
     return folder / f"{index:05d}.png"
 
 
-def groups(count: int, batch: int) -> list[range]:
-    """Split ``count`` images into the fixed groups they are drawn in."""
-    return [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+def image_files(folder: Path, count: int) -> list[Path]:
+    """Return where the first ``count`` images are kept."""
+    return [image_file(folder, index) for index in range(count)]
 
 
 def missing_groups(folder: Path, count: int, batch: int) -> list[range]:
-    """Return the groups of which an image is not there yet."""
-    return [group for group in groups(count, batch) if not all(image_file(folder, i).exists() for i in group)]
+    """Return the fixed groups, of ``count`` images drawn ``batch`` at once, of which an image is not there yet."""
+    groups = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+    return [group for group in groups if not all(image_file(folder, i).exists() for i in group)]
 
 
 def claim_folder(folder: Path, candidate: Candidate, drawing: Drawing, prompts: Sequence[Prompt], weights: int) -> None:
     """Write down in ``folder`` what is drawn there, or check that it is the same if images are there.
 
-    Args:
-        folder: Made if missing.
-        candidate: What is applied.
-        drawing: What is the same for every method.
-        prompts: All of them; more may be asked for later, as long as those before stay the same.
-        weights: A checksum of the model.
+    ``weights`` is a checksum of the model. More prompts may be asked for later, as long as those before stay the same.
 
     Raises:
         ImportError: If psutil is not installed, which tells files of killed processes from those being written.
@@ -99,19 +99,17 @@ def claim_folder(folder: Path, candidate: Candidate, drawing: Drawing, prompts: 
     asked: dict[str, Any] = {"method": candidate.as_dict(), "drawing": asdict(drawing), "weights": weights}
     asked["prompts"] = [zlib.crc32(prompt.text.encode()) for prompt in prompts]
     file = folder / SETTINGS
-    drawn = any(folder.glob("*.png"))
-    if file.exists() and drawn:
+    if any(folder.glob("*.png")):
+        if not file.exists():
+            raise ValueError(f"{folder} holds images, but no {SETTINGS} says of what; give another --out, or remove it")
         stored = _settings(file)
-        for key in ("method", "drawing", "weights"):
-            if stored.get(key) != asked[key]:
-                raise ValueError(f"{folder} holds images of another {key}; give another --out, or remove it")
         shorter = min(len(stored["prompts"]), len(asked["prompts"]))
-        if stored["prompts"][:shorter] != asked["prompts"][:shorter]:
-            raise ValueError(f"{folder} holds images of other prompts; give another --out, or remove it")
+        changed = [key for key in ("method", "drawing", "weights") if stored.get(key) != asked[key]]
+        if changed or stored["prompts"][:shorter] != asked["prompts"][:shorter]:
+            what = f"another {changed[0]}" if changed else "other prompts"
+            raise ValueError(f"{folder} holds images of {what}; give another --out, or remove it")
         if len(stored["prompts"]) >= len(asked["prompts"]):
             return
-    elif drawn:
-        raise ValueError(f"{folder} holds images, but no {SETTINGS} says of what; give another --out, or remove it")
     save_json(asked, file)
 
 
@@ -134,24 +132,13 @@ def draw_groups(
     todo: Sequence[range],
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Draw groups of images. Each image is written whole or not at all.
-
-    Args:
-        pipe: A text-to-image pipeline, as it is.
-        prompts: All of them.
-        candidate: What is applied.
-        drawing: What is the same for every method.
-        folder: Where to.
-        todo: Groups of indices, from `missing_groups`.
-        progress: Told how many images were drawn.
-    """
+    """Draw groups of images, from `missing_groups`, and tell how many. Each is written whole or not at all."""
     for group in todo:
         with candidate.applied(pipe, seed=drawing.seed + group.start):
             images: list[Image.Image] = pipe(
                 [prompts[i].text for i in group],
                 num_inference_steps=candidate.steps_of(drawing.steps),
-                # Generators on the CPU give the same noise on every device.
-                generator=[torch.Generator("cpu").manual_seed(drawing.seed + i) for i in group],
+                generator=drawing.noise(group),
                 **drawing.call,
             ).images
         for index, image in zip(group, images, strict=True):

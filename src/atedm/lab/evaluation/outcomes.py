@@ -49,17 +49,9 @@ def run_experiment(
     state: PartialState | None = None,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Run an experiment. Images are kept by setting and method, so that experiments share them and runs resume.
+    """Run an experiment, as `evaluate` under each of its settings.
 
-    Args:
-        experiment: One of `atedm.lab.evaluation.experiments.EXPERIMENTS`, or one of your own.
-        pipe: A text-to-image pipeline, as it is.
-        prompts: What to draw.
-        drawing: What is the same for every method, but for what the experiment varies.
-        metrics: Which figures, by which models.
-        out: Where everything is kept.
-        state: Of `accelerate`, where several processes share the work.
-        progress: Told of every group of images and every metric.
+    Images are kept by setting and method, so that experiments share them and runs resume.
 
     Returns:
         One outcome a setting; their results are empty in all processes but the first.
@@ -69,29 +61,27 @@ def run_experiment(
         ValueError: As `evaluate`, or if every cost is out of reach on this model.
     """
     outcomes = []
+    labels = {spec: label for label, spec in experiment.methods.items()}
     for steps in experiment.steps or (drawing.steps,):
         for guidance in experiment.guidance or (drawing.guidance,):
             here = replace(drawing, steps=steps, guidance=guidance)
             methods, left_out = _methods(experiment, here)
-            by_spec = {experiment.methods[label]: candidate for label, candidate in methods.items()}
-            found = evaluate(
-                pipe, by_spec, prompts, here, metrics, out / setting_name(here), state=state, progress=progress
-            )
-            labels = {spec: label for label, spec in experiment.methods.items()}
+            folder = out / setting_name(here)
+            found = evaluate(pipe, methods, prompts, here, metrics, folder, state=state, progress=progress)
             named = tuple(replace(result, name=labels.get(result.name, result.name)) for result in found)
-            varied = {"steps": steps} if experiment.steps else {}
-            setting = {**varied, "guidance": guidance} if experiment.guidance else varied
+            setting: dict[str, float] = {"steps": steps} if experiment.steps else {}
+            setting |= {"guidance": guidance} if experiment.guidance else {}
             outcomes.append(Outcome(here, named, setting, left_out))
     return outcomes
 
 
 def _methods(experiment: Experiment, drawing: Drawing) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """Return the methods by label, and why others cannot be had."""
+    """Return the methods by what describes them, and by label why others cannot be had."""
     methods: dict[str, Candidate] = {}
     left_out: dict[str, str] = {}
     for label, spec in experiment.methods.items():
         try:
-            methods[label] = method_by_name(spec, drawing.model, size=drawing.size, steps=drawing.steps)
+            methods[spec] = method_by_name(spec, drawing.model, size=drawing.size, steps=drawing.steps)
         except CostOutOfReach as error:
             left_out[label] = str(error)
     if not methods:

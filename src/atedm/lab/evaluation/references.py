@@ -19,39 +19,30 @@ from atedm.tiny.scenes import render
 
 
 def write_references(prompts: Sequence[Prompt], folder: Path, size: tuple[int, int], seed: int = 0) -> Iterator[int]:
-    """Write one picture a prompt, PNGs named by number, and yield the number after each.
+    """Write one picture of ``size`` (width, height) a prompt, PNGs named by number, and yield the number after each.
 
     MS-COCO is cropped to the middle and resized, as the paper does; scenes are rendered with jitter from ``seed``.
     Pictures of the same prompts, size and seed that are there already stay; others are replaced.
-
-    Args:
-        prompts: All with a picture, or all scenes.
-        folder: Made if missing.
-        size: (width, height) in pixels.
-        seed: Of the jitter of scenes.
 
     Raises:
         ValueError: If a prompt has no picture, or one cannot be read; the message names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / SETTINGS
-    asked: dict[str, Any] = {"size": list(size), "seed": seed, "prompts": [_checksum(prompt) for prompt in prompts]}
+    checksums = [zlib.crc32(repr((one.text, one.scene, str(one.picture))).encode()) for one in prompts]
+    asked: dict[str, Any] = {"size": list(size), "seed": seed, "prompts": checksums}
     stored = read_json(file) if file.exists() else {}
     same = stored.get("size") == asked["size"] and stored.get("seed") == seed
-    pairs = zip(stored.get("prompts", []) if same else [], asked["prompts"], strict=False)
+    pairs = zip(stored.get("prompts", []) if same else [], checksums, strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     if shared < len(prompts):  # until all are there, the file vouches for those only
-        save_json(asked | {"prompts": asked["prompts"][:shared]}, file)
+        save_json(asked | {"prompts": checksums[:shared]}, file)
     for index, prompt in enumerate(prompts):
         if index >= shared or not image_file(folder, index).exists():
             save_image(_reference(prompt, size, [seed, index]), image_file(folder, index))
         yield index
     if shared < len(prompts):
         save_json(asked, file)
-
-
-def _checksum(prompt: Prompt) -> int:
-    return zlib.crc32(repr((prompt.text, prompt.scene, str(prompt.picture))).encode())
 
 
 def _reference(prompt: Prompt, size: tuple[int, int], seed: list[int]) -> Image.Image:

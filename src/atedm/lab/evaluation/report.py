@@ -30,61 +30,53 @@ Table = tuple[list[str], list[list[str]]]
 """Head and rows."""
 
 
-def quality_table(outcomes: Sequence[Outcome]) -> Table:
-    """Cost and figures of every method, with 95 % intervals; figures that nobody has are left out."""
-    found = [(outcome, result, result.scores.intervals()) for outcome in outcomes for result in outcome.results]
-    shown = [name for name in COLUMNS if any(name in figures for _, _, figures in found)]
-    head = [*outcomes[0].setting, "method", "cost", *(COLUMNS[name][0] for name in shown)]
-    rows = []
-    for outcome, result, figures in found:
-        cells = [figures[name].text(*COLUMNS[name][1:]) if name in figures else "" for name in shown]
-        rows.append([*(f"{value:g}" for value in outcome.setting.values()), result.name, f"{result.cost:.3f}", *cells])
-    return head, rows
-
-
-def attributes_table(outcomes: Sequence[Outcome]) -> Table | None:
-    """Share right of what captions ask, in percent by attribute; None where it was not judged."""
-    found = [(outcome, result, result.scores.attributes()) for outcome in outcomes for result in outcome.results]
-    names = list(dict.fromkeys(name for _, _, shares in found for name in shares))
-    rows = [
-        [
-            *(f"{value:g}" for value in outcome.setting.values()),
-            result.name,
-            *(shares[name].text(100) if name in shares else "" for name in names),
-        ]
-        for outcome, result, shares in found
+def tables(outcomes: Sequence[Outcome]) -> list[Table]:
+    """Return cost and figures of every method, with 95 % intervals; and if it was judged, what is right by attribute."""
+    found = [(outcome, result) for outcome in outcomes for result in outcome.results]
+    head = [*outcomes[0].setting, "method"]
+    names = [[*(f"{value:g}" for value in outcome.setting.values()), result.name] for outcome, result in found]
+    figures = [result.scores.intervals() for _, result in found]
+    shares = [result.scores.attributes() for _, result in found]
+    shown = [name for name in COLUMNS if any(name in own for own in figures)]
+    asked = list(dict.fromkeys(name for own in shares for name in own))
+    quality = [
+        [*name, f"{result.cost:.3f}", *(own[what].text(*COLUMNS[what][1:]) if what in own else "" for what in shown)]
+        for name, (_, result), own in zip(names, found, figures, strict=True)
     ]
-    return ([*outcomes[0].setting, "right, %", *names], rows) if names else None
+    both = [([*head, "cost", *(COLUMNS[what][0] for what in shown)], quality)]
+    if asked:
+        rows = [
+            [*name, *(f"{100 * own[what].mean:.1f}" if what in own else "" for what in asked)]
+            for name, own in zip(names, shares, strict=True)
+        ]
+        both.append(([*head[:-1], "right, %", *asked], rows))
+    return both
 
 
 def markdown_of(outcomes: Sequence[Outcome]) -> str:
     """Show the tables in Markdown, and what was left out and why."""
-    tables = [quality_table(outcomes), attributes_table(outcomes)]
-    parts = [markdown_table(*table) for table in tables if table is not None]
-    reasons = {f"{label}: {reason}" for outcome in outcomes for label, reason in outcome.left_out.items()}
-    return "\n\n".join([*parts, *(["\n".join(f"- {reason}" for reason in sorted(reasons))] if reasons else [])])
+    reasons = {f"- {label}: {reason}" for outcome in outcomes for label, reason in outcome.left_out.items()}
+    return "\n\n".join(
+        filter(None, [*(markdown_table(*table) for table in tables(outcomes)), "\n".join(sorted(reasons))])
+    )
 
 
 def sheet_of(outcomes: Sequence[Outcome], prompts: Sequence[Prompt], count: int = 6, side: int = 160) -> Image.Image:
     """Lay out the first images of every method, a prompt a row; a red frame marks what the judge finds wrong.
 
-    Args:
-        outcomes: Settings below each other, each with at least one row.
-        prompts: What was drawn.
-        count: Rows, where that is more than there are settings.
-        side: Longer side of a picture, in pixels.
+    Settings stand below each other, each with at least one of the ``count`` rows; ``side`` is the longer side of a
+    picture in pixels.
     """
-    each = max(1, count // len(outcomes))
     rows: list[list[Cell]] = []
     titles: list[str] = []
     above: list[str] = []
     for outcome in outcomes:
-        setting = ", ".join(f"{what} {value:g}" for what, value in outcome.setting.items())
+        setting = "".join(f"{what} {value:g}: " for what, value in outcome.setting.items())
         names = [result.name for result in outcome.results]
-        for index, prompt in enumerate(prompts[:each]):
+        for index, prompt in enumerate(prompts[: max(1, count // len(outcomes))]):
             # Methods are named above the first row, and where they change.
             rows.append([_cell(result, index, "" if names == above else result.name) for result in outcome.results])
-            titles.append(f"{setting}: {prompt.text}" if setting else prompt.text)
+            titles.append(setting + prompt.text)
             above = names
     return draw_sheet(rows, titles, side=side)
 
@@ -120,20 +112,10 @@ def write_report(
 ) -> str:
     """Write NAME.json, NAME.md, NAME.html, NAME.png (a chart) and NAME-sheet.png, each whole or not at all.
 
-    Args:
-        experiment: What was run.
-        outcomes: From `run_experiment`.
-        prompts: What was drawn.
-        metrics: Which figures were taken.
-        out: The folder.
-        name: What the files are called.
-        rows: How many rows of images the sheet shows.
-
-    Returns:
-        What NAME.md holds.
+    ``outcomes`` come from `run_experiment`; ``rows`` is how many rows of images the sheet shows. Returns what NAME.md
+    holds.
 
     Raises:
-        ImportError: If matplotlib is not installed.
         OSError: If a file cannot be written.
     """
     title = f"{experiment.title} ({experiment.source})" if experiment.source else experiment.title
@@ -141,8 +123,7 @@ def write_report(
     note = f"{drawing.model}, {len(prompts)} prompts, {drawing.steps} steps, guidance {drawing.guidance:g}"
     text = f"## {title}\n\n{markdown_of(outcomes)}\n"
     content = {
-        "atedm": atedm.__version__,
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "versions": {"atedm": atedm.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
         "title": title,
         "images": len(prompts),
         "metrics": asdict(metrics),
@@ -150,35 +131,30 @@ def write_report(
     }
     save_json(content, out / f"{name}.json")
     save_text(text, out / f"{name}.md")
-    chart = experiment_chart(experiment, outcomes)
-    if chart is None:
-        (out / f"{name}.png").unlink(missing_ok=True)  # it would be of other metrics than these figures
-    else:
+    (out / f"{name}.png").unlink(missing_ok=True)  # it may be of other metrics than these figures
+    if chart := experiment_chart(experiment, outcomes):
         save_image(chart, out / f"{name}.png")
     sheet = sheet_of(outcomes, prompts, rows)
     save_image(sheet, out / f"{name}-sheet.png")
-    save_text(_page(outcomes, title, note, sheet), out / f"{name}.html")
+    save_text(_page(tables(outcomes), title, note, sheet), out / f"{name}.html")
     return text
 
 
-def _page(outcomes: Sequence[Outcome], title: str, note: str, sheet: Image.Image) -> str:
+def _page(found: Sequence[Table], title: str, note: str, sheet: Image.Image) -> str:
     """Return one page that needs nothing else: the tables and the sheet."""
-    tables = [table for table in (quality_table(outcomes), attributes_table(outcomes)) if table is not None]
     picture = io.BytesIO()
     sheet.save(picture, format="PNG", optimize=True)
+    encoded = base64.b64encode(picture.getvalue()).decode()
     return _PAGE.format(
-        title=html.escape(title),
-        note=html.escape(note),
-        tables="".join(map(_html_table, tables)),
-        picture=base64.b64encode(picture.getvalue()).decode(),
+        title=html.escape(title), note=html.escape(note), tables="".join(map(_html_table, found)), picture=encoded
     )
 
 
 def _html_table(table: Table) -> str:
     head, rows = table
-    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
+    lines = [[f"<th>{html.escape(cell)}</th>" for cell in head]]
+    lines += [[f"<td>{html.escape(cell)}</td>" for cell in row] for row in rows]
+    return "<div><table>" + "".join(f"<tr>{''.join(line)}</tr>" for line in lines) + "</table></div>"
 
 
 _PAGE = """<!doctype html>
@@ -193,7 +169,7 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin-b
 th, td {{ text-align: right; padding: .3rem .8rem; border-bottom: 1px solid #ddd; vertical-align: bottom; }}
 th:first-child, td:first-child {{ text-align: left; font-family: ui-monospace, monospace; font-size: .9em; }}
 div {{ overflow-x: auto; }}
-img {{ max-width: 100%; margin-top: 1.5rem; }}
+img {{ max-width: 100%; }}
 p {{ color: #65676d; }}
 </style>
 </head>

@@ -21,7 +21,7 @@ from atedm.files import read_json, save_json
 from atedm.lab.evaluation.images import Drawing, claim_folder, draw_groups, missing_groups
 from atedm.lab.evaluation.prompts import Prompt
 from atedm.lab.evaluation.references import write_references
-from atedm.lab.evaluation.scoring import FID, Metrics, Scores, check_metrics, score
+from atedm.lab.evaluation.scoring import FID, Metrics, Scores, score
 from atedm.lab.evaluation.sharing import shared_work
 from atedm.lab.methods.candidates import Candidate, Dense
 from atedm.lab.methods.counting import counted_run
@@ -42,14 +42,8 @@ class Result:
 
     def as_dict(self, dense: Result | None) -> dict[str, Any]:
         """Return plain JSON values, with paired differences to dense."""
-        found: dict[str, Any] = {
-            "name": self.name,
-            "method": self.candidate.as_dict(),
-            "cost": round(self.cost, 6),
-            "images": self.folder.name,
-            **self.scores.intervals(),
-            "attributes": self.scores.attributes(),
-        }
+        found: dict[str, Any] = {"name": self.name, "method": self.candidate.as_dict(), "cost": round(self.cost, 6)}
+        found |= {"images": self.folder.name, **self.scores.intervals(), "attributes": self.scores.attributes()}
         if dense is not None and dense is not self:
             found["minus_dense"] = self.scores.difference(dense.scores)
         return found
@@ -66,9 +60,7 @@ def evaluate(
     state: PartialState | None = None,
     progress: Progress = silent,
 ) -> list[Result]:
-    """Draw what is missing, and score everything.
-
-    Dense is always among the methods if a distance to it is asked for.
+    """Draw what is missing, and score everything. Dense is always there if a distance to it is asked for.
 
     Args:
         pipe: A text-to-image pipeline, as it is.
@@ -106,15 +98,13 @@ def evaluate(
             raise ValueError(f"{name} cannot be applied: {error}") from error
     if state.is_main_process:
         if undrawn:
-            check_metrics(metrics, str(state.device), has_references=has_references)
+            metrics.check(str(state.device), has_references=has_references)
         weights = checksum(pipe.unet)
         for name, candidate in methods.items():
             claim_folder(folders[name], candidate, drawing, prompts, weights)
     state.wait_for_everyone()
     for name, candidate in methods.items():
-        todo = missing_groups(folders[name], len(prompts), drawing.batch)
-        state.wait_for_everyone()  # or one process would see what another has just drawn
-        _draw_share(pipe, prompts, candidate, drawing, folders[name], todo, state, name, progress)
+        _draw_share(pipe, prompts, candidate, drawing, folders[name], state, name, progress)
     state.wait_for_everyone()
     if not state.is_main_process:
         return []
@@ -128,15 +118,13 @@ def evaluate(
     dense_macs = _macs(pipe, Dense(), drawing, dense)
     results = []
     for index, (name, candidate) in enumerate(methods.items()):
-        scores = score(
-            folders[name],
-            prompts,
-            metrics,
-            dense=None if candidate == Dense() else dense,
-            references=references,
-            device=str(state.device),
-            progress=lambda what, name=name, index=index: progress(f"{what} of {name}", index, len(methods)),  # type: ignore[misc]
-        )
+
+        def tell(what: str, name: str = name, index: int = index) -> None:
+            progress(f"{what} of {name}", index, len(methods))
+
+        base = None if candidate == Dense() else dense
+        device = str(state.device)
+        scores = score(folders[name], prompts, metrics, dense=base, references=references, device=device, progress=tell)
         cost = _macs(pipe, candidate, drawing, folders[name]) / dense_macs
         results.append(Result(name, candidate, cost, scores, folders[name]))
     return results
@@ -148,20 +136,19 @@ def _draw_share(
     candidate: Candidate,
     drawing: Drawing,
     folder: Path,
-    todo: list[range],
     state: PartialState,
     name: str,
     progress: Progress,
 ) -> None:
     """Draw this process' share of the groups."""
-    total = sum(map(len, todo))
-    done = 0
+    todo = missing_groups(folder, len(prompts), drawing.batch)
+    state.wait_for_everyone()  # or one process would see what another has just drawn
+    total, done = sum(map(len, todo)), 0
 
     def drawn(count: int) -> None:
         nonlocal done
         done += count * state.num_processes
-        if state.is_main_process:
-            progress(name, min(done, total), total)
+        progress(name, min(done, total), total)
 
     with state.split_between_processes(todo) as mine:
         draw_groups(pipe, prompts, candidate, drawing, folder, mine, drawn)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from atedm.files import read_json, save_json
-from atedm.lab.evaluation.images import image_file
+from atedm.lab.evaluation.images import image_files
 from atedm.lab.evaluation.prompts import Prompt
 from atedm.lab.scores.clip_score import CLIP_MODEL, CLIP_WEIGHTS, clip_scores, open_clip_model
 from atedm.lab.scores.fid import INCEPTION, fid_interval, file_features, open_extractor
 from atedm.lab.scores.intervals import Interval, mean_interval, ratio_interval
-from atedm.lab.scores.judge import ALL, columns, judge_images
+from atedm.lab.scores.judge import ALL, caption_accuracy
 from atedm.lab.scores.lpips_distance import lpips_distances, lpips_model
 from atedm.lab.scores.pixels import distances, read_pixels
 from atedm.tiny.scenes import CANVAS
@@ -50,6 +50,20 @@ class Metrics:
     def to_dense(self) -> bool:
         """Whether one of them compares with the dense images."""
         return DISTANCE in self.names or LPIPS in self.names
+
+    def check(self, device: str, *, has_references: bool) -> None:
+        """Open every model that is needed, so that what is missing is told before anything is drawn.
+
+        Raises:
+            ImportError: If a package is missing.
+            ValueError: If weights cannot be had.
+        """
+        if CLIP in self.names:
+            open_clip_model(self.clip_model, self.clip_pretrained, device)
+        if FID in self.names and has_references:
+            open_extractor(self.fid_features, self.clip_pretrained, device)
+        if LPIPS in self.names:
+            lpips_model(device)
 
 
 @dataclass(frozen=True)
@@ -93,94 +107,59 @@ def score(
     device: str = "cpu",
     progress: Callable[[str], None] = lambda what: None,
 ) -> Scores:
-    """Score the images of one method. What was scored before under the same terms is read back.
+    """Score the N images of one method against N prompts. What was scored before under the same terms is read back.
 
-    Args:
-        folder: Where images 0 to N-1 are.
-        prompts: N of them.
-        metrics: Which figures, by which models.
-        dense: Folder of the dense images; None for dense itself.
-        references: Folder of real pictures, for FID.
-        device: Where networks run.
-        progress: Told what is being scored.
+    ``dense`` and ``references`` are folders of the dense images and of real pictures, which some metrics need; without
+    them these are left out. ``progress`` is told each metric.
 
     Raises:
         ImportError: If a package is missing.
         ValueError: If an image is missing or cannot be read, or the weights of a metric cannot be had.
     """
-    files = [image_file(folder, index) for index in range(len(prompts))]
+    count = len(prompts)
+    files, dense_files, real_files = ([] if f is None else image_files(f, count) for f in (folder, dense, references))
     if missing := [file.name for file in files if not file.exists()]:
-        raise ValueError(f"{folder} lacks {len(missing)} of {len(files)} images, such as {missing[0]}")
+        raise ValueError(f"{folder} lacks {len(missing)} of {count} images, such as {missing[0]}")
+    scenes = [prompt.scene for prompt in prompts if prompt.scene is not None]
     per_image: dict[str, list[float]] = {}
     accuracy: dict[str, tuple[list[int], list[int]]] = {}
     fid = None
-    dense_files = [] if dense is None else [image_file(dense, index) for index in range(len(prompts))]
-    scenes = [prompt.scene for prompt in prompts if prompt.scene is not None]
     for metric in metrics.names:
         progress(metric)
         if metric == DISTANCE and dense_files:
             per_image[metric] = distances(files, dense_files)
         elif metric == LPIPS and dense_files:
             per_image[metric] = lpips_distances(files, dense_files, device=device)
-        elif metric == ACCURACY and len(scenes) == len(prompts):
-            accuracy = columns(judge_images(scenes, torch.stack([read_pixels(file, CANVAS) for file in files])))
+        elif metric == ACCURACY and len(scenes) == count:
+            accuracy = caption_accuracy(scenes, torch.stack([read_pixels(file, CANVAS) for file in files]))
         elif metric == CLIP:
             per_image[metric] = _clip(files, prompts, metrics, device)
-        elif metric == FID and references is not None:
-            theirs = [image_file(references, index) for index in range(len(prompts))]
-            fid = fid_interval(_features(files, metrics, device), _features(theirs, metrics, device))
+        elif metric == FID and real_files:
+            fid = fid_interval(_features(files, metrics, device), _features(real_files, metrics, device))
     return Scores(per_image, accuracy, fid)
 
 
-def check_metrics(metrics: Metrics, device: str, *, has_references: bool = True) -> None:
-    """Open every model that the metrics need, so that what is missing is told before anything is drawn.
-
-    Args:
-        metrics: Which figures, by which models.
-        device: Where to open them.
-        has_references: Whether there are real pictures, without which FID is not taken.
-
-    Raises:
-        ImportError: If a package is missing.
-        ValueError: If weights cannot be had.
-    """
-    if CLIP in metrics.names:
-        open_clip_model(metrics.clip_model, metrics.clip_pretrained, device)
-    if FID in metrics.names and has_references:
-        open_extractor(metrics.fid_features, metrics.clip_pretrained, device)
-    if LPIPS in metrics.names:
-        lpips_model(device)
-
-
 def _clip(files: Sequence[Path], prompts: Sequence[Prompt], metrics: Metrics, device: str) -> list[float]:
-    model, weights = metrics.clip_model, metrics.clip_pretrained
+    terms = (metrics.clip_model, metrics.clip_pretrained)
     texts = [prompt.text for prompt in prompts]
-
-    def take() -> list[float]:
-        return clip_scores(files, texts, model=model, pretrained=weights, device=device)
-
-    return list(_kept(files, "clip.json", {"model": model, "pretrained": weights}, take))
+    return list(_kept(files, "clip.json", terms, lambda: clip_scores(open_clip_model(*terms, device), files, texts)))
 
 
 def _features(files: Sequence[Path], metrics: Metrics, device: str) -> Any:
-    extractor, weights = metrics.fid_features, metrics.clip_pretrained
-
-    def take() -> list[list[float]]:
-        found: list[list[float]] = file_features(files, extractor, pretrained=weights, device=device).tolist()
-        return found
-
-    return np.asarray(_kept(files, "features.json", {"extractor": extractor, "pretrained": weights}, take))
+    terms = (metrics.fid_features, metrics.clip_pretrained)
+    taken = _kept(files, "features.json", terms, lambda: file_features(open_extractor(*terms, device), files).tolist())
+    return np.asarray(taken)
 
 
-def _kept(files: Sequence[Path], name: str, terms: dict[str, Any], take: Callable[[], Any]) -> Any:
+def _kept(files: Sequence[Path], name: str, terms: tuple[str, ...], take: Callable[[], Any]) -> Any:
     """Read back what was taken of the same images under the same terms, or take it and keep it beside them."""
     checksum = 0
     for file in files:
         checksum = zlib.crc32(file.read_bytes(), checksum)
-    terms = {**terms, "files": checksum}
+    asked = [*terms, checksum]
     cache = files[0].parent / name
     stored = read_json(cache) if cache.exists() else {}
-    if stored.get("terms") != terms or "found" not in stored:
-        stored = {"terms": terms, "found": take()}
+    if stored.get("terms") != asked or "found" not in stored:
+        stored = {"terms": asked, "found": take()}
         save_json(stored, cache)
     return stored["found"]

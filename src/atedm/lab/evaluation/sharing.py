@@ -16,9 +16,6 @@ def shared_work(device: str | None = None) -> PartialState:
     `accelerate` shares work among CPU processes only if it is told that the CPU is meant. Otherwise each process takes
     itself for the only one and does everything.
 
-    Args:
-        device: Where the work is done; None is the fastest there is.
-
     Raises:
         ValueError: If a launcher started several processes that do not see each other.
     """

@@ -49,14 +49,9 @@ def method_by_name(
 
     A name, one of `NAMES`, with changes to its fields in brackets; several joined by ``+`` are applied from left to
     right. Fields that `AtEdm` and `Matched` do not have make a `Variant`. ``cost=NAME`` in the brackets solves for the
-    rate or ratio at which a run costs what NAME does, ``cost=0.7`` for a share of the dense cost; for dense itself that
-    is a share of the steps. A function of one's own is imported: ``paper[rank=MODULE:NAME]``.
-
-    Args:
-        spec: What to parse.
-        model: As `atedm.costs.architectures.architecture`, for equal cost.
-        size: (width, height) in pixels, for equal cost.
-        steps: Steps of the run, for equal cost.
+    rate or ratio at which a run of ``model`` at ``size`` (width, height) pixels and ``steps`` costs what NAME does,
+    ``cost=0.7`` for a share of the dense cost; for dense itself that is a share of the steps. What is one's own is
+    imported: ``paper[rank=MODULE:NAME]``.
 
     Raises:
         ValueError: If a name or a field is unknown, a cost cannot be had, or is given beside what is solved for it.

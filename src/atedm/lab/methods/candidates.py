@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from atedm.method.contract import Method
 from atedm.patch import pruned
@@ -14,47 +14,33 @@ _LONGEST_CYCLE = 10
 """A choice of tokens that is kept for more steps than these counts as kept for the whole run."""
 
 
-class Candidate(Protocol):
+class Candidate:
     """A way to make images cheaper, or none."""
 
-    @property
-    def kind(self) -> str:
-        """What charts call it. Candidates that differ in their cost alone have the same kind."""
-        ...
-
-    @property
-    def cycle(self) -> int:
-        """Steps after which what it does repeats itself."""
-        ...
+    #: What charts call it. Candidates that differ in their cost alone have the same kind.
+    kind: str
+    #: Steps after which what it does repeats itself.
+    cycle: int = 1
 
     def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[Any]:
         """Change a pipeline for the length of a ``with`` block; ``seed`` is for methods that draw at random."""
-        ...
+        return nullcontext()
 
     def steps_of(self, steps: int) -> int:
         """Denoising steps it takes where ``steps`` are asked for."""
-        ...
+        return steps
+
+    def is_early(self, share: float) -> bool:
+        """Whether it does less in a step before which ``share`` of the run is done."""
+        return False
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything that makes a difference as plain JSON values."""
-        ...
-
-
-class EveryStep:
-    """A candidate that takes as many steps as are asked for, and does the same in each."""
-
-    @property
-    def cycle(self) -> int:
-        """One step."""
-        return 1
-
-    def steps_of(self, steps: int) -> int:
-        """Return ``steps``."""
-        return steps
+        return {"kind": self.kind}
 
 
 @dataclass(frozen=True)
-class Dense(EveryStep):
+class Dense(Candidate):
     """The model as it is, or with fewer steps: what anyone can do without a method.
 
     Raises:
@@ -70,36 +56,32 @@ class Dense(EveryStep):
             raise ValueError(f"steps_share must be above 0 and at most 1, not {self.steps_share!r}")
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> str:  # type: ignore[override]
         """Dense, or dense with fewer steps."""
-        return "dense" if self == Dense() else "dense, fewer steps"
-
-    def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[Any]:
-        """Change nothing."""
-        return nullcontext()
+        return "dense" if self.steps_share == 1 else "dense, fewer steps"
 
     def steps_of(self, steps: int) -> int:
         """Return the share of ``steps``, at least one."""
         return max(1, round(self.steps_share * steps))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the kind, and the share where it is not all."""
-        return {"kind": "dense"} if self == Dense() else {"kind": "dense", **asdict(self)}
+        """Return the kind and the share."""
+        return {"kind": "dense", **asdict(self)}
 
 
 @dataclass(frozen=True)
-class Pruning(EveryStep):
+class Pruning(Candidate):
     """AT-EDM, matched pruning, or a variant of them."""
 
     method: Method
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> str:  # type: ignore[override]
         """The name of the method."""
         return self.method.name
 
     @property
-    def cycle(self) -> int:
+    def cycle(self) -> int:  # type: ignore[override]
         """For how many steps a choice of tokens is kept."""
         kept_for: int = getattr(self.method, "refresh_every", 1)
         return kept_for if kept_for <= _LONGEST_CYCLE else 1
@@ -107,6 +89,10 @@ class Pruning(EveryStep):
     def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[Any]:
         """Prune."""
         return pruned(pipe, self.method)
+
+    def is_early(self, share: float) -> bool:
+        """Ask the method."""
+        return self.method.is_early(share)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the method's settings."""

@@ -3,47 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from atedm.costs.flops import flop_counter
 from atedm.lab.methods.candidates import Candidate, Dense
-
-#: Takes one step of a run.
-Step: TypeAlias = Callable[[], object]
 
 LATE = 9
 """Runs of single steps begin after this many times as many steps, so that no schedule spares anything in them."""
 
 
 def counted_run(pipe: Any, candidate: Candidate, call: dict[str, Any], steps: int) -> int:
-    """Count the MACs of the U-Net over one run of a pipeline.
+    """Count the MACs of the U-Net over one run of a pipeline with a candidate.
 
-    Args:
-        pipe: A text-to-image pipeline, as it is.
-        candidate: What is applied.
-        call: Arguments of the pipeline but for steps and noise.
-        steps: Denoising steps before the candidate leaves some out.
+    ``call`` is what the pipeline takes besides steps and noise; ``steps`` counts before the candidate leaves some out.
     """
-    counters: list[FlopCounterMode] = []
+    counters = []
+    within = ExitStack()
 
     def start(*_: Any) -> None:
-        counters.append(flop_counter())
-        counters[-1].__enter__()  # type: ignore[no-untyped-call]
+        counters.append(within.enter_context(flop_counter()))
 
-    def stop(*_: Any) -> None:
-        counters[-1].__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
-    hooks = [pipe.unet.register_forward_pre_hook(start), pipe.unet.register_forward_hook(stop)]
+    hooks = [pipe.unet.register_forward_pre_hook(start), pipe.unet.register_forward_hook(lambda *_: within.close())]
     noise = torch.Generator("cpu").manual_seed(0)
     try:
-        with candidate.applied(pipe), sdpa_kernel(SDPBackend.MATH):
+        with candidate.applied(pipe), sdpa_kernel(SDPBackend.MATH), within:
             pipe(**call, num_inference_steps=candidate.steps_of(steps), generator=noise, output_type="latent")
     finally:
         for hook in hooks:
@@ -53,20 +42,14 @@ def counted_run(pipe: Any, candidate: Candidate, call: dict[str, Any], steps: in
 
 @contextmanager
 def run_of_steps(
-    unet: UNet2DConditionModel, call: dict[str, Any], candidate: Candidate, steps: int, *, before: int = 0
-) -> Iterator[Step]:
-    """Apply a candidate to a U-Net, and yield what takes the next step of a run.
+    unet: UNet2DConditionModel, call: dict[str, Any], candidate: Candidate, steps: int
+) -> Iterator[Callable[[], object]]:
+    """Apply a candidate to a U-Net, and yield what takes the next of ``steps`` late steps of a run.
 
-    Args:
-        unet: On any device.
-        call: Its arguments but for the timestep.
-        candidate: What is applied.
-        steps: How many can be taken.
-        before: How many steps the run has had before.
+    ``call`` is what the U-Net takes besides the timestep.
     """
-    timesteps = torch.linspace(999, 0, before + steps)[before:]
-    if unet.device.type != "meta":  # there the numbers would be lost
-        timesteps = timesteps.to(unet.device)
+    device = "cpu" if unet.device.type == "meta" else unet.device  # on meta the numbers would be lost
+    timesteps = torch.linspace(999, 0, (LATE + 1) * steps, device=device)[LATE * steps :]
     sample, others = call["sample"], {name: value for name, value in call.items() if name != "sample"}
     left = iter(timesteps)
     scheduler = SimpleNamespace(timesteps=timesteps)  # DeepCache looks the step up there
@@ -78,15 +61,12 @@ def run_of_steps(
 def late_step_cost(unet: UNet2DConditionModel, call: dict[str, Any], candidate: Candidate) -> float:
     """Return the cost of a step in which no schedule spares anything; of what works in cycles, the mean of a cycle.
 
-    Args:
-        unet: On the meta device, where nothing is computed.
-        call: Its arguments but for the timestep, on the meta device too.
-        candidate: What is applied.
+    ``unet`` and ``call`` are on the meta device, where nothing is computed.
     """
 
     def count(of: Candidate, steps: int) -> int:
         counter = flop_counter()
-        with run_of_steps(unet, call, of, steps, before=LATE * steps) as step, sdpa_kernel(SDPBackend.MATH), counter:
+        with run_of_steps(unet, call, of, steps) as step, sdpa_kernel(SDPBackend.MATH), counter:
             for _ in range(steps):
                 step()
         return int(counter.get_total_flops())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,24 +14,44 @@ from atedm.costs.tome import ToMe
 from atedm.hosts.runs import step_position
 from atedm.hosts.unet_spans import find_spans
 from atedm.lab.extra import optional
-from atedm.lab.methods.candidates import EveryStep
-from atedm.words import is_whole
+from atedm.lab.methods.candidates import Candidate
+from atedm.words import check_whole
 
 
 @dataclass(frozen=True)
-class Merging(EveryStep):
+class Merging(Candidate):
     """ToMe, token merging."""
 
     tome: ToMe
 
     @property
-    def kind(self) -> str:
-        """ToMe, with or without the paper's schedule over it."""
+    def kind(self) -> str:  # type: ignore[override]
+        """ToMe, with or without the paper's schedule (DSAP) over it."""
         return "ToMe, DSAP" if self.tome.early_share > 0 else "ToMe"
 
-    def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[Any]:
-        """Merge tokens."""
-        return with_tomesd(pipe.unet, self.tome, seed)
+    @contextmanager
+    def applied(self, pipe: Any, seed: int = 0) -> Iterator[None]:
+        """Merge tokens. ToMe draws its destinations in every layer of every step, from ``seed``."""
+        tomesd, unet = optional("tomesd", "peers"), pipe.unet
+        everything = self.tome.merge == "everything"
+        downsample = 1 if self.tome.levels == "highest" else 8
+        more = {"merge_crossattn": everything, "merge_mlp": everything}
+        tomesd.apply_patch(unet, ratio=self.tome.ratio, max_downsample=downsample, merge_attn=True, **more)
+        info = unet._tome_info
+        # A generator of its own: by default it is a copy of the global one, which depends on what ran before.
+        info["args"]["generator"] = torch.Generator("cpu").manual_seed(seed)
+        try:
+            if self.tome.early_share > 0:
+                info["hooks"].append(_spare_early(unet, self.tome))
+            yield
+        finally:
+            tomesd.remove_patch(unet)
+            for module in unet.modules():  # remove_patch leaves it behind
+                vars(module).pop("_tome_info", None)
+
+    def is_early(self, share: float) -> bool:
+        """Whether some blocks are spared."""
+        return self.tome.early_share > 0 and self.tome.spare.is_early(share)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the setting."""
@@ -39,7 +59,7 @@ class Merging(EveryStep):
 
 
 @dataclass(frozen=True)
-class Caching(EveryStep):
+class Caching(Candidate):
     """DeepCache: most of the U-Net runs in every ``interval``-th step only.
 
     It needs several steps a run: with few-step models it has nothing to reuse.
@@ -52,22 +72,15 @@ class Caching(EveryStep):
     #: Which skip connection is the last to be computed, counted from the shallowest.
     branch: int = 0
 
+    kind = "DeepCache"
+
     def __post_init__(self) -> None:
         """Check every value."""
-        whole = is_whole(self.interval) and is_whole(self.branch)
-        if not whole or self.interval < 1 or self.branch < 0:
-            raise ValueError(
-                "interval must be a whole number from 1 and branch one from 0, "
-                f"not {self.interval!r} and {self.branch!r}"
-            )
+        check_whole("interval", self.interval)
+        check_whole("branch", self.branch, least=0)
 
     @property
-    def kind(self) -> str:
-        """DeepCache."""
-        return "DeepCache"
-
-    @property
-    def cycle(self) -> int:
+    def cycle(self) -> int:  # type: ignore[override]
         """The interval."""
         return self.interval
 
@@ -91,41 +104,6 @@ class Caching(EveryStep):
         return {"kind": "caching", **asdict(self)}
 
 
-@contextmanager
-def with_tomesd(unet: UNet2DConditionModel, tome: ToMe, seed: int = 0) -> Iterator[None]:
-    """Run a U-Net with ToMe for the length of a ``with`` block.
-
-    Args:
-        unet: Not patched by ``tomesd``.
-        tome: The setting.
-        seed: Of the destinations that ToMe draws in every layer of every step.
-
-    Raises:
-        ImportError: If ``tomesd`` is not installed.
-    """
-    tomesd = optional("tomesd", "peers")
-    everything = tome.merge == "everything"
-    tomesd.apply_patch(
-        unet,
-        ratio=tome.ratio,
-        max_downsample=1 if tome.levels == "highest" else 8,
-        merge_attn=True,
-        merge_crossattn=everything,
-        merge_mlp=everything,
-    )
-    info = unet._tome_info
-    # A generator of its own: by default it is a copy of the global one, which depends on what ran before.
-    info["args"]["generator"] = torch.Generator("cpu").manual_seed(seed)
-    try:
-        if tome.early_share > 0:
-            info["hooks"].append(_spare_early(unet, tome))
-        yield
-    finally:
-        tomesd.remove_patch(unet)
-        for module in unet.modules():  # remove_patch leaves it behind
-            vars(module).pop("_tome_info", None)
-
-
 def _spare_early(unet: UNet2DConditionModel, tome: ToMe) -> Any:
     """Give the spared blocks a setting of their own, whose ratio is 0 in early steps."""
     info = unet._tome_info
@@ -137,8 +115,7 @@ def _spare_early(unet: UNet2DConditionModel, tome: ToMe) -> Any:
 
     def before_forward(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        early = tome.spare.is_early(step_position(timestep).share)
         own["size"] = info["size"]
-        own["args"]["ratio"] = 0.0 if early else tome.ratio
+        own["args"]["ratio"] = 0.0 if tome.spare.is_early(step_position(timestep).share) else tome.ratio
 
     return unet.register_forward_pre_hook(before_forward, with_kwargs=True)

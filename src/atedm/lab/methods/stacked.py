@@ -14,12 +14,12 @@ from atedm.lab.methods.peers import Caching, Merging
 
 
 @dataclass(frozen=True)
-class Stacked:
+class Stacked(Candidate):
     """Several candidates at once, the first one applied first.
 
     Raises:
-        ValueError: If there are two of a kind, or something after caching, which wraps what it finds; or if ToMe and
-            pruning are among them, because ToMe merges over a whole grid, which pruning takes apart.
+        ValueError: If there are two of a kind, something after caching, which wraps what it finds, or both ToMe and
+            pruning: ToMe merges over a whole grid, which pruning takes apart.
     """
 
     parts: tuple[Candidate, ...]
@@ -39,12 +39,12 @@ class Stacked:
             raise ValueError("deepcache comes last in a stack, because it wraps what it finds, as in matched+deepcache")
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> str:  # type: ignore[override]
         """The kinds of its parts."""
         return " + ".join(part.kind for part in self.parts)
 
     @property
-    def cycle(self) -> int:
+    def cycle(self) -> int:  # type: ignore[override]
         """Steps after which all parts repeat themselves."""
         return lcm(*(part.cycle for part in self.parts))
 

@@ -44,13 +44,8 @@ def map_agreement(
 ) -> list[Agreement]:
     """Draw dense, and compare what each mode would keep and copy with what the whole map says.
 
-    Args:
-        pipe: A text-to-image pipeline, neither patched nor compiled.
-        prompts: What to draw; with guidance the half of the batch that knows the prompt is looked at.
-        modes: Variants by name that differ from the default in ``map_mode`` and ``sampled_rows`` only.
-        drawing: Steps, guidance, size, seed and batch.
-        rate: Share of the tokens that is dropped.
-        progress: Told of every call of the U-Net.
+    ``modes`` are variants by name that differ from the default in ``map_mode`` and ``sampled_rows`` only. With guidance
+    the half of the batch that knows the prompt is looked at. ``rate`` is the share of the tokens that is dropped.
 
     Raises:
         TypeError: If the pipeline has no U-Net.

@@ -50,13 +50,8 @@ def draw_dense(
 ) -> Iterator[tuple[int, Any]]:
     """Draw prompts, a batch at a time; image i has the noise of seed ``drawing.seed + i``.
 
-    Args:
-        pipe: A text-to-image pipeline.
-        prompts: One image each.
-        drawing: Steps, guidance, size, seed and batch.
-        watch: Given the number of images of a batch, what surrounds the drawing of it.
-        output_type: As pipelines take it.
-        progress: Told of every call of the U-Net.
+    ``watch`` is given the number of images of a batch, and gives what surrounds the drawing of it. ``output_type`` is
+    as pipelines take it.
 
     Yields:
         The number of the first image of a batch, and the images.
@@ -80,7 +75,7 @@ def draw_dense(
             images = pipe(
                 group,
                 num_inference_steps=drawing.steps,
-                generator=[torch.Generator("cpu").manual_seed(drawing.seed + start + i) for i in range(len(group))],
+                generator=drawing.noise(range(start, start + len(group))),
                 output_type=output_type,
                 callback_on_step_end=end_call,
                 **drawing.call,
@@ -94,13 +89,9 @@ def first_layers_watched(
 ) -> Iterator[None]:
     """Call ``on_view`` for every block in every call of the U-Net, for the length of a ``with`` block.
 
-    The view is what a method would be shown after the first layer, in float32; ``view.step`` counts calls.
-
-    Args:
-        spans: The attention blocks, in the order in which they run.
-        on_view: Told of every block.
-        rate: What ``view.count`` is for; None keeps all tokens.
-        images: Look at the last so many of the batch only: with guidance, the half that knows the prompt.
+    The view is what a method would be shown after the first layer, in float32; ``view.step`` counts calls, and
+    ``view.count`` is for ``rate``, or all tokens. Only the last ``images`` of the batch are looked at, all by default:
+    with guidance, these are the half that knows the prompt.
 
     Raises:
         ValueError: In the call, if the first layer of a block attends to the words in place of its own tokens, or no

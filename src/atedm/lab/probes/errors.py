@@ -82,12 +82,7 @@ def find_errors(
 ) -> ErrorsReport:
     """Draw prompts dense, and prune beside.
 
-    Args:
-        pipe: A text-to-image pipeline with an `EulerDiscreteScheduler`, neither patched nor compiled.
-        prompts: One image each.
-        methods: What to prune with, by name.
-        drawing: Steps, guidance, size, seed and batch.
-        progress: Told of every step.
+    ``pipe`` has an `EulerDiscreteScheduler`, and is neither patched nor compiled.
 
     Raises:
         TypeError: If the pipeline has no U-Net.

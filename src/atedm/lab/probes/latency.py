@@ -84,11 +84,7 @@ def latency(setup: Setup, method: Any, steps: int = 50, progress: Progress = sil
     Times are medians over the rounds. Each round times everything once, so that what else the machine does meets all
     alike.
 
-    Args:
-        setup: The model and the number of rounds.
-        method: An `AtEdm` without functions of one's own.
-        steps: Steps of the run that the parts add up over.
-        progress: Told of every round.
+    ``method`` is an `AtEdm` without functions of one's own; the parts add up over a run of ``steps``.
 
     Raises:
         ValueError: If the method is another one, ``steps`` is below 1, or there is nothing to prune.

@@ -7,22 +7,19 @@ weights, under that assumption.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from atedm.costs.architectures import architecture
-from atedm.costs.counting import EARLY, LATE, kinds_of_step
-from atedm.costs.spans import early_steps
-from atedm.costs.tome import ToMe
-from atedm.lab.methods.peers import with_tomesd
+from atedm.costs.counting import EARLY, LATE
+from atedm.hosts.runs import step_position
+from atedm.lab.methods.candidates import Candidate
 from atedm.lab.probes.memory_traced import Footprint, mean, traced_footprint
-from atedm.method.contract import Method
-from atedm.method.presets import method_named
-from atedm.patch import pruned
+from atedm.suits import suits
 from atedm.words import check_whole
 
 ASSUMPTION = (
@@ -73,26 +70,19 @@ class MemoryReport:
 
 def memory(
     model: Any,
-    method: Method | ToMe | str,
+    candidate: Candidate,
     *,
     size: tuple[int, int] | None = None,
     batch: int = 1,
     guidance: bool | None = None,
-    steps: int = 50,
+    steps: int | None = None,
     dtype: torch.dtype = torch.float16,
     attention: str = "fused",
 ) -> MemoryReport:
-    """Say what activations take, dense and pruned, without weights (supplement D).
+    """Say what activations take, dense and with a way to prune or ToMe, without weights (supplement D).
 
-    Args:
-        model: As `atedm.costs.architectures.architecture`.
-        method: A method, the name of one, or a `ToMe`, which needs the ``tomesd`` package.
-        size: (width, height) in pixels; by default what the model was trained for.
-        batch: Images drawn at once.
-        guidance: Whether an image takes two halves of a U-Net call; by default what suits the model.
-        steps: Steps of the run.
-        dtype: Of weights and activations.
-        attention: One of `atedm.lab.probes.memory_traced.ATTENTIONS`.
+    ``model`` is as `atedm.costs.architectures.architecture` takes it; size in pixels, guidance and steps are by default
+    what suits it. ``attention`` is one of `atedm.lab.probes.memory_traced.ATTENTIONS`.
 
     Raises:
         FileNotFoundError: By `architecture`.
@@ -100,10 +90,10 @@ def memory(
         TypeError: By `architecture`, or by `atedm.apply`.
         ValueError: By those two, or if an argument is out of its range.
     """
-    method = method_named(method) if isinstance(method, str) else method
+    found = architecture(model)
+    steps = suits(found.name).steps if steps is None else steps
     check_whole("batch", batch)
     check_whole("steps", steps)
-    found = architecture(model)
     images = batch * (2 if (found.guidance if guidance is None else guidance) else 1)
     call = found.call(size, images, dtype=dtype)
     unet = nn.Module.to(found.on_meta(), dtype)  # the method of torch, because that of diffusers warns of every cast
@@ -112,16 +102,10 @@ def memory(
         return traced_footprint(unet, call, timestep, attention=attention)
 
     dense = footprint(LATE)
-    patched: AbstractContextManager[Any]
-    if isinstance(method, ToMe):
-        patched, spare = with_tomesd(unet, method), method.spare
-        kinds = {"normal_step": LATE, **({"early_step": EARLY} if method.early_share else {})}
-        early = sum(spare.is_early(step / steps) for step in range(steps))
-    else:
-        patched, kinds, early = pruned(unet, method), kinds_of_step(method), early_steps(method, steps)
-    with patched:
+    kinds = {candidate.is_early(step_position(timestep).share): timestep for timestep in (EARLY, LATE)}
+    with candidate.applied(SimpleNamespace(unet=unet)):
         by_kind = {kind: footprint(timestep) for kind, timestep in kinds.items()}
+    early = sum(candidate.is_early(step / steps) for step in range(steps)) / steps
     some = next(iter(by_kind.values()))
     weights = sum(parameter.nbytes for parameter in unet.parameters())
-    normal, spared = by_kind.get("normal_step", some), by_kind.get("early_step", some)
-    return MemoryReport(dense, normal, spared, weights, early / steps, attention)
+    return MemoryReport(dense, by_kind.get(False, some), by_kind.get(True, some), weights, early, attention)

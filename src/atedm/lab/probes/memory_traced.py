@@ -47,13 +47,9 @@ class Footprint:
 def traced_footprint(
     unet: UNet2DConditionModel, call: Mapping[str, Any], timestep: int, *, attention: str = "fused"
 ) -> Footprint:
-    """Follow the activations of one call of ``unet``.
+    """Follow the activations of one ``call`` of ``unet`` on the meta device, patched or not.
 
-    Args:
-        unet: On the meta device, patched or not.
-        call: What the call takes besides the timestep: see `Architecture.call`.
-        timestep: A number, by which a patched U-Net tells where in the run it is.
-        attention: One of `ATTENTIONS`.
+    A patched U-Net tells by the ``timestep`` where in the run it is; ``attention`` is one of `ATTENTIONS`.
 
     Raises:
         ValueError: If ``unet`` is not on the meta device, or ``attention`` is unknown.

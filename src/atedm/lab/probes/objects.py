@@ -95,11 +95,7 @@ class ObjectsReport:
 
 
 def object_mask(image: Tensor, scene: Scene) -> Tensor:
-    """Say which pixels are object: those nearer to an object's colour than to the background's.
-
-    Args:
-        image: (3, H, W) in [0, 1].
-        scene: What is drawn.
+    """Say which pixels of an image (3, H, W) in [0, 1] are nearer to an object's colour than to the background's.
 
     Returns:
         (H, W) bool.
@@ -117,9 +113,7 @@ def _shades(colours: Sequence[tuple[int, int, int]], factors: Sequence[float]) -
 def area_under_curve(importance: Tensor, is_object: Tensor) -> float:
     """Chance that a token of an object is more important than one of the background; ties count half.
 
-    Args:
-        importance: (N,).
-        is_object: (N,) bool, of which some are true and some are not.
+    ``importance`` is (N,), ``is_object`` (N,) bool.
 
     Raises:
         ValueError: If all tokens are of one kind.
@@ -150,13 +144,8 @@ def find_objects(
 ) -> ObjectsReport:
     """Draw scenes dense, rank the tokens of every block in every step, and compare the ranks with the image.
 
-    Args:
-        pipe: A pipeline that draws scenes, neither patched nor compiled.
-        scenes: What to draw; with guidance the half of the batch that knows the prompt is looked at.
-        drawing: Steps, guidance, seed and batch.
-        rankings: Of `RANKINGS`.
-        rate: Share of the tokens taken for dropped, for the two measures of likeness.
-        progress: Told of every call of the U-Net.
+    ``pipe`` draws scenes; with guidance the half of the batch that knows the prompt is looked at. ``rankings`` are some
+    of `RANKINGS`; ``rate`` is the share of the tokens taken for dropped, for the two measures of likeness.
 
     Raises:
         TypeError: If the pipeline has no U-Net.

@@ -74,14 +74,8 @@ class PrunedOnce(NamedTuple):
 def prune_once(layer: Any, tokens: Tensor, place: Place, count: int, iterations: int, way: str, lap: Lap) -> PrunedOnce:
     """Do what AT-EDM adds to a block, and nothing else of it.
 
-    Args:
-        layer: The first layer of the block, a `BasicTransformerBlock`.
-        tokens: (B, N, C) that reach it; the same stand for those after it, which only have to be of that size.
-        place: Of the block.
-        count: K.
-        iterations: Of G-WPR.
-        way: A name in `WAYS`.
-        lap: Called after each part with its name in `PARTS`.
+    ``layer`` is the first one of the block at ``place``, ``tokens`` (B, N, C) are what reaches it, and the same stand
+    for those after it, which only have to be of that size. ``count`` are kept. ``lap`` is called after each part.
     """
     attention = partial(queries_and_keys, layer.attn1, layer.norm1, tokens)
     if way in WITHOUT_MAP:

@@ -92,12 +92,8 @@ class VarianceReport:
 def map_variance(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Variance of the entries of an attention map, around their own mean, in two ways.
 
-    Never more than one head's map and the mean are held.
-
-    Args:
-        q: Queries, (B, H, N, D), any floating dtype.
-        k: Keys, (B, H, N, D).
-        scale: The factor on the logits.
+    ``q`` and ``k`` are (B, H, N, D) of any floating dtype, ``scale`` the factor on the logits. Never more than one
+    head's map and the mean are held.
 
     Returns:
         (2,) float32: of each head's map, averaged over heads and batch; and of the head-mean map, averaged over the
@@ -129,14 +125,8 @@ def attention_variance(
     """Draw one image a prompt, dense, and measure the first attention map of every block on the way.
 
     The images are what they would be without measuring, are drawn one at a time, and are not decoded. With guidance the
-    unprompted half of the batch counts like the prompted.
-
-    Args:
-        pipe: A text-to-image pipeline with a U-Net, neither patched nor compiled.
-        prompts: One image each.
-        drawing: Steps, guidance, size and seed. Where the scheduler calls the U-Net more often (Heun), calls are spread
-            over the steps in their order and averaged within each.
-        progress: Told of every call of the U-Net.
+    unprompted half of the batch counts like the prompted. Where the scheduler calls the U-Net more often than once a
+    step (Heun), calls are spread over the steps in their order and averaged within each.
 
     Raises:
         TypeError: If the pipeline has no U-Net.
