@@ -18,7 +18,7 @@ from atedm.costs.flops import flop_counter
 from atedm.costs.spans import span_macs, span_run_macs
 from atedm.lab.ablation import Variant, variant_of
 from atedm.lab.ablation.block import AblatedTransformer2DModel
-from atedm.lab.ablation.variant import PLACES, SCHEDULES
+from atedm.lab.ablation.settings import PLACES, SCHEDULES
 from atedm.method.at_edm import AtEdm
 from atedm.method.contract import Method
 from atedm.method.keep import keep_count

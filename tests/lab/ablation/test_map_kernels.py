@@ -165,6 +165,14 @@ def test_the_ranking_is_that_of_the_whole_map(scores_by: object) -> None:
     assert torch.equal(scores.source(keep), attention_source(whole.attention_map, keep))
 
 
+@pytest.mark.parametrize("scores_by", [scores_by_triton, scores_by_flash], ids=["triton", "flash"])
+def test_a_flat_map_ranks_all_alike(scores_by: object) -> None:
+    assert callable(scores_by)
+    q = k = torch.zeros(3, 2, 49, 8, device=DEVICE)
+    scores: Scores = scores_by(q, k, 0.3, iterations=3)
+    torch.testing.assert_close(scores.importance, torch.full((3, 49), 1 / 49, device=DEVICE))
+
+
 def test_without_cuda_it_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_maps, "_row_lse", object.__new__(triton.JITFunction))  # as it is where none interprets
     with pytest.raises(ValueError, match=r"^map_mode 'triton' runs on CUDA, not on cpu; use 'auto', which picks what"):

@@ -14,12 +14,12 @@ from torch.nn import functional
 
 import references
 from atedm.lab.ablation import Variant, variant_of
-from atedm.lab.ablation.choosing import RANKS, REFILLS, Remembered
+from atedm.lab.ablation.choosing import Remembered
 from atedm.lab.ablation.controls import cells, facility_location, important_of_cells, uniform_random
 from atedm.lab.ablation.map_modes import HEAD_FUSIONS, MAP_MODES
 from atedm.lab.ablation.mappings import MAPPINGS
 from atedm.lab.ablation.recoveries import bicubic_interpolation, zero_padding
-from atedm.lab.ablation.variant import MATCHES, PLACES, SCHEDULES
+from atedm.lab.ablation.settings import MATCHES, PLACES, RANKS, REFILLS, SCHEDULES
 from atedm.method.at_edm import DAGGER, TURBO, AtEdm
 from atedm.method.contract import Cut, Memory, Method, View
 from atedm.method.cover import lattice, representative

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from atedm.lab.ablation.controls import (
 from atedm.lab.ablation.map_modes import scores_by
 from atedm.lab.ablation.mappings import MAPPINGS
 from atedm.lab.ablation.recoveries import bicubic_interpolation, zero_padding
+from atedm.lab.ablation.settings import Settings
 from atedm.method.attention_map import mean_attention_map
 from atedm.method.contract import Cut, View
 from atedm.method.cover import lattice, representative
@@ -37,25 +38,6 @@ from atedm.method.recovery import (
     with_own_update,
 )
 
-if TYPE_CHECKING:
-    from atedm.lab.ablation.variant import Variant
-
-#: G-WPR on self-attention (the paper's), its reverse, G-WPR on cross-attention by four mappings (supplement C.2),
-#: controls, and rankings that cover the grid.
-RANKS = (
-    "self-attention",
-    "self-attention-reversed",
-    *(f"cross-attention-{name}" for name in MAPPINGS),
-    "attention-received",
-    "uniform-random",
-    "lattice",
-    "cells",
-    "important-of-cells",
-    "representative",
-    "facility-location",
-)
-#: The paper's copy, its baselines (supplement A.6), and the update of the match.
-REFILLS = ("similarity-copy", "zero-padding", "bicubic", "direct-copy", "matched-update")
 _BY_SELF_ATTENTION = ("self-attention", "self-attention-reversed", "important-of-cells")
 _BY_MATCH = ("similarity-copy", "matched-update")
 
@@ -93,30 +75,30 @@ class Remembered:
 
 
 @torch.no_grad()  # who is kept and whom a token is like has no gradient
-def rank_tokens(variant: Variant, view: View) -> Ranking:
-    """Rank ``view.tokens`` as ``variant.rank`` says."""
-    copies = variant.refill in _BY_MATCH and variant.match == "attention"
-    ranks = variant.rank in _BY_SELF_ATTENTION
+def rank_tokens(settings: Settings, view: View) -> Ranking:
+    """Rank ``view.tokens`` as ``settings.rank`` says."""
+    copies = settings.refill in _BY_MATCH and settings.match == "attention"
+    ranks = settings.rank in _BY_SELF_ATTENTION
     scores = None
     if copies or ranks:
         scores = scores_by(
-            variant.map_mode,
+            settings.map_mode,
             view,
-            head_fusion=variant.head_fusion,
-            iterations=variant.iterations if ranks else 0,
-            rows=variant.sampled_rows,
+            head_fusion=settings.head_fusion,
+            iterations=settings.iterations if ranks else 0,
+            rows=settings.sampled_rows,
         )
     by_attention = None if scores is None else scores.importance
-    importance = with_protected(_importance(variant, view, by_attention), view.protected)
+    importance = with_protected(_importance(settings, view, by_attention), view.protected)
     return Ranking(importance, scores.source if copies and scores is not None else None)
 
 
-def _importance(variant: Variant, view: View, by_attention: Tensor | None) -> Tensor:
-    tokens, rank = view.tokens, variant.rank
+def _importance(settings: Settings, view: View, by_attention: Tensor | None) -> Tensor:
+    tokens, rank = view.tokens, settings.rank
     batch, number, _ = tokens.shape
-    if variant.ranks_by_words:
+    if settings.ranks_by_words:
         f = MAPPINGS[rank.removeprefix("cross-attention-")]
-        return rank_by_attention(*view.cross_attention(), f=f, iterations=variant.iterations).importance
+        return rank_by_attention(*view.cross_attention(), f=f, iterations=settings.iterations).importance
     if rank == "attention-received":
         return attention_received(mean_attention_map(*view.self_attention()))
     if rank == "uniform-random":
@@ -129,7 +111,7 @@ def _importance(variant: Variant, view: View, by_attention: Tensor | None) -> Te
         cover = lattice(view.size, step=view.step, device=tokens.device).expand(batch, -1)
         if rank == "lattice":
             return cover
-        return representative(_features(variant, tokens), cover, view.count, variant.cover_share)
+        return representative(_features(settings, tokens), cover, view.count, settings.cover_share)
     assert by_attention is not None
     if rank == "important-of-cells":
         return important_of_cells(by_attention, view.size)
@@ -137,59 +119,59 @@ def _importance(variant: Variant, view: View, by_attention: Tensor | None) -> Te
 
 
 @torch.no_grad()
-def choose(variant: Variant, view: View, ranking: Ranking) -> Choice:
+def choose(settings: Settings, view: View, ranking: Ranking) -> Choice:
     """Keep the ``view.count`` most important tokens, and find who refills the others."""
     keep = keep_most_important(ranking.importance, view.count)
     source = None
-    if variant.refill in _BY_MATCH:
-        by_features = partial(_source_by_features, variant, view.tokens)
+    if settings.refill in _BY_MATCH:
+        by_features = partial(_source_by_features, settings, view.tokens)
         source = (ranking.source or by_features)(keep)
     return Choice(ranking.importance, keep, source)
 
 
-def _source_by_features(variant: Variant, tokens: Tensor, keep: Tensor) -> Tensor:
-    return match_by_features(_features(variant, tokens), keep).source
+def _source_by_features(settings: Settings, tokens: Tensor, keep: Tensor) -> Tensor:
+    return match_by_features(_features(settings, tokens), keep).source
 
 
-def _features(variant: Variant, tokens: Tensor) -> Tensor:
+def _features(settings: Settings, tokens: Tensor) -> Tensor:
     """What is compared: the nearest of normalised tokens is that of the largest cosine."""
-    return functional.normalize(tokens.float(), dim=-1) if variant.match == "cosine" else tokens
+    return functional.normalize(tokens.float(), dim=-1) if settings.match == "cosine" else tokens
 
 
-def drop(variant: Variant, view: View, choice: Choice) -> Cut:
+def drop(settings: Settings, view: View, choice: Choice) -> Cut:
     """Take the tokens of a choice, made in this step or an earlier one, and prepare to refill the others."""
     tokens, keep, source = view.tokens, choice.keep, choice.source
     sizes = None if source is None else group_sizes(source, keep.shape[1])
     start = gather_tokens(tokens, keep)
-    if variant.merge:
+    if settings.merge:
         assert source is not None
         assert sizes is not None
         start = mean_by_source(tokens, source, sizes)
-    weights = sizes if variant.counts else None
-    return Cut(start, keep, choice.importance, _refill(variant, view, start, choice), weights)
+    weights = sizes if settings.counts else None
+    return Cut(start, keep, choice.importance, _refill(settings, view, start, choice), weights)
 
 
-def _refill(variant: Variant, view: View, start: Tensor, choice: Choice) -> Callable[[Tensor], Tensor]:
+def _refill(settings: Settings, view: View, start: Tensor, choice: Choice) -> Callable[[Tensor], Tensor]:
     tokens, keep, source = view.tokens, choice.keep, choice.source
-    if variant.refill == "zero-padding":
+    if settings.refill == "zero-padding":
         return partial(zero_padding, keep=keep, tokens=tokens.shape[1])
-    if variant.refill == "direct-copy":
+    if settings.refill == "direct-copy":
         return partial(direct_copy, keep=keep, before=tokens)
-    if variant.refill == "bicubic":
+    if settings.refill == "bicubic":
         return partial(bicubic_interpolation, keep=keep, size=view.size)
     assert source is not None
-    if variant.refill == "similarity-copy":
+    if settings.refill == "similarity-copy":
         return partial(similarity_copy, source=source)
-    return partial(_matched_update, variant, view, start, source)
+    return partial(_matched_update, settings, view, start, source)
 
 
-def _matched_update(variant: Variant, view: View, start: Tensor, source: Tensor, kept: Tensor) -> Tensor:
+def _matched_update(settings: Settings, view: View, start: Tensor, source: Tensor, kept: Tensor) -> Tensor:
     """Own value plus the update of the match, and a share of the own update of the step before."""
     update = update_of_match(kept, start, source)
-    memory = view.memory if variant.own_update_share > 0 else None
+    memory = view.memory if settings.own_update_share > 0 else None
     if memory is not None:
         remembered = memory.last if isinstance(memory.last, Remembered) else Remembered()
         if remembered.updates is not None and remembered.updates.shape == update.shape:
-            update = with_own_update(update, remembered.updates, source, kept.shape[1], variant.own_update_share)
+            update = with_own_update(update, remembered.updates, source, kept.shape[1], settings.own_update_share)
         memory.store(Remembered(update.detach().to(kept.dtype), remembered.choices, remembered.age))
     return (view.tokens.to(update.dtype) + update).to(kept.dtype)
