@@ -16,7 +16,8 @@ from diffusers import (
 from torch import Tensor
 
 import atedm
-from atedm.config import PruningConfig
+from atedm import AtEdm
+from atedm.method.contract import Method
 from models import (
     EARLY,
     LATE,
@@ -56,6 +57,22 @@ def draw_kind(pipe: Any, kind: str, plan: str, height: int, width: int, **option
     return draw(other, **options)
 
 
+def by_words(view: atedm.View) -> Tensor:
+    """A ranking by cross-attention."""
+    q, k, scale = view.cross_attention()
+    return torch.softmax(scale * q.float() @ k.float().mT, -1).square().sum(-1).mean(1)
+
+
+def by_step(view: atedm.View) -> Tensor:
+    """A ranking that is another one in every step."""
+    return torch.sin(view.tokens.float().square().mean(-1) * (1 + view.step))
+
+
+def with_the_mean(to_refill: atedm.ToRefill) -> Tensor:
+    mean = to_refill.kept.mean(1, keepdim=True).expand_as(to_refill.before)
+    return mean.scatter(1, to_refill.keep.unsqueeze(-1).expand_as(to_refill.kept), to_refill.kept)
+
+
 # Sizes, step counts, schedulers, strengths, guidance and kinds, one unlike the next.
 IMAGES: list[tuple[str, str, int, int, dict[str, Any]]] = [
     (TEXT, "EulerDiscreteScheduler", 64, 64, {"num_inference_steps": 4}),
@@ -70,17 +87,15 @@ IMAGES: list[tuple[str, str, int, int, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(
-    "config",
-    [PruningConfig(), PruningConfig(ranking="uniform-random", recovery="bicubic"), atedm.PRESETS["matched"]],
-    ids=["paper", "random-bicubic", "matched"],
+    "method", ["paper", AtEdm(rank=by_step, refill=with_the_mean), "matched"], ids=["paper", "own functions", "matched"]
 )
-def test_an_image_made_after_others_is_that_of_a_freshly_patched_twin(config: PruningConfig) -> None:
+def test_an_image_made_after_others_is_that_of_a_freshly_patched_twin(method: Method | str) -> None:
     used = sdxl_pipeline(small_unet())
-    atedm.apply(used, config)
+    atedm.apply(used, method)
     made = []
     for image in IMAGES:
         fresh = sdxl_pipeline(small_unet())
-        atedm.apply(fresh, config)
+        atedm.apply(fresh, method)
         expected = draw_kind(fresh, *image[:4], **image[4])
         made.append(draw_kind(used, *image[:4], **image[4]))
         assert torch.equal(made[-1], expected), image
@@ -90,7 +105,7 @@ def test_an_image_made_after_others_is_that_of_a_freshly_patched_twin(config: Pr
 
 
 def test_an_image_after_an_interrupted_one_is_that_of_a_freshly_patched_twin() -> None:
-    used, fresh = sdxl_pipeline(), sdxl_pipeline()
+    used, fresh = sdxl_pipeline(small_unet()), sdxl_pipeline(small_unet())
     atedm.apply(used)
     atedm.apply(fresh)
 
@@ -104,10 +119,10 @@ def test_an_image_after_an_interrupted_one_is_that_of_a_freshly_patched_twin() -
     assert torch.equal(draw(used), draw(fresh))
 
 
-@pytest.mark.parametrize("preset", ["paper", "matched"])
-def test_calls_of_any_size_and_step_in_any_order_are_those_of_a_fresh_twin(preset: str) -> None:
+@pytest.mark.parametrize("method", ["paper", "matched"])
+def test_calls_of_any_size_and_step_in_any_order_are_those_of_a_fresh_twin(method: str) -> None:
     used = sdxl_unet()
-    atedm.apply(used, preset)
+    atedm.apply(used, method)
     timesteps = torch.tensor([981.0, 600.0, 300.0, 20.0])
     for size, timestep in [
         ((9, 13), timesteps[3]),
@@ -121,7 +136,7 @@ def test_calls_of_any_size_and_step_in_any_order_are_those_of_a_fresh_twin(prese
     ]:
         fresh = sdxl_unet()
         dense = run(fresh, timestep, size=size)
-        atedm.apply(fresh, preset)
+        atedm.apply(fresh, method)
         expected = run(fresh, timestep, size=size)
         assert expected.shape[-2:] == size
         assert torch.equal(run(used, timestep, size=size), expected)
@@ -135,10 +150,10 @@ def test_calls_of_any_size_and_step_in_any_order_are_those_of_a_fresh_twin(prese
 CLOSE = {"rtol": 0.0, "atol": 1e-6}
 
 
-@pytest.mark.parametrize("preset", ["paper", "matched"])
-def test_each_image_of_a_batch_is_pruned_on_its_own(preset: str) -> None:
+@pytest.mark.parametrize("method", ["paper", "matched"])
+def test_each_image_of_a_batch_is_pruned_on_its_own(method: str) -> None:
     pipe = sdxl_pipeline().to(torch.float64)
-    atedm.apply(pipe, preset)
+    atedm.apply(pipe, method)
     prompts = ["a red circle", "a blue square", "a red circle"]
     options: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
     options |= {"height": 64, "width": 64}
@@ -150,15 +165,11 @@ def test_each_image_of_a_batch_is_pruned_on_its_own(preset: str) -> None:
 
 
 @pytest.mark.parametrize("timestep", [999, 1])
-@pytest.mark.parametrize(
-    "config",
-    [PruningConfig(), PruningConfig(ranking="cross-attention-entropy"), atedm.PRESETS["matched"]],
-    ids=["self", "cross", "matched"],
-)
-def test_with_and_without_prompt_in_one_call_or_in_two_is_the_same(config: PruningConfig, timestep: int) -> None:
+@pytest.mark.parametrize("method", ["paper", AtEdm(rank=by_words), "matched"], ids=["self", "cross", "matched"])
+def test_with_and_without_prompt_in_one_call_or_in_two_is_the_same(method: Method | str, timestep: int) -> None:
     unet = sdxl_unet().double()
     dense = run(unet, timestep)
-    atedm.apply(unet, config)
+    atedm.apply(unet, method)
     call = inputs(unet)
     call["sample"] = call["sample"][:1].repeat(2, 1, 1, 1)  # as in guidance, only the words differ
     with torch.no_grad(), watched(unet) as calls:
@@ -177,7 +188,7 @@ def test_with_and_without_prompt_in_one_call_or_in_two_is_the_same(config: Pruni
 
 
 def test_without_guidance_a_step_is_one_image() -> None:
-    pipe = sdxl_pipeline()
+    pipe = sdxl_pipeline(small_unet())
     dense = draw(pipe, guidance_scale=1.0)
     atedm.apply(pipe)
     with watched(pipe.unet) as calls:
@@ -191,7 +202,7 @@ def test_without_guidance_a_step_is_one_image() -> None:
 
 def test_arguments_by_name_by_position_and_as_a_tuple_are_the_same() -> None:
     unet = sdxl_unet()
-    atedm.apply(unet)
+    atedm.apply(unet, "paper")
     call = inputs(unet)
     x, words = call["sample"], call["encoder_hidden_states"]
     added = {"added_cond_kwargs": call["added_cond_kwargs"]}
@@ -216,28 +227,27 @@ def test_padded_words_can_be_masked() -> None:
     padded = torch.cat([words, torch.randn(2, 3, words.shape[2]).double()], dim=1)
     mask = torch.ones(2, 10)
     mask[:, 7:] = 0
-    for config in (PruningConfig(), PruningConfig(place="after-self-attention"), atedm.PRESETS["matched"]):
-        with atedm.pruned(unet, config):
+    for method in ("paper", "matched"):
+        with atedm.pruned(unet, method):
             masked = run(unet, encoder_hidden_states=padded, encoder_attention_mask=mask)
             torch.testing.assert_close(masked, run(unet), **CLOSE)
             assert distance(masked, run(unet, encoder_hidden_states=padded)) > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-@pytest.mark.parametrize("mapping", ["entropy", "hard-clip", "soft-clip", "power"])
-def test_masked_words_do_not_rank(mapping: str, dtype: torch.dtype) -> None:
+def test_masked_words_do_not_rank(dtype: torch.dtype) -> None:
     unet = sdxl_unet().to(dtype)
     words = inputs(unet)["encoder_hidden_states"]
     mask = torch.ones(2, 10)
     mask[:, 7:] = 0
     some, other = (scale * torch.randn(2, 3, words.shape[2]).to(dtype) for scale in (1, 3))
-    with atedm.pruned(unet, PruningConfig(ranking=f"cross-attention-{mapping}")):
+    with atedm.pruned(unet, AtEdm(rank=by_words)):
         a, b = (
             run(unet, encoder_hidden_states=torch.cat([words, padding], dim=1), encoder_attention_mask=mask)
             for padding in (some, other)
         )
         assert torch.equal(a, b)
-        if dtype == torch.float64 and mapping != "power":  # whose constant is half the number of words, padded ones too
+        if dtype == torch.float64:
             torch.testing.assert_close(a, run(unet), **CLOSE)
 
 
@@ -295,16 +305,14 @@ def test_grounded_attention_takes_part() -> None:
             torch.nn.init.constant_(module.alpha_dense, 0.5)
     given = {"cross_attention_kwargs": {"gligen": boxes}}
     dense = run(unet, **given)
-    outputs = []
-    for place in ("after-feed-forward", "after-self-attention"):
-        with atedm.pruned(unet, PruningConfig(place=place)):
-            outputs.append(run(unet, **given))
-            assert distance(outputs[-1], run(unet)) > 0.05
-    assert distance(outputs[0], dense) > 0.1
-    torch.testing.assert_close(outputs[0], outputs[1], **CLOSE)
+    for method in ("paper", "matched"):
+        with atedm.pruned(unet, method):
+            pruned = run(unet, **given)
+            assert distance(pruned, run(unet)) > 0.05
+        assert distance(pruned, dense) > 0.1
 
 
-def test_stable_diffusion_1_works_with_a_place_inside_the_layer() -> None:
+def test_stable_diffusion_1_is_pruned_by_matched_pruning() -> None:
     parts = sdxl_pipeline()
     pipe = StableDiffusionPipeline(
         vae=parts.vae,
@@ -318,9 +326,9 @@ def test_stable_diffusion_1_works_with_a_place_inside_the_layer() -> None:
     )
     pipe.set_progress_bar_config(disable=True)
     dense = draw(pipe)
-    with pytest.raises(ValueError, match="nothing to prune"):
-        atedm.apply(pipe)
-    with atedm.pruned(pipe, PruningConfig(place="after-self-attention")):
+    with pytest.raises(ValueError, match=r'nothing to prune.*"matched"'):
+        atedm.apply(pipe, "paper")
+    with atedm.pruned(pipe):
         pruned = draw(pipe)
         assert torch.equal(draw(pipe), pruned)
     assert distance(pruned, dense) > 0.1
