@@ -325,23 +325,6 @@ def test_a_recording_has_the_cuts_of_a_run_on_the_cpu() -> None:
         nothing.kept_share  # noqa: B018
 
 
-def test_of_a_call_that_breaks_off_nothing_is_recorded() -> None:
-    unet = small_unet()
-    atedm.apply(unet)
-
-    def interrupt(*_: Any) -> None:
-        raise Interruption
-
-    with atedm.recorded(unet) as recording:
-        hook = unet.mid_block.register_forward_hook(interrupt)
-        with pytest.raises(Interruption):
-            run(unet)
-        hook.remove()
-        run(unet)
-    assert recording.evaluations == 1
-    assert [one.block for one in recording.observations] == list(recording.blocks)
-
-
 # --- SD 1.x -----------------------------------------------------------------------------------------------------------
 
 
