@@ -40,7 +40,7 @@ def view_of(
 
     def normal(part: int, *shape: int) -> Tensor:
         generator = torch.Generator().manual_seed(10 * seed + part)
-        return torch.randn(*shape, generator=generator).to(dtype).to(device)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(dtype).to(device)
 
     @cache
     def attention(part: int, keys: int) -> QueriesAndKeys:
@@ -62,7 +62,8 @@ def view_of(
 
 def after_layers(tokens: Tensor, seed: int = 0) -> Tensor:
     """What the kept tokens might be after the last layer."""
-    noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1000 + seed))
+    generator = torch.Generator().manual_seed(1000 + seed)
+    noise = torch.randn(tokens.shape, generator=generator, dtype=torch.float32)
     return tokens + noise.to(tokens.dtype).to(tokens.device)
 
 

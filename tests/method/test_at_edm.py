@@ -131,13 +131,13 @@ def test_it_compiles_without_graph_break_and_never_waits_for_the_device(size: tu
 
     method = AtEdm()
 
-    def prune(tokens: Tensor, q: Tensor, k: Tensor, step: Tensor) -> Tensor:
+    def prune(tokens: Tensor, q: Tensor, k: Tensor, step: Tensor, protected: Tensor) -> Tensor:
         attention = QueriesAndKeys(q, k, 0.5)
-        cut = method.drop(View(view.place, size, view.count, step, tokens, lambda: attention, never))
+        cut = method.drop(View(view.place, size, view.count, step, tokens, lambda: attention, never, protected))
         return cut.refill(2 * cut.tokens)
 
     q, k, _ = view.self_attention()
-    arguments = (view.tokens, q, k, torch.tensor(4))
+    arguments = (view.tokens, q, k, torch.tensor(4), (torch.arange(size[0] * size[1]) % 9 == 0).float())
     torch._dynamo.reset()
     compiled = torch.compile(prune, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*arguments), prune(*arguments))

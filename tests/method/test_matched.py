@@ -127,11 +127,11 @@ def test_gradients_go_through_the_means_and_not_through_the_choice() -> None:
 def test_it_compiles_without_graph_break_and_never_waits_for_the_device() -> None:
     view, method = matched_view((5, 6)), Matched()
 
-    def prune(tokens: Tensor, step: Tensor) -> Tensor:
-        cut = method.drop(View(view.place, view.size, view.count, step, tokens, never, never))
+    def prune(tokens: Tensor, step: Tensor, protected: Tensor) -> Tensor:
+        cut = method.drop(View(view.place, view.size, view.count, step, tokens, never, never, protected))
         return cut.refill(2 * cut.tokens)
 
-    arguments = (view.tokens, torch.tensor(4))
+    arguments = (view.tokens, torch.tensor(4), (torch.arange(30) % 9 == 0).float())
     torch._dynamo.reset()
     compiled = torch.compile(prune, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*arguments), prune(*arguments))
