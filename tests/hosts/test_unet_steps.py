@@ -8,9 +8,9 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
 
 import atedm
-from atedm.config import PruningConfig
-from atedm.patching.steps import StepPosition, step_position
-from atedm.schedule import is_prune_less, prune_less_steps
+from atedm import AtEdm, Early
+from atedm.costs.spans import early_steps
+from atedm.hosts.runs import StepPosition, step_position
 from models import draw, scheduler, sdxl_pipeline, small_unet, watched
 
 # All that the SDXL pipelines name as compatible, and others that run in them too.
@@ -120,63 +120,63 @@ def test_every_scheduler_s_list_is_counted_by_its_evaluations(name: str, changes
 
 
 def phases(pipe: Any, summary: atedm.PatchSummary, **options: Any) -> tuple[list[int], list[bool]]:
-    """Steps and prune-less flags of the calls that one image takes."""
+    """Steps, and whether they are early, of the calls that one image takes."""
     with watched(pipe.unet) as calls:
         image = draw(pipe, guidance_scale=1.0, **options)
     assert torch.isfinite(image).all()
     assert all(call.step is not None for call in calls)
-    return [call.step or 0 for call in calls], [call.is_prune_less(summary) for call in calls]
+    return [call.step or 0 for call in calls], [call.is_early(summary) for call in calls]
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_prune_less_phase_is_a_share_of_the_run_with_every_scheduler(name: str) -> None:
+def test_the_early_phase_is_a_share_of_the_run_with_every_scheduler(name: str) -> None:
     plan = make_scheduler(name)
     pipe = sdxl_pipeline(small_unet())
-    summary = atedm.apply(pipe)
+    summary = atedm.apply(pipe, "paper")
     pipe.scheduler = plan
-    steps, prune_less = phases(pipe, summary, num_inference_steps=10)
+    steps, early = phases(pipe, summary, num_inference_steps=10)
     n = len(plan.timesteps)
     assert steps == list(range(n))
-    assert prune_less == [is_prune_less(i / n) for i in range(n)]
-    assert sum(prune_less) == prune_less_steps(n) == (3 if n == 10 else 6)
-    assert prune_less[0]
-    assert not prune_less[-1]
+    assert early == [Early().is_early(i / n) for i in range(n)]
+    assert sum(early) == early_steps(AtEdm(), n) == (3 if n == 10 else 6)
+    assert early[0]
+    assert not early[-1]
     # Image-to-image starts in the middle of the same list.
     other = sdxl_pipeline(pipe.unet, StableDiffusionXLImg2ImgPipeline)
     other.scheduler = plan
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    steps, prune_less = phases(other, summary, num_inference_steps=10, image=image, strength=0.5)
+    steps, early = phases(other, summary, num_inference_steps=10, image=image, strength=0.5)
     n = len(plan.timesteps)
     assert 0 < len(steps) < n
     assert steps == list(range(n - len(steps), n))
-    assert prune_less == [is_prune_less(i / n) for i in steps]
+    assert early == [Early().is_early(i / n) for i in steps]
     if name != "PNDMScheduler":  # it evaluates its first steps four times, so half its list is not half its steps
         assert steps[0] in (5, 10)
-        assert not any(prune_less)
+        assert not any(early)
 
 
 @pytest.mark.parametrize(("strength", "first"), [(1.0, 0), (0.8, 2), (0.5, 5), (0.1, 9)])
 @pytest.mark.parametrize("kind", [StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline])
 def test_image_to_image_starts_where_it_stands_in_the_full_schedule(kind: Any, strength: float, first: int) -> None:
     pipe = sdxl_pipeline(small_unet(), kind)
-    summary = atedm.apply(pipe)
+    summary = atedm.apply(pipe, "paper")
     options: dict[str, Any] = {"image": torch.rand(1, 3, 64, 64), "strength": strength}
     if kind is StableDiffusionXLInpaintPipeline:
         options |= {"mask_image": torch.ones(1, 1, 64, 64), "height": 64, "width": 64}
-    steps, prune_less = phases(pipe, summary, num_inference_steps=10, **options)
+    steps, early = phases(pipe, summary, num_inference_steps=10, **options)
     assert steps == list(range(first, 10))
-    assert prune_less == [i < 3 for i in steps]
+    assert early == [i < 3 for i in steps]
 
 
 def test_a_run_in_two_parts_counts_as_one() -> None:
     pipe = sdxl_pipeline(small_unet())
-    summary = atedm.apply(pipe)
-    steps, prune_less = phases(pipe, summary, num_inference_steps=10, denoising_end=0.2)
-    assert (steps, prune_less) == ([0, 1], [True, True])
+    summary = atedm.apply(pipe, "paper")
+    steps, early = phases(pipe, summary, num_inference_steps=10, denoising_end=0.2)
+    assert (steps, early) == ([0, 1], [True, True])
     refiner = sdxl_pipeline(pipe.unet, StableDiffusionXLImg2ImgPipeline)
     image = torch.randn(1, 4, 16, 16)
-    steps, prune_less = phases(refiner, summary, num_inference_steps=10, denoising_start=0.2, image=image)
-    assert (steps, prune_less) == (list(range(2, 10)), [True] + 7 * [False])
+    steps, early = phases(refiner, summary, num_inference_steps=10, denoising_start=0.2, image=image)
+    assert (steps, early) == (list(range(2, 10)), [True] + 7 * [False])
 
 
 @pytest.mark.parametrize(
@@ -184,25 +184,23 @@ def test_a_run_in_two_parts_counts_as_one() -> None:
 )
 def test_a_list_of_one_s_own_is_counted_like_any_other(custom: dict[str, Any]) -> None:
     pipe = sdxl_pipeline(small_unet())
-    summary = atedm.apply(pipe)
+    summary = atedm.apply(pipe, "paper")
     assert phases(pipe, summary, **custom) == ([0, 1, 2, 3], [True, True, False, False])
 
 
-@pytest.mark.parametrize(
-    ("config", "early", "late"),
-    [
-        (PruningConfig(), True, False),
-        (PruningConfig(schedule="prune-more-early"), False, True),
-        (PruningConfig(schedule="constant"), False, False),
-        (PruningConfig(prune_less_share=0.5), True, False),
-        (PruningConfig(prune_less_share=1.0), True, True),
-        (PruningConfig(prune_less_share=0.0), False, False),
-    ],
-    ids=lambda value: f"{value.schedule}-{value.prune_less_share}" if isinstance(value, PruningConfig) else None,
-)
-def test_the_schedule_says_which_steps_spare(config: PruningConfig, early: bool, late: bool) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_share_of_early_steps_can_be_another(share: float) -> None:
     pipe = sdxl_pipeline(small_unet())
-    summary = atedm.apply(pipe, config)
-    _, prune_less = phases(pipe, summary, num_inference_steps=10)
-    switch = round(10 * config.prune_less_share)
-    assert prune_less == switch * [early] + (10 - switch) * [late]
+    summary = atedm.apply(pipe, AtEdm(spare=Early(share)))
+    _, early = phases(pipe, summary, num_inference_steps=10)
+    assert early == round(10 * share) * [True] + round(10 * (1 - share)) * [False]
+
+
+@pytest.mark.parametrize("method", ["turbo", "matched"])
+def test_without_early_steps_every_step_prunes_alike(method: str) -> None:
+    pipe = sdxl_pipeline()
+    summary = atedm.apply(pipe, method)
+    with watched(pipe.unet) as calls:
+        draw(pipe)
+    assert [call.step for call in calls] == [0, 1, 2, 3]
+    assert all(call.kept.keys() == summary.pruned for call in calls)
