@@ -14,8 +14,8 @@ def check_name(what: str, name: object, known: Iterable[str]) -> None:
     if name in words:
         return
     near = difflib.get_close_matches(str(name), words, n=1, cutoff=0.0)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {what} {name!r}{hint} Known are {', '.join(map(repr, words))}.")
+    hint = f"; did you mean {near[0]!r}? Known are {', '.join(map(repr, words))}." if near else "; none is known here."
+    raise ValueError(f"unknown {what} {name!r}{hint}")
 
 
 def is_whole(value: object) -> bool:

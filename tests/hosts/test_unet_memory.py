@@ -14,7 +14,7 @@ from torch import Tensor
 
 import atedm
 from atedm import AtEdm, Early, Matched
-from atedm.hosts.runs import Run, step_position
+from atedm.hosts.runs import Run
 from atedm.lab.ablation import Variant
 from atedm.method.contract import Memory, Method
 from models import draw, inputs, run, sdxl_pipeline, sdxl_unet, small_unet, watched
@@ -33,7 +33,7 @@ def listed(unet: Any, timesteps: Tensor, **changes: Any) -> list[Tensor]:
 
 
 def followed(run: Run, *timesteps: Any) -> list[bool]:
-    return [run.follows(t, step_position(t)) for t in timesteps]
+    return [run.locate(t)[1] for t in timesteps]
 
 
 def test_the_next_step_of_a_list_follows_and_no_other() -> None:
@@ -60,7 +60,7 @@ def test_of_a_step_that_comes_twice_nothing_follows_until_a_new_run() -> None:
 def test_what_is_no_step_of_a_list_follows_nothing(timestep: Any) -> None:
     one = timestep[0] if isinstance(timestep, Tensor) and timestep.ndim else timestep
     if isinstance(one, Tensor) and one.device.type == "meta":
-        assert not Run().follows(one, step_position(one))
+        assert not Run().locate(one)[1]
         return
     a = torch.linspace(999, 0, 4)
     assert followed(Run(), one, one, a[0], one, a[1]) == [False] * 5
@@ -260,7 +260,6 @@ def test_what_is_not_asked_for_is_not_remembered() -> None:
         unet = small_unet()
         with atedm.pruned(unet, method):
             listed(unet, torch.linspace(999, 0, 4))
-            assert unet._atedm.run == Run()
             assert all(unet.get_submodule(name)._atedm.memory == Memory() for name in unet._atedm.spans)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from atedm.hosts.attention import attention_bias, bias_for, queries_and_keys
 from atedm.hosts.protected import check_room
-from atedm.hosts.runs import Caller, Run, step_position
+from atedm.hosts.runs import Caller, Run
 from atedm.hosts.unet_spans import choose_spans, find_spans, find_unet, refuse_at_call, refuse_drift, refuse_unknown
 from atedm.method.contract import Cut, Memory, Method, Place, View
 from atedm.method.protection import protected_tokens
@@ -284,8 +284,7 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
     state: ModelState = unet._atedm
     with PATCHING:
         state.caller.begin()
-    position = step_position(given["timestep"])
-    follows = state.method.remembers and state.run.follows(given["timestep"], position)
+    position, follows = state.run.locate(given["timestep"])
     for name in state.spans:
         block = unet.get_submodule(name)
         refuse_at_call(name, block)

@@ -35,12 +35,21 @@ def step_position(timestep: Tensor | float, train_timesteps: int = 1000) -> Step
     Args:
         timestep: What the model was handed.
         train_timesteps: Number of timesteps of the noise schedule the model was trained on.
+
+    Raises:
+        ValueError: If its value cannot be read, because it is one of many inside `torch.func.vmap`.
     """
     if isinstance(timestep, Tensor):
         if is_listed(timestep):
             step, steps = int(timestep.storage_offset()), _storage_length(timestep)
             return StepPosition(step, step / steps)
-        timestep = float(timestep.max())
+        try:
+            timestep = float(timestep.max())
+        except RuntimeError as error:
+            raise ValueError(
+                "the step cannot be read off a timestep that torch.func.vmap runs over; give the timestep as a number, "
+                "or call atedm.remove first"
+            ) from error
     done = (train_timesteps - 1 - float(timestep)) / train_timesteps
     share = min(max(done, 0.0), 1.0 - 1.0 / train_timesteps)
     return StepPosition(round(share * train_timesteps), share)
@@ -55,7 +64,10 @@ def is_listed(timestep: Tensor) -> bool:
 
 
 def _storage_length(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes() // tensor.element_size()
+    try:
+        return tensor.untyped_storage().nbytes() // tensor.element_size()
+    except NotImplementedError:  # inside a transform of torch.func, where tensors have none
+        return 1
 
 
 @dataclass
@@ -72,20 +84,35 @@ class Run:
     step: int = -1
     #: Whether a step of it came twice, so that one cannot tell which of the images that share it comes next.
     is_ambiguous: bool = False
+    #: Whether it goes from clean to noise, as inversion does.
+    ascends: bool = False
 
-    def follows(self, timestep: Any, position: StepPosition) -> bool:
-        """Whether this step comes right after the last one, of the same run; remember it for the next."""
+    def locate(self, timestep: Any) -> tuple[StepPosition, bool]:
+        """Tell where a step stands, and whether it comes right after the last one of the same run.
+
+        The share that is done is counted from the noisy end, whichever way the run goes: early means noisy. That takes
+        one look at the values of each new list of timesteps, for which the device is waited for once a run.
+
+        Raises:
+            ValueError: As `step_position`.
+        """
+        position = step_position(timestep)
         if not isinstance(timestep, Tensor) or not is_listed(timestep) or timestep.device.type == "meta":
             self.timestep, self.step, self.is_ambiguous = None, -1, False
-            return False
+            return position, False
         same = self.timestep is not None and _same_storage(self.timestep, timestep)
-        last = self.step
-        self.timestep, self.step = timestep, position.step
+        last, self.step = self.step, position.step
+        if not same:
+            first, final = timestep.new_empty(0).set_(timestep.untyped_storage())[[0, -1]].tolist()
+            self.timestep, self.ascends = timestep, first < final
+        if self.ascends:
+            steps = _storage_length(timestep)
+            position = position._replace(share=(steps - 1 - position.step) / steps)
         if not same or position.step < last:
             self.is_ambiguous = False
-            return False
+            return position, False
         self.is_ambiguous |= position.step == last
-        return position.step == last + 1 and not self.is_ambiguous
+        return position, position.step == last + 1 and not self.is_ambiguous
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(Run())

@@ -110,7 +110,7 @@ def mean_attention_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 def empty_map(q: Tensor, k: Tensor) -> Tensor:
     """A zero (B, M, N) float32 map to add the heads of ``q`` (B, H, M, D) and ``k`` (B, H, N, D) to."""
-    return torch.zeros(q.shape[0], q.shape[-2], k.shape[-2], dtype=torch.float32, device=q.device)
+    return q.new_zeros(q.shape[0], q.shape[-2], k.shape[-2], dtype=torch.float32)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -54,4 +54,5 @@ def representative(tokens: Tensor, cover: Tensor, count: int, cover_share: float
     base = keep_most_important(cover.expand(batch, number), max(1, round(cover_share * count)))
     unlike = -match_by_features(tokens, base).similarity
     unlike = unlike - unlike.amin(-1, keepdim=True)
-    return (unlike / unlike.amax(-1, keepdim=True).clamp_min(1e-20)).scatter(1, base, 2.0)
+    share: Tensor = unlike / unlike.amax(-1, keepdim=True).clamp_min(1e-20)
+    return share.float().scatter(1, base, 2.0)
