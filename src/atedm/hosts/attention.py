@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from diffusers.models.attention_processor import (
@@ -19,7 +20,24 @@ from atedm.method.contract import QueriesAndKeys
 
 PERTURBED = {PAGCFGIdentitySelfAttnProcessor2_0: 3, PAGIdentitySelfAttnProcessor2_0: 2}
 """Attention processors of perturbed-attention guidance, and the parts of their batch; the last one is perturbed."""
+TRUSTED_PROCESSORS: set[type] = set()
+"""Classes of attention processors from outside of diffusers that work on any number of tokens; add your own."""
 _MAKE_LOGITS = (AttnProcessor, SlicedAttnProcessor, CustomDiffusionAttnProcessor)
+
+
+def strange_processor(layers: Iterable[nn.Module]) -> str | None:
+    """Name the first attention processor of ``layers`` that may read tokens by their place; None if there is none.
+
+    Those of diffusers' own models work on any number of tokens. Others may store maps or lay masks over the image, as
+    self-attention guidance, Attend-and-Excite, prompt-to-prompt, DAAM and regional prompting do. They are not trusted
+    unless their class is in `TRUSTED_PROCESSORS`.
+    """
+    for layer in layers:
+        for attention in (layer.attn1, layer.attn2):
+            kind = type(getattr(attention, "processor", None))
+            if not kind.__module__.startswith("diffusers.models.") and kind not in TRUSTED_PROCESSORS:
+                return kind.__qualname__
+    return None
 
 
 def queries_and_keys(

@@ -7,7 +7,9 @@ diffusers' own code, and swapping the class back restores everything.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
-from atedm.hosts.attention import attention_bias, bias_for, queries_and_keys
+from atedm.hosts.attention import attention_bias, bias_for, queries_and_keys, strange_processor
 from atedm.hosts.protected import check_room
 from atedm.hosts.runs import Caller, Run
 from atedm.hosts.unet_spans import choose_spans, find_spans, find_unet, refuse_at_call, refuse_drift, refuse_unknown
@@ -77,10 +79,12 @@ class SpanState:
     place: Place
     model: ModelState
     memory: Memory = field(default_factory=Memory)
+    #: Whether the span is left dense in this call, because something in it reads tokens by their place.
+    is_dense: bool = False
 
     def count(self, tokens: int) -> int:
         """Tokens that go on in this step."""
-        return self.model.method.count(self.place, tokens, early=self.model.early)
+        return tokens if self.is_dense else self.model.method.count(self.place, tokens, early=self.model.early)
 
     def observe(self, layer: int, cut: Cut, size: tuple[int, int]) -> None:
         """Tell whoever looks on."""
@@ -289,12 +293,26 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
         block = unet.get_submodule(name)
         refuse_at_call(name, block)
         block._atedm.memory.begin_step(follows=follows)
+        strange = strange_processor(block.transformer_blocks[state.method.dense_layers :])
+        block._atedm.is_dense = strange is not None
+        if strange is not None:
+            _say_once(name, strange)
     state.step = torch.tensor(position.step, device="cpu")
     state.early = state.method.is_early(position.share)
     sample = given.get("sample")
     if state.protect is not None and isinstance(sample, Tensor):
         state.protect = state.protect.to(sample.device)
         check_protected(unet, (sample.shape[-2], sample.shape[-1]))
+
+
+@functools.cache
+def _say_once(span: str, processor: str) -> None:
+    logging.getLogger("atedm").warning(
+        "%s is left dense: its attention processor %s is not diffusers' own and may read tokens by their place. If it "
+        "does not, add its class to atedm.hosts.attention.TRUSTED_PROCESSORS.",
+        span,
+        processor,
+    )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

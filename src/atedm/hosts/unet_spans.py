@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import diffusers
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, MultiControlNetModel, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from atedm.method.contract import Method, Place
 
@@ -19,6 +20,9 @@ WRITTEN_FOR = "0.33 to 0.42"
 """Releases of diffusers that this host is tested with."""
 _MERGING = "ToMeBlock"
 """What tomesd calls the class of a layer that it has patched."""
+
+PRUNABLE = (UNet2DConditionModel, ControlNetModel, ControlNetUnionModel, UNetMotionModel)
+"""Models whose attention blocks are known here."""
 
 _CALL = ("encoder_hidden_states", "timestep", "cross_attention_kwargs", "class_labels")
 _MASKS = ("attention_mask", "encoder_attention_mask")
@@ -40,17 +44,27 @@ Spans = Mapping[str, tuple[Place, Transformer2DModel]]
 
 
 def find_unet(target: Any) -> UNet2DConditionModel:
-    """Return the U-Net of a pipeline, or ``target`` itself if it is one, without a `torch.compile` wrapper.
+    """Return the U-Net of a pipeline, or ``target`` itself if it is one.
 
-    A ControlNet, which is the first half of a U-Net, counts as one where it is handed over itself.
+    A wrapper of `torch.compile` or `DistributedDataParallel` is looked through. Subclasses count, and so do
+    `UNetMotionModel` (AnimateDiff), whose spatial blocks are ordinary, and a ControlNet handed over itself.
 
     Raises:
-        TypeError: If there is no `UNet2DConditionModel`; the message names what was found.
+        TypeError: If there is none; the message names what was found and what would work.
     """
     model = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
-    model = getattr(model, "_orig_mod", model)
-    if type(model) in (UNet2DConditionModel, ControlNetModel):
+    while isinstance(wrapped := getattr(model, "_orig_mod", None) or _inside(model), nn.Module):
+        model = wrapped
+    if isinstance(model, PRUNABLE):
         return model
+    if isinstance(model, MultiControlNetModel):
+        raise TypeError(
+            "found a MultiControlNetModel; prune its ControlNets one by one: atedm.apply(each) for its .nets"
+        )
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(
+            "found a DataParallel, which runs copies in threads; use DistributedDataParallel, or prune .module"
+        )
     if model is None:
         parts = getattr(target, "components", None)
         parts = parts if isinstance(parts, dict) else {}
@@ -64,6 +78,10 @@ def find_unet(target: Any) -> UNet2DConditionModel:
         f"{what}; atedm prunes the attention blocks of a UNet2DConditionModel, so it works on pipelines such as "
         "StableDiffusionXLPipeline or StableDiffusionPipeline, on their .unet, or on a ControlNetModel"
     )
+
+
+def _inside(model: Any) -> Any:
+    return model.module if isinstance(model, DistributedDataParallel) else None
 
 
 def find_spans(unet: UNet2DConditionModel) -> dict[str, tuple[Place, Transformer2DModel]]:

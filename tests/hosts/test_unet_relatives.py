@@ -1,0 +1,188 @@
+"""Models that are not a plain U-Net but hold its blocks, wrappers around one, and processors that read by place."""
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import (
+    ControlNetModel,
+    ControlNetUnionModel,
+    DDIMScheduler,
+    MotionAdapter,
+    MultiControlNetModel,
+    StableDiffusionSAGPipeline,
+    UNet2DConditionModel,
+    UNetMotionModel,
+)
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import atedm
+from atedm import AtEdm, Matched
+from atedm.hosts.attention import TRUSTED_PROCESSORS
+from models import inputs, run, sd1_unet, sdxl_pipeline, sdxl_unet, small_unet, tokenizer, watched
+
+
+class Subclass(UNet2DConditionModel):
+    """As people make them to add a method."""
+
+
+class StoresMaps(AttnProcessor2_0):
+    """Stands for a processor that works on any number of tokens, though diffusers does not have it."""
+
+
+def test_a_subclass_is_pruned_like_its_class() -> None:
+    unet = small_unet()
+    child = Subclass.from_config(unet.config).eval()
+    child.load_state_dict(unet.state_dict())
+    atedm.apply(unet)
+    atedm.apply(child)
+    assert torch.equal(run(unet), run(child))
+    atedm.remove(child)
+    assert type(child) is Subclass
+
+
+def test_spatial_blocks_of_a_video_model_are_pruned_and_its_temporal_ones_left_alone() -> None:
+    unet = sd1_unet()
+    adapter = MotionAdapter(
+        block_out_channels=(16, 32, 32),
+        motion_num_attention_heads=2,
+        motion_norm_num_groups=8,
+        motion_max_seq_length=8,
+        use_motion_mid_block=False,
+    )
+    model = UNetMotionModel.from_unet2d(unet, adapter).eval()
+    call = inputs(unet, batch=1)
+    sample = call["sample"].unsqueeze(2).repeat(1, 1, 4, 1, 1)  # four frames
+    words = call["encoder_hidden_states"].repeat(4, 1, 1)
+    with torch.no_grad():
+        dense = model(sample, 500, words).sample
+        summary = atedm.apply(model, Matched())
+        assert all("motion_modules" not in name for name in summary.pruned)
+        pruned = model(sample, 500, words).sample
+        atedm.remove(model)
+        assert torch.equal(model(sample, 500, words).sample, dense)
+    assert pruned.shape == dense.shape
+    assert not torch.equal(pruned, dense)
+
+
+def test_a_union_controlnet_is_pruned() -> None:
+    control = ControlNetUnionModel.from_unet(sdxl_unet())
+    assert atedm.apply(control).pruned
+    atedm.remove(control)
+
+
+def test_several_controlnets_are_pruned_one_by_one() -> None:
+    nets = [ControlNetModel.from_unet(small_unet()) for _ in range(2)]
+    with pytest.raises(TypeError, match=r"prune its ControlNets one by one: atedm\.apply\(each\) for its \.nets"):
+        atedm.apply(MultiControlNetModel(nets))
+
+
+def test_a_model_in_threads_is_refused_and_one_in_processes_is_looked_through() -> None:
+    unet = small_unet()
+    with pytest.raises(TypeError, match="use DistributedDataParallel"):
+        atedm.apply(nn.DataParallel(unet))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(unet)
+        atedm.apply(wrapped)
+        call = inputs(unet)
+        wrapped(**call, timestep=500).sample.square().mean().backward()
+        assert unet.conv_in.weight.grad is not None
+        fresh = copy.deepcopy(small_unet())
+        atedm.apply(fresh)
+        with torch.no_grad():
+            assert torch.equal(wrapped(**call, timestep=500).sample, run(fresh, 500))
+        atedm.remove(wrapped)
+    finally:
+        dist.destroy_process_group()
+
+
+# --- processors that are not diffusers' own ---------------------------------------------------------------------------
+
+
+def set_strange(unet: UNet2DConditionModel, part: str) -> None:
+    processors = {name: StoresMaps() if part in name else processor for name, processor in unet.attn_processors.items()}
+    unet.set_attn_processor(processors)
+
+
+def test_a_block_with_a_strange_processor_is_left_dense_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    unet = small_unet()
+    set_strange(unet, "mid_block")
+    atedm.apply(unet, Matched())
+    with watched(unet) as calls, caplog.at_level(logging.WARNING, "atedm"):
+        run(unet)
+        run(unet)
+    assert "mid_block.attentions.0" not in calls[0].kept
+    assert calls[0].kept  # the others are pruned
+    said = [record.message for record in caplog.records if "StoresMaps" in record.message]
+    assert len(said) <= 1  # once a process
+    unet.set_attn_processor(AttnProcessor2_0())  # it may change at any time
+    with watched(unet) as calls:
+        run(unet)
+    assert "mid_block.attentions.0" in calls[0].kept
+
+
+def test_a_processor_may_be_trusted() -> None:
+    unet = small_unet()
+    set_strange(unet, "")
+    atedm.apply(unet, Matched())
+    TRUSTED_PROCESSORS.add(StoresMaps)
+    try:
+        with watched(unet) as calls:
+            run(unet)
+    finally:
+        TRUSTED_PROCESSORS.remove(StoresMaps)
+    assert calls[0].kept.keys() == set(unet._atedm.spans)
+
+
+def test_what_the_first_layer_reads_does_not_matter_where_it_runs_on_all_tokens() -> None:
+    unet = small_unet()
+    set_strange(unet, "mid_block.attentions.0.transformer_blocks.0.")
+    atedm.apply(unet, AtEdm(spare=None))
+    with watched(unet) as calls:
+        run(unet)
+    assert "mid_block.attentions.0" in calls[0].kept
+
+
+@pytest.mark.parametrize("method", ["matched"])
+def test_self_attention_guidance_runs_and_is_that_of_a_dense_middle(method: str) -> None:
+    """It stores the attention map of the middle block by place, and blurs the image there."""
+    parts = sdxl_pipeline()
+    unet = sd1_unet(
+        cross_attention_dim=48, down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",), sample_size=16
+    )
+    pipe: Any = StableDiffusionSAGPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=tokenizer(),
+        unet=unet,
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+
+    def drawn() -> Tensor:
+        latents: Tensor = pipe(
+            "a red circle",
+            num_inference_steps=3,
+            sag_scale=0.8,
+            height=64,
+            width=64,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        ).images
+        return latents
+
+    dense = drawn()
+    with atedm.pruned(pipe, method):
+        pruned = drawn()
+    assert pruned.isfinite().all()
+    assert not torch.equal(pruned, dense)
+    assert torch.equal(drawn(), dense)
