@@ -1,7 +1,7 @@
 """Faults that tests inject: kills, full disks, too little memory; and children to inject them into.
 
 A child is forked, so that it starts in no time with everything imported, and can be killed, starved or limited without
-harm to the tests.
+harm to the tests. `ATEDM_FAULTS=250 pytest -n 0 -s -k fault` injects about as many faults; CI injects fewer.
 """
 
 from __future__ import annotations
@@ -21,12 +21,30 @@ from pathlib import Path
 from PIL import Image
 from safetensors import safe_open
 
+FAULTS = int(os.environ.get("ATEDM_FAULTS", "25"))
+MOMENTS = ("before", "half", "after")
 Before = Callable[[], None]
 TOO_LONG = 300.0
 """Seconds after which a child hangs."""
 
 
-def in_child(work: Callable[[], None]) -> int:
+def faults(kind: str, share: float) -> Iterator[random.Random]:
+    """Yield a source of chance for each fault of a kind, which are a share of all."""
+    for number in range(max(2, round(share * FAULTS))):
+        yield random.Random(f"{kind} {number}")
+
+
+def killed(work: Callable[[], object], writes: int, seconds: float, chance: random.Random) -> None:
+    """Run ``work`` in a child that is killed at one of its writes or at any moment, if it is not quicker."""
+    if chance.random() < 0.5:
+        before = killed_at_write(chance.randrange(writes), chance.choice(MOMENTS))
+        child, kill_after = in_child(lambda: (before(), work())), None  # type: ignore[func-returns-value]
+    else:
+        child, kill_after = in_child(work), chance.uniform(0, seconds)
+    assert ended(child, kill_after) in (0, -9)
+
+
+def in_child(work: Callable[[], object]) -> int:
     """Start ``work`` in a child of this process and return its number; it ends with 0, or 1 and a trace."""
     child = os.fork()
     if child:
@@ -155,6 +173,11 @@ def broken(content: bytes, chance: random.Random) -> bytes:
     return chance.choice(
         [b"[]", b"null", b'{"a": 1}', b"<html>404</html>", b"\x89PNG\r\n\x1a\n", b"version https://git"]
     )
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    """Return the PNGs of a folder by their names in it."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.png")}
 
 
 def whole_files(folder: Path) -> Iterator[Path]:
