@@ -154,6 +154,7 @@ def _metrics(names: str, prompts: str, clip_model: str | None, clip_pretrained: 
     from atedm.lab.scores.fid import INCEPTION
     from atedm.words import check_name
 
+    optional("scipy.stats")  # of every interval
     chosen = tuple(name.strip() for name in names.split(",") if name.strip())
     for name in chosen:
         check_name("metric", name, METRICS)

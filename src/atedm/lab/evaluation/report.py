@@ -31,7 +31,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def tables(outcomes: Sequence[Outcome]) -> list[Table]:
-    """Return cost and figures of every method, with 95 % intervals; and if it was judged, what is right by attribute."""
+    """Return cost and figures of every method, with 95 % intervals; where it was judged, also what is right of what."""
     found = [(outcome, result) for outcome in outcomes for result in outcome.results]
     head = [*outcomes[0].setting, "method"]
     names = [[*(f"{value:g}" for value in outcome.setting.values()), result.name] for outcome, result in found]

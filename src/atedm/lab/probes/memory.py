@@ -17,7 +17,8 @@ from torch import nn
 from atedm.costs.architectures import architecture
 from atedm.costs.counting import EARLY, LATE
 from atedm.hosts.runs import step_position
-from atedm.lab.methods.candidates import Candidate
+from atedm.lab.methods.candidates import Candidate, Pruning
+from atedm.lab.methods.peers import Merging
 from atedm.lab.probes.memory_traced import Footprint, mean, traced_footprint
 from atedm.suits import suits
 from atedm.words import check_whole
@@ -90,6 +91,8 @@ def memory(
         TypeError: By `architecture`, or by `atedm.apply`.
         ValueError: By those two, or if an argument is out of its range.
     """
+    if not isinstance(candidate, Pruning | Merging):
+        raise ValueError(f"memory is traced of ways to prune and of ToMe, not of {candidate!r}")
     found = architecture(model)
     steps = suits(found.name).steps if steps is None else steps
     check_whole("batch", batch)

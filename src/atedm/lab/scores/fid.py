@@ -66,9 +66,10 @@ def file_features(extractor: Extractor, files: Sequence[Path], batch: int = 32) 
     Raises:
         ValueError: If one cannot be read.
     """
+    library = optional("cleanfid.fid")
     options = {"num_workers": 0, "batch_size": batch, "mode": "clean", "verbose": False}
     try:
-        features = optional("cleanfid.fid").get_files_features(
+        features = library.get_files_features(
             list(map(str, files)),
             extractor.network,
             device=extractor.device,

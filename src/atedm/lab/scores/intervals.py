@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +45,9 @@ def ratio_interval(right: ArrayLike, asked: ArrayLike, *, draws: int = 2000, see
         return Interval(mean, mean, mean)
     options = {"paired": True, "vectorized": True, "batch": 200, "method": "percentile"}
     rng = np.random.default_rng(seed)
-    found = optional("scipy.stats").bootstrap((r, a), share, n_resamples=draws, random_state=rng, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of samples in which nothing is asked: they are left out below
+        found = optional("scipy.stats").bootstrap((r, a), share, n_resamples=draws, random_state=rng, **options)
     low, high = np.nanpercentile(found.bootstrap_distribution, [2.5, 97.5])
     return Interval(mean, float(low), float(high))
 

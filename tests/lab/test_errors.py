@@ -10,11 +10,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import atedm
+from atedm import AtEdm, Matched
+from atedm.app.models import load_pipeline
 from atedm.cli import app
-from atedm.config import PRESETS, PruningConfig
-from atedm.evaluation.errors import ErrorsReport, MethodErrors, find_errors
-from atedm.pictures.errors_chart import errors_chart
-from atedm.pipelines import load_pipeline
+from atedm.lab.charts.errors import errors_chart
+from atedm.lab.evaluation.images import Drawing
+from atedm.lab.probes.errors import ErrorsReport, MethodErrors, find_errors
+from atedm.method.contract import Method
 from models import draw, sdxl_pipeline, sdxl_unet, snapshot
 
 PROMPTS = ["a red circle", "a blue square", "a green ring"]
@@ -27,19 +29,19 @@ def tiny() -> Any:
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("config", [PRESETS["matched"], PruningConfig(schedule="constant")], ids=["matched", "paper"])
+@pytest.mark.parametrize("method", [Matched(), AtEdm(spare=None)], ids=["matched", "paper"])
 def test_in_one_step_the_image_moves_by_what_a_pruned_run_is_off_by(
-    config: PruningConfig, prediction: str, guidance: float
+    method: Method, prediction: str, guidance: float
 ) -> None:
     pipe = sdxl_pipeline(sdxl_unet())
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
     before = snapshot(pipe.unet)
     # A list of one timestep is no list, so the step is judged by its value in all runs alike.
     options = {"prompt": PROMPTS[0], "num_inference_steps": 1, "guidance_scale": guidance, "output_type": "latent"}
-    report = find_errors(pipe, PROMPTS[:1], {"x": config}, steps=1, guidance=guidance, seed=4)
+    report = find_errors(pipe, PROMPTS[:1], {"x": method}, Drawing(steps=1, guidance=guidance, seed=4))
     assert snapshot(pipe.unet).keys() == before.keys()
     dense = pipe(**options, generator=torch.Generator().manual_seed(4)).images
-    with atedm.pruned(pipe, config):
+    with atedm.pruned(pipe, method):
         pruned = pipe(**options, generator=torch.Generator().manual_seed(4)).images
     expected = float((pruned - dense).norm() / dense.norm())
     (found,) = report.methods
@@ -50,8 +52,8 @@ def test_in_one_step_the_image_moves_by_what_a_pruned_run_is_off_by(
 
 def test_the_first_block_errs_as_it_does_in_a_pruned_run(tiny: Any) -> None:
     """Of the first block pruned and dense see the same features, so a pruned run shows its error."""
-    config = PRESETS["matched"]
-    report = find_errors(tiny, PROMPTS[:1], {"x": config}, steps=3, guidance=3.0, seed=2)
+    method = Matched()
+    report = find_errors(tiny, PROMPTS[:1], {"x": method}, Drawing(steps=3, seed=2))
     name = next(iter(report.levels))
     block = tiny.unet.get_submodule(name)
     seen: list[Any] = []
@@ -62,7 +64,7 @@ def test_the_first_block_errs_as_it_does_in_a_pruned_run(tiny: Any) -> None:
     options = {"prompt": PROMPTS[:1], "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent"}
     try:
         tiny(**options, generator=[torch.Generator().manual_seed(2)])
-        with atedm.pruned(tiny, config):
+        with atedm.pruned(tiny, method):
             tiny(**options, generator=[torch.Generator().manual_seed(2)])
     finally:
         hook.remove()
@@ -74,8 +76,8 @@ def test_the_first_block_errs_as_it_does_in_a_pruned_run(tiny: Any) -> None:
 
 
 def test_batches_make_no_difference_and_nothing_pruned_is_no_error(tiny: Any) -> None:
-    configs = {"none": PruningConfig(pruning_rate=0.0), "matched": PRESETS["matched"]}
-    whole, parts = (find_errors(tiny, PROMPTS, configs, steps=3, batch=batch) for batch in (3, 2))
+    methods: dict[str, Method] = {"none": AtEdm(rate=0.0), "matched": Matched()}
+    whole, parts = (find_errors(tiny, PROMPTS, methods, Drawing(steps=3, batch=batch)) for batch in (3, 2))
     assert whole.methods[0].blocks == {} or max(map(max, whole.methods[0].blocks.values())) == 0
     assert whole.methods[0].moved == (0.0, 0.0, 0.0)
     for a, b in zip(whole.methods, parts.methods, strict=True):
@@ -98,22 +100,24 @@ def test_a_level_is_the_root_of_the_mean_square_of_its_blocks_and_steps() -> Non
 def test_what_cannot_be_measured_is_refused(tiny: Any) -> None:
     pipe = sdxl_pipeline()
     with atedm.pruned(pipe), pytest.raises(ValueError, match="is patched or compiled"):
-        find_errors(pipe, PROMPTS, {"x": PRESETS["matched"]})
-    with pytest.raises(ValueError, match="at least one prompt and one way"):
-        find_errors(pipe, [], {"x": PRESETS["matched"]})
+        find_errors(pipe, PROMPTS, {"x": Matched()}, Drawing())
+    with pytest.raises(ValueError, match="no prompts"):
+        find_errors(pipe, [], {"x": Matched()}, Drawing())
+    with pytest.raises(ValueError, match="at least one way"):
+        find_errors(pipe, PROMPTS, {}, Drawing())
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="under a DDIMScheduler that predicts epsilon"):
-        find_errors(pipe, PROMPTS, {"x": PRESETS["matched"]})
+        find_errors(pipe, PROMPTS, {"x": Matched()}, Drawing())
     draw(pipe)  # as clean as before
 
 
 def test_the_command_prints_a_line_a_method_and_draws(tmp_path: Any) -> None:
     plot = tmp_path / "a" / "errors.png"
-    asked = ["errors", "paper,matched", "--captions", "2", "--steps", "2", "--plot", str(plot)]
+    asked = ["lab", "errors", "paper,matched", "--captions", "2", "--steps", "2", "--plot", str(plot)]
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 0, done.output
     assert "| paper | " in done.output
     assert "| matched | " in done.output
     assert plot.stat().st_size > 1000
-    done = CliRunner().invoke(app, ["errors", "tome"])
-    assert "errors are looked for where tokens are pruned, not with 'tome'" in str(done.exception)
+    done = CliRunner().invoke(app, ["lab", "errors", "tome"])
+    assert "which 'tome' does not do" in str(done.exception)

@@ -16,10 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import atedm
-from atedm.cli.variance import _table, variance
-from atedm.costs.variance import BlockVariance, VarianceReport, attention_variance, map_variance, measured
-from atedm.patching.survey import find_blocks
-from atedm.pictures.variance_chart import variance_chart
+from atedm.cli.lab.variance import table, variance
+from atedm.hosts.unet_spans import find_spans
+from atedm.lab.charts.variance import variance_chart
+from atedm.lab.evaluation.images import Drawing
+from atedm.lab.probes.dense_runs import first_layers_watched
+from atedm.lab.probes.variance import BlockVariance, VarianceReport, attention_variance, map_variance
 from models import draw, each_layer, sdxl_pipeline, sdxl_unet, small_unet, snapshot
 
 SIDE = {"width": 64, "height": 64}
@@ -58,7 +60,7 @@ def calls_by_hand(pipe: Any, steps: int, prompts: list[str] = PROMPTS) -> dict[s
         return hook
 
     hooks = []
-    for name, (_, module) in find_blocks(pipe.unet).items():
+    for name, (_, module) in find_spans(pipe.unet).items():
         seen[name] = []
         layer = module.transformer_blocks[0]
         hooks.append(layer.norm1.register_forward_hook(note(name, layer.attn1)))
@@ -78,7 +80,7 @@ def report_of(means: list[float]) -> VarianceReport:
         for step, mean in enumerate(means)
         for level, factor in ((2, 0.5), (3, 1.5))
     ]
-    return VarianceReport(tuple(rows), ("block 2", "block 3"), ("x",), len(means), 3.0, 0, "Euler", "float32")
+    return VarianceReport(tuple(rows), 1, len(means))
 
 
 # --- the variance of a map --------------------------------------------------------------------------------------------
@@ -110,7 +112,7 @@ def test_variance_of_nearly_equal_entries_is_not_lost_in_rounding() -> None:
 
 def test_relative_variance_by_hand() -> None:
     row = BlockVariance(step=0, block="b", level=2, tokens=4, per_head=0.5, head_mean=0.25)
-    assert (row.relative_per_head, row.relative_head_mean) == (8.0, 4.0)
+    assert row.relative_per_head == 8.0
 
 
 # --- a whole run ------------------------------------------------------------------------------------------------------
@@ -132,11 +134,11 @@ def test_each_step_is_the_mean_of_its_calls_and_images(scheduler: Any, groups: l
     each_layer(pipe.unet, lambda layer: nn.init.uniform_(layer.norm1.weight, 0.5, 1.5))
     by_hand = calls_by_hand(pipe, steps=4)
     told: list[tuple[str, int, int]] = []
-    report = attention_variance(pipe, PROMPTS, steps=4, guidance=3.0, **TALL, progress=lambda *at: told.append(at))
+    report = attention_variance(pipe, PROMPTS, Drawing(steps=4, **TALL), progress=lambda *at: told.append(at))
     calls = sum(map(len, groups))
-    assert told == [(f"image {i}", call + 1, calls) for i in range(2) for call in range(calls)]
-    assert report.blocks == tuple(find_blocks(pipe.unet))
-    assert [(row.step, row.block) for row in report.rows] == [(s, b) for s in range(4) for b in report.blocks]
+    assert told == [("images", call + 1, 2 * calls) for call in range(2 * calls)]
+    blocks = [*find_spans(pipe.unet)]
+    assert [(row.step, row.block) for row in report.rows] == [(s, b) for s in range(4) for b in blocks]
     for row in report.rows:
         expected = np.mean([images[call] for images in by_hand[row.block] for call in groups[row.step]], axis=0)
         assert (row.per_head, row.head_mean) == pytest.approx(tuple(expected), rel=1e-4)
@@ -144,7 +146,7 @@ def test_each_step_is_the_mean_of_its_calls_and_images(scheduler: Any, groups: l
 
 
 def test_heads_differ_here_so_that_their_mean_is_smoother() -> None:
-    report = attention_variance(sdxl_pipeline(), ["a red circle"], steps=1, guidance=0.0, **SIDE)
+    report = attention_variance(sdxl_pipeline(), ["a red circle"], Drawing(steps=1, guidance=0.0, **SIDE))
     assert all(row.head_mean < row.per_head for row in report.rows)
 
 
@@ -152,8 +154,8 @@ def test_seed_and_guidance_are_honoured() -> None:
     pipe = sdxl_pipeline(small_unet())
 
     def means(**changes: Any) -> list[float]:
-        options: dict[str, Any] = {"steps": 2, "guidance": 3.0, "seed": 0} | SIDE | changes
-        return attention_variance(pipe, ["a red circle"], **options).mean_by_step()
+        options: dict[str, Any] = {"steps": 2} | SIDE | changes
+        return attention_variance(pipe, ["a red circle"], Drawing(**options)).mean_by_step()
 
     usual = means()
     assert means() == usual
@@ -164,10 +166,11 @@ def test_seed_and_guidance_are_honoured() -> None:
 def test_measuring_leaves_the_image_alone_and_no_trace() -> None:
     pipe = sdxl_pipeline()
     before, dense = snapshot(pipe.unet), draw(pipe)
-    with measured({name: module for name, (_, module) in find_blocks(pipe.unet).items()}) as latest:
+    seen: list[str] = []
+    with first_layers_watched(find_spans(pipe.unet), lambda view: seen.append(view.place.name), rate=None):
         assert torch.equal(draw(pipe), dense)
-    assert latest.keys() == find_blocks(pipe.unet).keys()
-    attention_variance(pipe, ["a red circle"], steps=2, guidance=3.0, **SIDE)
+    assert seen == 4 * [*find_spans(pipe.unet)]
+    attention_variance(pipe, ["a red circle"], Drawing(steps=2, **SIDE))
     assert snapshot(pipe.unet) == before
 
 
@@ -179,32 +182,26 @@ def test_no_trace_after_a_raise() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        attention_variance(pipe, ["a red circle"], steps=2, guidance=3.0, **SIDE, progress=stop)
+        attention_variance(pipe, ["a red circle"], Drawing(steps=2, **SIDE), progress=stop)
     assert snapshot(pipe.unet) == before
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
     pipe = sdxl_pipeline(small_unet())
-    good: dict[str, Any] = {"prompts": ["x"], "steps": 2, "guidance": 3.0}
-    for changes, message in (
-        ({"prompts": []}, "prompt is empty"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"guidance": -1.0}, "guidance must be 0 or more"),
-        ({"width": 65}, "width must be a multiple of 8"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            attention_variance(pipe, **(good | changes))
-    with atedm.pruned(pipe), pytest.raises(ValueError, match=r"call atedm\.remove"):
-        attention_variance(pipe, **good)
+    for prompts in ([], [" "]):
+        with pytest.raises(ValueError, match="no prompts"):
+            attention_variance(pipe, prompts, Drawing(steps=2))
+    with atedm.pruned(pipe, "matched"), pytest.raises(ValueError, match=r"call atedm\.remove"):
+        attention_variance(pipe, ["x"], Drawing(steps=2))
     plain = pipe.unet
     pipe.unet = torch.compile(plain)
     with pytest.raises(ValueError, match="compiled"):
-        attention_variance(pipe, **good)
+        attention_variance(pipe, ["x"], Drawing(steps=2))
     with pytest.raises(TypeError, match="no U-Net"):
-        attention_variance(object(), **good)
+        attention_variance(object(), ["x"], Drawing(steps=2))
     pipe.unet = sdxl_unet(only_cross_attention=True, cross_attention_dim=64, block_out_channels=(16, 32, 48))
     with pytest.raises(ValueError, match="no self-attention"):
-        attention_variance(pipe, **good, **SIDE)
+        attention_variance(pipe, ["x"], Drawing(steps=2, **SIDE))
     assert not any(m._forward_pre_hooks for m in pipe.unet.modules())
 
 
@@ -213,7 +210,7 @@ def test_a_unet_without_attention_is_refused() -> None:
     changes = {"block_out_channels": (16, 32), "mid_block_type": None, "transformer_layers_per_block": 1}
     pipe = sdxl_pipeline(sdxl_unet(**plain, **changes, attention_head_dim=2))
     with pytest.raises(ValueError, match="no attention blocks"):
-        attention_variance(pipe, ["x"], steps=2, guidance=3.0)
+        attention_variance(pipe, ["x"], Drawing(steps=2))
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -270,22 +267,22 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 def test_command_prints_a_table(command: Callable[..., str], tmp_path: Path) -> None:
     plot = tmp_path / "new" / "variance.png"
     lines = command("a red circle", "--steps", "2", "--size", "64x64", "--plot", str(plot)).splitlines()
-    assert lines[0].split() == ["step", "mean", "relative", "level", "2", "level", "3"]
-    assert [line.split()[0] for line in lines[1:3]] == ["0", "1"]
-    assert "first above 1e-05 in step 0: 0 of 2 steps come before it, 0% of the run" in lines[3]
-    assert "in the paper 30%, 15 of 50" in lines[3]
-    assert lines[4] == str(plot)
+    assert lines[0] == "| step | mean | relative | level 2 | level 3 |"
+    assert [line.split()[1] for line in lines[2:4]] == ["0", "1"]
+    assert "first above 1e-05 in step 0: 0 of 2 steps come before it, 0% of the run" in lines[5]
+    assert "in the paper 30%, 15 of 50" in lines[5]
+    assert lines[6] == str(plot)
     assert Image.open(plot).size[0] > 800
     assert list(plot.parent.iterdir()) == [plot]
 
 
 def test_table_by_hand() -> None:
-    lines = _table(report_of([1e-6, 3e-6, 5e-6, 1e-3]), 1e-5)
-    assert lines[1].split() == ["0", "1.0e-06", "0.00", "5.0e-07", "1.5e-06"]
+    lines = table(report_of([1e-6, 3e-6, 5e-6, 1e-3]), 1e-5).splitlines()
+    assert lines[2].split(" | ")[1:4] == ["1e-06", "7.6e-05", "5e-07"]
     assert lines[-1].startswith("the mean is first above 1e-05 in step 3: 3 of 4 steps come before it, 75% of the run")
-    assert _table(report_of([1e-6]), 1e-5)[-1].startswith("the mean is never above 1e-05")
+    assert table(report_of([1e-6]), 1e-5).splitlines()[-1].startswith("the mean is never above 1e-05")
     # However long the run, the table is short, and has its first and its last step.
-    shown = [line.split()[0] for line in _table(report_of([1e-6] * 50), 1e-5)[1:-1]]
+    shown = [line.split()[1] for line in table(report_of([1e-6] * 50), 1e-5).splitlines()[2:-2]]
     assert len(shown) == 11
     assert (shown[0], shown[-1]) == ("0", "49")
 
@@ -295,7 +292,7 @@ def test_command_prints_json_alone(command: Callable[..., str]) -> None:
     assert printed["model"] == "tiny"
     assert printed["first_step_above"] is None
     assert len(printed["mean_by_step"]) == 2
-    assert len(printed["rows"]) == 2 * len(printed["blocks"])
+    assert len(printed["rows"]) == 2 * 11
 
 
 def test_command_says_what_is_wrong(command: Callable[..., str]) -> None:
@@ -303,7 +300,7 @@ def test_command_says_what_is_wrong(command: Callable[..., str]) -> None:
         (("--threshold", "0"), "threshold must be above 0"),
         (("--steps", "0"), "steps must be at least 1"),
         (("--size", "64"), "size must be WIDTHxHEIGHT"),
-        ((" ",), "prompt is empty"),
+        ((" ",), "a prompt is empty"),
     ):
         with pytest.raises(ValueError, match=message):
             command(*arguments)

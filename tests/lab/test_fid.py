@@ -14,13 +14,17 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-from atedm.evaluation.clip_score import tiny_clip
-from atedm.evaluation.fid import fid, fid_interval, folder_features
+from atedm.lab.scores.clip_score import TINY_CLIP
+from atedm.lab.scores.fid import Extractor, fid, fid_interval, file_features, open_extractor
+from atedm.tiny import weights_folder
 from atedm.tiny.scenes import Scene, render_batch, sample_scene
 
+AVERAGES = Extractor(lambda pixels: pixels.mean(dim=(2, 3)), torch.device("cpu"))
 
-def averages(pixels: torch.Tensor) -> torch.Tensor:
-    return pixels.mean(dim=(2, 3))
+
+def of_folder(folder: Path, extractor: Extractor | None = None, **options: int) -> np.ndarray:
+    extractor = open_extractor(TINY_CLIP, device="cpu") if extractor is None else extractor
+    return file_features(extractor, sorted(folder.iterdir()), **options)
 
 
 def save(folder: Path, images: np.ndarray) -> Path:
@@ -77,20 +81,14 @@ def test_tables_that_do_not_fit(n: tuple[int, ...], d: tuple[int, ...]) -> None:
         fid(np.zeros(n), np.zeros(d))
 
 
-def test_rows_are_in_the_order_of_the_file_names(tmp_path: Path) -> None:
-    names = ["b.png", "c/a.PNG", "a.jpeg", "10.webp", "9.bmp", "notes.txt"]
-    for level, name in enumerate(names[:-1]):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (40, 30), (level * 20, 100, 200)).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no image")
-    np.save(tmp_path / "features.npy", np.zeros(3))
-    seen: list[int] = []
-    features = folder_features(tmp_path, averages, device="cpu", batch=2, progress=seen.append)
+def test_rows_are_in_the_order_of_the_files(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("b.png", "a.PNG", "a.jpeg", "10.webp", "9.bmp")]
+    for level, file in enumerate(files):
+        Image.new("RGB", (40, 30), (level * 20, 100, 200)).save(file)
+    features = file_features(AVERAGES, files, batch=2)
     assert features.dtype == np.float64
-    np.testing.assert_allclose(features[:, 0], [60, 80, 40, 0, 20], atol=2)  # 10, 9, a, b, c/a
-    assert seen == [2, 2, 1]
-    again = folder_features(tmp_path, averages, device="cpu", batch=5)
-    np.testing.assert_allclose(again, features, rtol=1e-6)
+    np.testing.assert_allclose(features[:, 0], [0, 20, 40, 60, 80], atol=2)
+    np.testing.assert_allclose(file_features(AVERAGES, files, batch=5), features, rtol=1e-6)
 
 
 def resized(image: np.ndarray, size: int) -> torch.Tensor:
@@ -108,22 +106,22 @@ def test_own_extractors_see_what_inception_would(tmp_path: Path) -> None:
 
     def remember(pixels: torch.Tensor) -> torch.Tensor:
         seen.append(pixels)
-        return averages(pixels)
+        return pixels.mean(dim=(2, 3))
 
-    folder_features(save(tmp_path / "x", images), remember, device="cpu")
+    of_folder(save(tmp_path / "x", images), Extractor(remember, torch.device("cpu")))
     torch.testing.assert_close(torch.cat(seen), torch.stack([resized(image, 299) for image in images]))
 
 
 @torch.inference_mode()
 def test_features_of_an_open_clip_model_are_its_image_tower_at_its_own_size(tmp_path: Path) -> None:
-    model, _, _ = open_clip.create_model_and_transforms(tiny_clip())
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{weights_folder() / 'clip'}")
     model.eval()
     small = scenes(3, seed=4)
     large = small.repeat(3, axis=1).repeat(3, axis=2)
     for name, images in (("small", small), ("large", large)):
         pixels = torch.stack([resized(image, 128) for image in images])
         by_hand = model.encode_image((pixels / 255 - 0.5) / 0.5)
-        features = folder_features(save(tmp_path / name, images), tiny_clip(), device="cpu")
+        features = of_folder(save(tmp_path / name, images))
         assert features.shape == (3, 64)
         np.testing.assert_allclose(features, by_hand.numpy(), rtol=1e-4, atol=1e-5)
 
@@ -141,11 +139,8 @@ def test_fid_of_folders_feels_noise_and_a_changed_crowd(tmp_path: Path) -> None:
         "noisier": noisy(60.0),
         "red": scenes(80, seed=8, colour="red"),
     }
-    reference = folder_features(save(tmp_path / "clean", clean), tiny_clip(), device="cpu")
-    distance = {
-        name: fid(folder_features(save(tmp_path / name, images), tiny_clip(), device="cpu"), reference)
-        for name, images in crowds.items()
-    }
+    reference = of_folder(save(tmp_path / "clean", clean))
+    distance = {name: fid(of_folder(save(tmp_path / name, images)), reference) for name, images in crowds.items()}
     assert 1.5 * distance["same"] < distance["red"], distance
     assert 0.05 * distance["same"] < distance["noisy"] < distance["noisier"], distance
     assert fid(reference, reference) == pytest.approx(0, abs=1e-4)
@@ -183,20 +178,13 @@ def test_the_interval_covers_what_other_images_would_give() -> None:
     assert 0.88 <= np.mean([i.low <= expected <= i.high for i in intervals]) <= 0.99
 
 
-def test_a_folder_without_images_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no images in"):
-        folder_features(tmp_path, averages, device="cpu")
-    with pytest.raises(ValueError, match=r"no folder at .*nowhere"):
-        folder_features(tmp_path / "nowhere", averages, device="cpu")
-
-
 @pytest.mark.parametrize("content", [b"no image at all", None])
 def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
     folder = save(tmp_path / "x", scenes(3, seed=12))
     broken = folder / "0001.png"
     broken.write_bytes(broken.read_bytes()[:400] if content is None else content)
     with pytest.raises(ValueError, match=r"cannot read the image .*0001\.png"):
-        folder_features(folder, averages, device="cpu")
+        of_folder(folder, AVERAGES)
 
 
 def test_what_an_extractor_raises_is_passed_on(tmp_path: Path) -> None:
@@ -204,22 +192,22 @@ def test_what_an_extractor_raises_is_passed_on(tmp_path: Path) -> None:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        folder_features(save(tmp_path / "x", scenes(1, seed=13)), fails, device="cpu")
+        of_folder(save(tmp_path / "x", scenes(1, seed=13)), Extractor(fails, torch.device("cpu")))
 
 
-def test_inception_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inception_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(fpath: str) -> str:
         raise URLError("name resolution failed")
 
     monkeypatch.setattr(cleanfid.inception_torchscript, "check_download_inception", no_network)
     with pytest.raises(ValueError, match=r"inception-2015-12-05\.pt.*name resolution failed.*what works") as error:
-        folder_features(save(tmp_path / "x", scenes(1, seed=14)), "inception", device="cpu")
+        open_extractor("inception", device="cpu")
     assert "\n" not in str(error.value)
 
 
 def test_without_clean_fid_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cleanfid", None)
-    with pytest.raises(ImportError, match=r"atedm\[evaluate\]"):
+    monkeypatch.setitem(sys.modules, "cleanfid.fid", None)
+    with pytest.raises(ImportError, match=r"atedm\[lab\]"):
         fid(np.zeros((3, 2)), np.zeros((3, 2)))
-    with pytest.raises(ImportError, match=r"atedm\[evaluate\]"):
-        folder_features(tmp_path, averages, device="cpu")
+    with pytest.raises(ImportError, match=r"atedm\[lab\]"):
+        file_features(AVERAGES, [tmp_path / "x.png"])

@@ -7,11 +7,12 @@ import torch
 from typer.testing import CliRunner
 
 import atedm
+from atedm.app.models import load_pipeline
 from atedm.cli import app
-from atedm.config import PruningConfig
-from atedm.evaluation.agreement import _compared, map_agreement
-from atedm.pipelines import load_pipeline
-from atedm.token_ranking import Ranking
+from atedm.lab.ablation import Variant
+from atedm.lab.ablation.choosing import Ranking
+from atedm.lab.evaluation.images import Drawing
+from atedm.lab.probes.agreement import compared, map_agreement
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +21,10 @@ def pipe() -> Any:
 
 
 def test_two_rankings_are_compared_by_what_they_keep_and_copy() -> None:
-    whole = Ranking(
-        torch.tensor([[0.4, 0.3, 0.2, 0.1]]), torch.eye(4).unsqueeze(0) + torch.tensor([0.0, 0.0, 0.3, 0.2])
-    )
-    # It keeps 0 and 2 in place of 0 and 1; 2 and 3 are dropped by the whole map and copy token 0, the first of equals.
-    ours = Ranking(torch.tensor([[9.0, 1.0, 5.0, 0.0]]), None, lambda keep: torch.tensor([[0, 1, 0, 1]]))
-    ((kept, importance, source),) = _compared(whole, ours, 2)
+    whole = Ranking(torch.tensor([[0.4, 0.3, 0.2, 0.1]]), lambda keep: torch.tensor([[0, 1, 0, 0]]))
+    # It keeps 0 and 2 in place of 0 and 1; 2 and 3 are dropped by the whole map and copy token 0.
+    ours = Ranking(torch.tensor([[9.0, 1.0, 5.0, 0.0]]), lambda keep: torch.tensor([[0, 1, 0, 1]]))
+    ((kept, importance, source),) = compared(whole, ours, 2)
     assert kept == 0.5
     assert importance == pytest.approx(0.6 / 0.7)
     assert source == 0.5
@@ -33,16 +32,16 @@ def test_two_rankings_are_compared_by_what_they_keep_and_copy() -> None:
 
 def test_exact_modes_agree_and_a_sample_the_better_the_more_there_is_of_it(pipe: Any) -> None:
     modes = {
-        "full": PruningConfig(map_mode="full"),
-        "blocked": PruningConfig(map_mode="blocked"),
-        "flash": PruningConfig(map_mode="flash"),
-        "all": PruningConfig(map_mode="sampled", sampled_rows=256),
-        "many": PruningConfig(map_mode="sampled", sampled_rows=48),
-        "few": PruningConfig(map_mode="sampled", sampled_rows=8),
+        "full": Variant(map_mode="full"),
+        "blocked": Variant(map_mode="blocked"),
+        "flash": Variant(map_mode="flash"),
+        "all": Variant(map_mode="sampled", sampled_rows=256),
+        "many": Variant(map_mode="sampled", sampled_rows=48),
+        "few": Variant(map_mode="sampled", sampled_rows=8),
     }
-    report = map_agreement(pipe, ["a red circle", "a blue ring"], modes, steps=2, batch=1)
-    rows = {(row.mode, row.level): row for row in report.rows}
-    assert len(rows) == len(report.rows) == 12
+    found = map_agreement(pipe, ["a red circle", "a blue ring"], modes, Drawing(steps=2, batch=1))
+    rows = {(row.mode, row.level): row for row in found}
+    assert len(rows) == len(found) == 12
     for level in (2, 3):
         for mode in ("full", "blocked", "flash", "all"):
             row = rows[mode, level]
@@ -54,29 +53,29 @@ def test_exact_modes_agree_and_a_sample_the_better_the_more_there_is_of_it(pipe:
 
 
 def test_every_image_weighs_the_same(pipe: Any) -> None:
-    modes = {"few": PruningConfig(map_mode="sampled", sampled_rows=8)}
+    modes = {"few": Variant(map_mode="sampled", sampled_rows=8)}
     prompts = ["a red circle", "a blue ring", "a green cross"]
-    one, two = (map_agreement(pipe, prompts, modes, steps=1, batch=batch).rows for batch in (1, 2))
+    one, two = (map_agreement(pipe, prompts, modes, Drawing(steps=1, batch=batch)) for batch in (1, 2))
     for a, b in zip(one, two, strict=True):
         assert (a.kept, a.importance, a.source) == pytest.approx((b.kept, b.importance, b.source), abs=2e-3)
 
 
 def test_it_is_looked_at_dense_and_on_something(pipe: Any) -> None:
     with pytest.raises(ValueError, match="no prompts"):
-        map_agreement(pipe, [], {})
+        map_agreement(pipe, [], {}, Drawing())
     with atedm.pruned(pipe), pytest.raises(ValueError, match="patched"):
-        map_agreement(pipe, ["a red circle"], {})
-    with pytest.raises(ValueError, match=r"no token of .* is dropped at a pruning_rate of 0\.001; give 0\.0"):
-        map_agreement(pipe, ["a red circle"], {"full": PruningConfig()}, steps=1, pruning_rate=0.001)
+        map_agreement(pipe, ["a red circle"], {}, Drawing())
+    with pytest.raises(ValueError, match=r"no token of .* is dropped at a rate of 0\.001; give 0\.0"):
+        map_agreement(pipe, ["a red circle"], {"full": Variant()}, Drawing(steps=1), rate=0.001)
 
 
 def test_the_command_prints_a_table_and_says_what_it_cannot_read() -> None:
-    arguments = ["agreement", "blocked,sampled/16", "--captions", "1", "--steps", "1", "--device", "cpu"]
+    arguments = ["lab", "agreement", "blocked,sampled/16", "--captions", "1", "--steps", "1", "--device", "cpu"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert "| blocked | 2 | 1.000 | 1.000 | 1.000 |" in done.output
     assert "| sampled/16 | 3 | 0." in done.output
     for wrong, message in (("sampled/few", "a number of rows"), ("sampeld", "did you mean 'sampled'")):
-        done = CliRunner().invoke(app, ["agreement", wrong])
+        done = CliRunner().invoke(app, ["lab", "agreement", wrong])
         assert done.exit_code != 0
         assert message in str(done.exception)

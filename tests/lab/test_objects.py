@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import atedm
+from atedm.app.models import load_pipeline
 from atedm.cli import app
-from atedm.config import PruningConfig
-from atedm.evaluation.objects import area_under_curve, find_objects, object_mask
-from atedm.pictures.objects_chart import objects_chart
-from atedm.pipelines import load_pipeline
+from atedm.hosts.diffusers_unet import Observation
+from atedm.lab.ablation import Variant
+from atedm.lab.charts.objects import objects_chart
+from atedm.lab.evaluation.images import Drawing
+from atedm.lab.probes.objects import area_under_curve, find_objects, object_mask
 from atedm.tiny.scenes import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, Scene, held_out_scenes, render
 
 
@@ -73,13 +75,13 @@ def test_what_is_found_is_what_pruning_goes_by_and_the_image_stays_the_same(pipe
         ).images
 
     before = draw()
-    report = find_objects(pipe, scenes, steps=2, rankings=["self-attention", "cross-attention-power"])
+    report = find_objects(pipe, scenes, Drawing(steps=2), rankings=["self-attention", "cross-attention-power"])
     assert torch.equal(draw(), before)
     masks = [object_mask(image, scene) for image, scene in zip(before, scenes, strict=True)]
     first = report.findings[0].block
     for ranking in report.rankings:
-        seen: list[atedm.BlockObservation] = []
-        with atedm.pruned(pipe, PruningConfig(ranking=ranking, schedule="constant")), atedm.observed(pipe, seen.append):
+        seen: list[Observation] = []
+        with atedm.pruned(pipe, Variant(rank=ranking, schedule="constant")), atedm.observed(pipe, seen.append):
             draw()
         assert seen[0].block == first  # so nothing was dropped before it
         grids = [
@@ -92,7 +94,7 @@ def test_what_is_found_is_what_pruning_goes_by_and_the_image_stays_the_same(pipe
 
 
 def test_a_random_ranking_finds_nothing_and_every_block_and_step_is_there(pipe: Any) -> None:
-    report = find_objects(pipe, held_out_scenes(4, 2), steps=3, rankings=["uniform-random"], batch=3)
+    report = find_objects(pipe, held_out_scenes(4, 2), Drawing(steps=3, batch=3), rankings=["uniform-random"])
     assert report.mean("auc", ranking="uniform-random") == pytest.approx(0.5, abs=0.05)
     assert len(report.findings) == 11 * 3
     assert report.levels == [2, 3]
@@ -100,15 +102,15 @@ def test_a_random_ranking_finds_nothing_and_every_block_and_step_is_there(pipe: 
 
 
 def test_it_is_measured_dense_and_of_something(pipe: Any) -> None:
-    with pytest.raises(ValueError, match="no scenes"):
-        find_objects(pipe, [])
+    with pytest.raises(ValueError, match="no prompts"):
+        find_objects(pipe, [], Drawing())
     with atedm.pruned(pipe), pytest.raises(ValueError, match="patched"):
-        find_objects(pipe, held_out_scenes(1))
+        find_objects(pipe, held_out_scenes(1), Drawing())
 
 
 def test_the_command_prints_a_table_and_draws_a_chart(tmp_path: Any) -> None:
     done = CliRunner().invoke(
-        app, ["objects", "--captions", "2", "--steps", "1", "--plot", str(tmp_path / "a" / "b.png")]
+        app, ["lab", "objects", "--captions", "2", "--steps", "1", "--plot", str(tmp_path / "a" / "b.png")]
     )
     assert done.exit_code == 0, done.output
     assert "| self-attention | 0." in done.output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from atedm.evaluation.statistics import Interval, mean_interval, ratio_interval
+from atedm.lab.scores.intervals import Interval, mean_interval, ratio_interval
 
 
 def test_the_interval_of_a_share_matches_the_normal_approximation() -> None:

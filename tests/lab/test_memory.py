@@ -11,18 +11,24 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.nn import functional
+from typer.testing import CliRunner
 
 import atedm
-from atedm.config import PruningConfig
+from atedm import AtEdm, Matched
+from atedm.cli import app
 from atedm.costs.architectures import architecture
-from atedm.costs.memory import MemoryReport, memory
-from atedm.costs.memory_measured import Held, held_over_time, measured_footprint
-from atedm.costs.memory_traced import BANDWIDTH, Footprint, Tracer, traced_footprint, traced_timeline
 from atedm.costs.tome import ToMe
-from atedm.schedule import is_prune_less
+from atedm.lab.ablation import Variant
+from atedm.lab.bench.peak import peak_of
+from atedm.lab.methods.candidates import Pruning
+from atedm.lab.methods.peers import Merging
+from atedm.lab.probes.memory import MemoryReport, memory
+from atedm.lab.probes.memory_traced import BANDWIDTH, Footprint, Tracer, traced_footprint, traced_timeline
+from atedm.method.contract import Method
 from models import EARLY, LATE, sd1_unet, sdxl_unet, small_unet, snapshot
 
-WITHOUT_MAPS = PruningConfig(ranking="uniform-random", recovery="bicubic")
+PAPER = Pruning(AtEdm())
+NO_MAPS = Variant(rank="uniform-random", refill="bicubic")
 """Ranks and refills without an attention map, so that fewer tokens are all that pruning brings."""
 SIZE = (256, 256)
 """32 x 32 latents."""
@@ -209,21 +215,14 @@ def test_a_footprint_is_the_peak_and_the_mean_over_time_of_the_timeline() -> Non
     assert footprint.average == pytest.approx(float(sum(Fraction(s) * size for s, size in timeline) / total), rel=1e-12)
     assert footprint.seconds == pytest.approx(float(total), rel=1e-12)
     assert footprint.peak == sorted(size for _, size in timeline)[-1]
-    assert "traced" in footprint.basis
-    assert "plain" in footprint.basis
 
 
 @pytest.mark.parametrize(
-    ("build", "config"),
-    [
-        (sdxl_unet, None),
-        (sdxl_unet, PruningConfig()),
-        (sd1_unet, PruningConfig(place="after-self-attention")),
-        (small_unet, WITHOUT_MAPS),
-    ],
+    ("build", "method"),
+    [(sdxl_unet, None), (sdxl_unet, AtEdm()), (sd1_unet, Matched()), (small_unet, NO_MAPS)],
 )
 def test_the_traced_peak_is_the_one_measured_on_the_cpu(
-    build: Callable[[], UNet2DConditionModel], config: PruningConfig | None
+    build: Callable[[], UNet2DConditionModel], method: Method | None
 ) -> None:
     # With the maps of plain attention the peak is where nothing is hidden from the trace; a convolution on the CPU
     # takes workspace of its own, and the index of the step is on the host. That is what the tolerance is for.
@@ -231,14 +230,18 @@ def test_the_traced_peak_is_the_one_measured_on_the_cpu(
     unet.set_attn_processor(AttnProcessor())
     twin, call = on_meta(unet)
     real = architecture(unet).call(SIZE, batch=2, device="cpu")
-    if config is not None:
-        atedm.apply(unet, config)
-        atedm.apply(twin, config)
-    measured = measured_footprint(unet, real, LATE, repeats=1)
+    if method is not None:
+        atedm.apply(unet, method)
+        atedm.apply(twin, method)
+
+    @torch.no_grad()
+    def step() -> None:
+        unet(timestep=LATE, **real)
+
+    step()
+    measured = peak_of(step, torch.device("cpu"))
     traced = traced_footprint(twin, call, LATE, attention="plain")
-    assert traced.peak == pytest.approx(measured.peak, rel=1e-3)
-    assert 0 < measured.average < measured.peak
-    assert measured.basis == "measured on cpu"
+    assert traced.peak == pytest.approx(measured, rel=2e-3)
 
 
 def test_tracing_leaves_everything_as_it_was() -> None:
@@ -246,7 +249,7 @@ def test_tracing_leaves_everything_as_it_was() -> None:
     before = snapshot(unet)
     original = functional.scaled_dot_product_attention
     for attention in ("fused", "plain"):
-        with atedm.pruned(unet):
+        with atedm.pruned(unet, AtEdm()):
             traced_footprint(unet, call, LATE, attention=attention)
     assert snapshot(unet) == before
     assert functional.scaled_dot_product_attention is original
@@ -272,9 +275,9 @@ def test_sdxl_as_the_paper_runs_it_keeps_its_peak_and_the_map_is_why() -> None:
     found = architecture("sdxl")
     unet, call = nn.Module.to(found.on_meta(), torch.float16), found.call(batch=2, dtype=torch.float16)
     plain, fused = (traced_footprint(unet, call, LATE, attention=attention).peak for attention in ("plain", "fused"))
-    with atedm.pruned(unet):
+    with atedm.pruned(unet, AtEdm()):
         assert traced_footprint(unet, call, LATE, attention="fused").peak <= 1.1 * fused
-    with atedm.pruned(unet, PruningConfig(map_mode="full")):
+    with atedm.pruned(unet, AtEdm(sample=None)):
         pruned, fused_pruned = (traced_footprint(unet, call, LATE, attention=kind).peak for kind in ("plain", "fused"))
     maps = 2 * 10 * 4096**2 * 2  # both halves, 10 heads, float16
     assert 2 * maps < plain < 2 * maps + fused
@@ -287,29 +290,29 @@ def test_sdxl_as_the_paper_runs_it_keeps_its_peak_and_the_map_is_why() -> None:
 
 @pytest.mark.parametrize("attention", ["fused", "plain"])
 def test_fewer_tokens_take_less(attention: str) -> None:
-    report = memory(small_unet(), WITHOUT_MAPS, size=(512, 512), attention=attention)
-    assert report.normal_step.average < report.prune_less_step.average < report.dense.average
-    assert report.normal_step.seconds < report.prune_less_step.seconds < report.dense.seconds
+    report = memory(small_unet(), Pruning(NO_MAPS), size=(512, 512), attention=attention)
+    assert report.normal_step.average < report.early_step.average < report.dense.average
+    assert report.normal_step.seconds < report.early_step.seconds < report.dense.seconds
     assert report.normal_step.peak == pytest.approx(report.dense.peak, rel=0.01)  # a first layer has all tokens
-    assert report.normal_step.average < report.mean_average < report.prune_less_step.average
+    assert report.normal_step.average < report.mean_average < report.early_step.average
     assert 0 < report.more_jobs_with_weights < report.more_jobs
 
 
-@pytest.mark.parametrize("config", [PruningConfig(), WITHOUT_MAPS], ids=["paper", "without-maps"])
-def test_plain_attention_never_takes_less_than_fused(config: PruningConfig) -> None:
-    plain, fused = (memory(small_unet(), config, size=SIZE, attention=attention) for attention in ("plain", "fused"))
-    for kind in ("dense", "normal_step", "prune_less_step"):
+@pytest.mark.parametrize("method", [AtEdm(), NO_MAPS], ids=["paper", "without-maps"])
+def test_plain_attention_never_takes_less_than_fused(method: Method) -> None:
+    plain, fused = (memory(small_unet(), Pruning(method), size=SIZE, attention=kind) for kind in ("plain", "fused"))
+    for kind in ("dense", "normal_step", "early_step"):
         assert getattr(plain, kind).peak >= getattr(fused, kind).peak
         # Pruning's own map takes the same in a shorter step, so it weighs more in the mean of a fused one.
-        if not config.needs_attention_map:
+        if method is NO_MAPS:
             assert getattr(plain, kind).average > getattr(fused, kind).average
     assert (plain.attention, fused.attention) == ("plain", "fused")
 
 
 def test_a_batch_takes_as_many_times() -> None:
     unet = small_unet()
-    one, four = (memory(unet, WITHOUT_MAPS, size=(512, 512), batch=batch) for batch in (1, 4))
-    for kind in ("dense", "normal_step", "prune_less_step"):
+    one, four = (memory(unet, Pruning(NO_MAPS), size=(512, 512), batch=batch) for batch in (1, 4))
+    for kind in ("dense", "normal_step", "early_step"):
         # But for one timestep, and for the traffic of the weights in the time.
         assert getattr(four, kind).peak == pytest.approx(4 * getattr(one, kind).peak, rel=1e-4)
         assert getattr(four, kind).average == pytest.approx(4 * getattr(one, kind).average, rel=0.05)
@@ -318,16 +321,16 @@ def test_a_batch_takes_as_many_times() -> None:
 
 def test_guidance_is_a_batch_twice_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
     unet = small_unet()
-    guided, unguided = (memory(unet, "paper", guidance=guidance) for guidance in (True, False))
-    assert guided == memory(unet, "paper", batch=2, guidance=False) == memory(unet, "paper")
+    guided, unguided = (memory(unet, PAPER, guidance=guidance) for guidance in (True, False))
+    assert guided == memory(unet, PAPER, batch=2, guidance=False) == memory(unet, PAPER)
     without = dataclasses.replace(architecture(unet), guidance=False)
-    monkeypatch.setattr("atedm.costs.memory.architecture", lambda model: without)
-    assert memory(unet, "paper") == unguided
+    monkeypatch.setattr("atedm.lab.probes.memory.architecture", lambda model: without)
+    assert memory(unet, PAPER) == unguided
 
 
 def test_the_precision_is_that_of_weights_and_activations() -> None:
     unet = small_unet()
-    half, whole = (memory(unet, "paper", dtype=dtype, attention="plain") for dtype in (torch.float16, torch.float32))
+    half, whole = (memory(unet, PAPER, dtype=dtype, attention="plain") for dtype in (torch.float16, torch.float32))
     assert whole.weights == 2 * half.weights == sum(p.numel() * 4 for p in unet.parameters())
     assert whole.dense.peak == pytest.approx(2 * half.dense.peak, rel=1e-3)
     assert unet.dtype is torch.float32
@@ -340,24 +343,23 @@ def test_the_precision_is_that_of_weights_and_activations() -> None:
         ({}, 0.3),
         ({"schedule": "prune-more-early"}, 0.7),
         ({"schedule": "constant"}, 0),
-        ({"prune_less_share": 1.0}, 1),
+        ({"early_share": 1.0}, 1),
     ],
     ids=str,
 )
 def test_each_kind_of_step_is_traced_where_the_schedule_has_it(changes: dict[str, Any], share: float) -> None:
-    config = WITHOUT_MAPS.replace(**changes)
-    report = memory(small_unet(), config, size=SIZE, dtype=torch.float32)
+    method = dataclasses.replace(NO_MAPS, **changes)
+    report = memory(small_unet(), Pruning(method), size=SIZE, dtype=torch.float32)
     unet, call = on_meta(small_unet())
-    with atedm.pruned(unet, config):
+    with atedm.pruned(unet, method):
         steps = {timestep: traced_footprint(unet, call, timestep) for timestep in (EARLY, LATE)}
-    kinds = {is_prune_less(place, config.schedule, config.prune_less_share): step
-             for place, step in ((0.0, steps[EARLY]), (0.99, steps[LATE]))}  # fmt: skip
+    kinds = {method.is_early(place): step for place, step in ((0.0, steps[EARLY]), (0.99, steps[LATE]))}
     if len(kinds) == 2:
-        assert (report.prune_less_step, report.normal_step) == (kinds[True], kinds[False])
-        assert report.prune_less_step.seconds > report.normal_step.seconds
+        assert (report.early_step, report.normal_step) == (kinds[True], kinds[False])
+        assert report.early_step.seconds > report.normal_step.seconds
     else:
-        assert report.prune_less_step == report.normal_step == steps[EARLY] == steps[LATE]
-    assert report.prune_less_share == share
+        assert report.early_step == report.normal_step == steps[EARLY] == steps[LATE]
+    assert report.early_share == share
     run = [steps[EARLY if i < 15 else LATE] for i in range(50)]
     time = sum(Fraction(step.seconds) for step in run)
     average = sum(Fraction(step.seconds) * Fraction(step.average) for step in run) / time
@@ -365,22 +367,14 @@ def test_each_kind_of_step_is_traced_where_the_schedule_has_it(changes: dict[str
 
 
 def test_a_short_run_has_its_own_share_of_steps() -> None:
-    assert memory(small_unet(), WITHOUT_MAPS, steps=4).prune_less_share == 0.5
-    with pytest.raises(ValueError, match="steps must be at least 1"):
-        memory(small_unet(), WITHOUT_MAPS, steps=0)
-
-
-def test_a_tolerance_counts_as_never_met() -> None:
-    unet = small_unet()
-    assert memory(unet, PruningConfig(tolerance=1e-3)) == memory(unet, PruningConfig())
-    sampled = PruningConfig(map_mode="sampled", sampled_rows=4)  # in place of which a tolerance takes the whole map
-    assert memory(unet, sampled.replace(tolerance=1e-3)) == memory(unet, sampled.replace(map_mode="full"))
-    assert memory(unet, sampled) != memory(unet, sampled.replace(map_mode="full"))
+    assert memory(small_unet(), Pruning(NO_MAPS), steps=4).early_share == 0.5
+    with pytest.raises(ValueError, match="steps must be"):
+        memory(small_unet(), PAPER, steps=0)
 
 
 def test_a_batch_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch must be at least 1, not 0"):
-        memory(small_unet(), "paper", batch=0)
+    with pytest.raises(ValueError, match="batch must be"):
+        memory(small_unet(), PAPER, batch=0)
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -388,14 +382,10 @@ def test_a_batch_of_nothing_is_refused() -> None:
 
 def by_hand(share: float = 0.25) -> MemoryReport:
     gib = 2**30
-    return MemoryReport(
-        dense=Footprint(4 * gib, 3.0 * gib, 5.0, "by hand", unreleased=3.5 * gib),
-        normal_step=Footprint(4 * gib, 1.0 * gib, 2.0, "by hand"),
-        prune_less_step=Footprint(4 * gib, 2.0 * gib, 3.0, "by hand"),
-        weights=gib // 2,
-        prune_less_share=share,
-        attention="fused",
+    dense, normal, early = (
+        Footprint(4 * gib, average * gib, seconds) for average, seconds in ((3.0, 5.0), (1.0, 2.0), (2.0, 3.0))
     )
+    return MemoryReport(dense, normal, early, weights=gib // 2, early_share=share, attention="fused")
 
 
 def test_a_report_weighs_steps_by_their_number_and_their_time() -> None:
@@ -409,82 +399,33 @@ def test_a_report_weighs_steps_by_their_number_and_their_time() -> None:
 
 
 def test_the_papers_own_figures_give_its_share_of_jobs() -> None:
-    dense, step = Footprint(0, 18.8, 1, ""), Footprint(0, 12.6, 1, "")
+    dense, step = Footprint(0, 18.8, 1), Footprint(0, 12.6, 1)
     assert f"{MemoryReport(dense, step, step, 0, 0.3, 'plain').more_jobs:.1%}" == "49.2%"
 
 
-def test_a_report_is_plain_json_in_gib() -> None:
-    rest = {"peak_gib": 4.0, "basis": "by hand"}
-    assert json.loads(json.dumps(by_hand().as_dict())) == {
-        "dense": rest | {"average_gib": 3.0, "unreleased_average_gib": 3.5, "seconds": 5.0},
-        "normal_step": rest | {"average_gib": 1.0, "unreleased_average_gib": None, "seconds": 2.0},
-        "prune_less_step": rest | {"average_gib": 2.0, "unreleased_average_gib": None, "seconds": 3.0},
-        "mean_average_gib": 1.3333,
-        "weights_gib": 0.5,
-        "prune_less_share": 0.25,
-        "more_jobs": 1.25,
-        "more_jobs_with_weights": 0.9091,
-        "more_jobs_if_dense_keeps_all": 1.1818,
-        "attention": "fused",
-        "assumption": by_hand().assumption,
-    }
-    assert "freed" in by_hand().assumption
-    traced = memory(small_unet(), "paper").as_dict()
-    assert json.loads(json.dumps(traced)) == traced
+def test_a_report_is_plain_json() -> None:
+    plain = json.loads(json.dumps(by_hand().as_dict()))
+    assert plain["normal_step"] == {"peak": 4 * 2**30, "average": 2**30, "seconds": 2.0}
+    assert plain["more_jobs"] == pytest.approx(1.25)
+    assert "freed" in plain["assumption"]
 
 
-def test_unreleased_is_the_mean_of_the_running_maximum() -> None:
-    unet, call = architecture("tiny").on_meta(), architecture("tiny").call()
-    timeline = traced_timeline(unet, call, 1)
-    most, area, time = 0, 0.0, 0.0
-    for seconds, held in timeline:
-        most = max(most, held)
-        area += seconds * most
-        time += seconds
-    footprint = traced_footprint(unet, call, 1)
-    assert footprint.unreleased == pytest.approx(area / time, rel=1e-12)
-    assert footprint.average < footprint.unreleased <= footprint.peak
-
-
-def test_tome_is_traced_and_measured_by_its_own_package_and_taken_off_again() -> None:
-    traced = memory("tiny", ToMe(0.5), attention="plain")
-    assert traced.normal_step == traced.prune_less_step
+def test_tome_is_traced_by_its_own_package_and_taken_off_again() -> None:
+    traced = memory("tiny", Merging(ToMe(0.5)), attention="plain")
+    assert traced.normal_step == traced.early_step
     assert traced.normal_step.average < traced.dense.average
-    assert memory("tiny", ToMe(0.0), attention="plain").more_jobs == 0
-    measured = memory("tiny", ToMe(0.5), device="cpu", dtype=torch.float32)
-    assert measured.attention == "the device's own"
-    assert measured.normal_step.basis == "measured on cpu"
-    assert measured.more_jobs_if_dense_keeps_all is None
+    assert memory("tiny", Merging(ToMe(0.0)), attention="plain").more_jobs == 0
+    early = memory("tiny", Merging(ToMe(0.5, early_share=0.3)), attention="plain")
+    assert early.normal_step.average < early.early_step.average
+    assert early.early_share == 0.3
 
 
-# --- measured ---------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_held_is_added_up_over_time() -> None:
-    changes = [(5, 7), (10, 100), (20, 50), (20, -100), (40, -30), (50, 1000)]
-    # Before 10 and from 50 on nothing counts: 100 for 10, 50 for 20, 20 for 10.
-    assert held_over_time(changes, 10, 50) == Held(150, 100 * 10 + 50 * 20 + 20 * 10, 40)
-    assert held_over_time([], 10, 50) == Held(0, 0, 40)
-    assert held_over_time([(30, 8), (35, -8)], 10, 50) == Held(8, 8 * 5, 40)
-
-
-def test_a_call_is_measured_by_what_it_adds() -> None:
-    def step(x: Tensor) -> Tensor:
-        y = x + 1
-        z = y * 2
-        del y
-        z.add_(1)
-        return z.view(-1) + 1
-
-    footprint = measured_footprint(Toy(step, "cpu"), {"sample": torch.zeros(250_000)}, LATE)
-    assert footprint.peak == pytest.approx(2_000_000, abs=64)  # the numbers 1 and 2 are tensors too
-    assert 0 < footprint.average < footprint.peak
-    assert footprint.seconds > 0
-
-
-def test_only_devices_that_tell_of_their_memory_are_measured() -> None:
-    unet, call = on_meta(small_unet())
-    with pytest.raises(ValueError, match="on the CPU and on CUDA, not on meta"):
-        measured_footprint(unet, call, LATE)
-    with pytest.raises(ValueError, match="repeats must be at least 1, not 0"):
-        measured_footprint(Toy(torch.neg, "cpu"), {"sample": torch.zeros(1)}, LATE, repeats=0)
+def test_the_command_prints_a_table_and_json() -> None:
+    arguments = ["lab", "memory", "tome[ratio=0.4]", "--model", "tiny", "--attention", "plain"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "| dense | " in done.output
+    assert "More jobs in the same memory, over a run: +" in done.output
+    assert json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)["attention"] == "plain"
+    done = CliRunner().invoke(app, ["lab", "memory", "deepcache", "--model", "tiny"])
+    assert "memory is traced" in str(done.exception)
