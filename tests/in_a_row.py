@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import atedm
-from atedm.config import PRESETS
-from atedm.pipelines import load_pipeline
+from atedm import METHODS
+from atedm.app.models import load_pipeline
 
 SIZES = ((128, 128), (128, 128), (96, 160), (128, 128))
 """Pixels, in turn: what was remembered of one size must not stay when the next comes."""
@@ -43,7 +43,7 @@ def held() -> float:
 
 
 def in_a_row(pipe: Any, count: int, every: int, tell: Callable[[int, float], None] | None = None) -> InARow:
-    """Draw ``count`` images by every preset in turn, patched anew for every ten."""
+    """Draw ``count`` images by every method in turn, patched anew for every ten."""
 
     def draw(seed: int, size: tuple[int, int]) -> Tensor:
         images: Tensor = pipe(
@@ -57,12 +57,12 @@ def in_a_row(pipe: Any, count: int, every: int, tell: Callable[[int, float], Non
         ).images
         return images
 
-    presets = [*PRESETS]
-    with atedm.pruned(pipe, presets[0]):
+    methods = [*METHODS]
+    with atedm.pruned(pipe, methods[0]):
         first = draw(0, SIZES[0])
     memory, seconds, start = {}, {}, time.perf_counter()
     for begin in range(0, count, 10):
-        with atedm.pruned(pipe, presets[begin // 10 % len(presets)]):
+        with atedm.pruned(pipe, methods[begin // 10 % len(methods)]):
             for number in range(begin, min(begin + 10, count)):
                 draw(number, SIZES[number % len(SIZES)])
         done = min(begin + 10, count)
@@ -72,7 +72,7 @@ def in_a_row(pipe: Any, count: int, every: int, tell: Callable[[int, float], Non
             start = time.perf_counter()
             if tell is not None:
                 tell(done, memory[done])
-    with atedm.pruned(pipe, presets[0]):
+    with atedm.pruned(pipe, methods[0]):
         last = draw(0, SIZES[0])
     return InARow(memory, float((last - first).abs().max()), seconds)
 

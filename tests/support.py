@@ -1,4 +1,4 @@
-"""What people run, one case each, on real diffusers classes: `python tests/support.py` writes docs/support.md."""
+"""What people run, one case each, on real diffusers classes, and the table of it in docs/reference/support.md."""
 
 from __future__ import annotations
 
@@ -38,24 +38,20 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from atedm.config import PRESETS, PruningConfig
-from atedm.evaluation.methods import Caching
+from atedm.lab.methods.peers import Caching
 from models import TEXT_WIDTH, WIDTH, draw, scheduler, sd1_unet, sdxl_pipeline, sdxl_unet, tokenizer
 from single_file import save_as_single_file
 
 #: A pipeline and what draws with it.
 Made = tuple[Any, Callable[[], Tensor]]
 
-PAGE = Path(__file__).parents[1] / "docs" / "support.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "support.md"
 FOURTH = (16, 32, 48)
 """Channels of what takes a condition to a fourth of its size, as the autoencoder here does."""
 
-SDXL = {"paper": PRESETS["paper"], "matched": PRESETS["matched"]}
-FEW_STEPS = {"turbo": PRESETS["turbo"], "matched": PRESETS["matched"]}
-ONE_LAYER = {
-    "paper, after self-attention": PruningConfig(place="after-self-attention"),
-    "matched": PRESETS["matched"],
-}
+SDXL = ("matched", "paper")
+FEW_STEPS = ("matched", "turbo")
+ONE_LAYER = ("matched",)
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class Case:
     #: What users call it.
     name: str
     make: Callable[[], Made]
-    presets: dict[str, PruningConfig]
+    methods: tuple[str, ...]
     note: str = ""
     #: Which part of the pipeline is pruned in place of the U-Net.
     part: str = "unet"
@@ -367,7 +363,7 @@ CASES = (
     Case("FreeU", freeu, SDXL),
     Case("DeepCache on top", deepcache, SDXL, "Apply pruning first."),
     Case("SDXL of one `.safetensors` file", partial(single_file, sdxl_of_one_file_parts), SDXL),
-    Case("SD 1.5", stable_diffusion, ONE_LAYER, "One layer a block: the paper's place saves nothing."),
+    Case("SD 1.5", stable_diffusion, ONE_LAYER, "One layer a block, and AT-EDM runs the first on all tokens."),
     Case(
         "SD 1.5, image to image",
         partial(stable_diffusion, StableDiffusionImg2ImgPipeline, image=picture(), strength=0.8),
@@ -380,28 +376,29 @@ CASES = (
 
 
 def table() -> str:
-    """Return docs/support.md."""
+    """Return docs/reference/support.md."""
     lines = [
         "# What it works with",
         "",
         "Every line is a test on the diffusers class named, with small random weights in the model's own shape",
-        "([the cases](../tests/support.py)): with each of the presets the image is pruned in every block it should be,",
-        "is the same when it is drawn again, and after `atedm.remove` is the dense one bit for bit.",
+        "([the cases](../../tests/support.py)). With each method the image is pruned in every block it should be, it",
+        "is the same when it is drawn again, and after `atedm.remove` it is the dense image bit for bit.",
         "",
-        "| what | pipeline | presets | |",
+        "| what | pipeline | methods | |",
         "|---|---|---|---|",
     ]
     for case in CASES:
         pipe, _ = case.make()
-        lines.append(f"| {case.name} | `{type(pipe).__name__}` | {'; '.join(case.presets)} | {case.note} |")
+        lines.append(f"| {case.name} | `{type(pipe).__name__}` | {', '.join(case.methods)} | {case.note} |")
     lines += [
         "",
-        "[Tests of their own](../tests/test_patch_models.py) have IP-Adapters loaded before and after pruning is",
-        "applied, offload, fused projections, 8-bit layers, copies and pickles of pipelines, GLIGEN;",
-        "[every scheduler](../tests/test_patch_steps.py); [`torch.compile`](../tests/test_patch_compile.py), whole and",
-        "by regions; [files in the original layout](../tests/test_single_file.py), given to the command line.",
-        "[Refused](../tests/test_patch_refusals.py), with the reason, are diffusion transformers, U-Nets without",
-        "cross-attention blocks, and attention masks over tokens.",
+        "Other tests cover more. [Models](../../tests/hosts/test_unet_models.py): IP-Adapters loaded before and after",
+        "pruning is applied, offload, fused projections, 8-bit layers, copies and pickles.",
+        "[Images](../../tests/hosts/test_unet_images.py): GLIGEN and ControlNet residuals.",
+        "[Steps](../../tests/hosts/test_unet_steps.py): every scheduler of diffusers.",
+        "[`torch.compile`](../../tests/hosts/test_unet_compile.py): the whole model, or its blocks.",
+        "[Refusals](../../tests/hosts/test_unet_refusals.py), with the reason: diffusion transformers, U-Nets without",
+        "cross-attention blocks, attention masks over tokens, AT-EDM on SD 1.x and 2.x.",
         "",
         "Written by",
         "",

@@ -13,26 +13,26 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
 import atedm
-from atedm.pipelines import load_pipeline
+from atedm.app.models import load_pipeline
 from in_a_row import growth, in_a_row
 from models import draw, inputs, run, sdxl_pipeline, sdxl_unet, small_unet, snapshot
 
-PRESETS = ("paper", "dagger", "matched", None)
+METHODS = ("paper", "dagger", "matched", None)
 
 
-def pruned_pipeline(preset: str | None) -> Any:
+def pruned_pipeline(method: str | None) -> Any:
     pipe = sdxl_pipeline(sdxl_unet(seed=1))
     # Each has tokenizers of its own: one tokenizer cannot be told of two paddings at once.
     pipe.register_modules(**{name: copy.deepcopy(getattr(pipe, name)) for name in ("tokenizer", "tokenizer_2")})
-    if preset is not None:
-        atedm.apply(pipe, preset)
+    if method is not None:
+        atedm.apply(pipe, method)
     return pipe
 
 
 def test_pipelines_in_several_threads_draw_what_they_draw_alone() -> None:
-    pipes = [pruned_pipeline(preset) for preset in PRESETS]
+    pipes = [pruned_pipeline(method) for method in METHODS]
     alone = [[draw(pipe, seed) for seed in range(3)] for pipe in pipes]
-    assert len({float(images[0].sum()) for images in alone}) == len(PRESETS)
+    assert len({float(images[0].sum()) for images in alone}) == len(METHODS)
     start = threading.Barrier(len(pipes))
 
     def serve(pipe: Any) -> list[Tensor]:
@@ -92,7 +92,7 @@ def test_a_unet_in_the_middle_of_a_step_is_refused_to_other_threads(intrude: Cal
 
 def test_a_copy_serves_another_thread_meanwhile() -> None:
     unet = small_unet()
-    atedm.apply(unet)
+    atedm.apply(unet, "paper")
     with torch.no_grad():
         alone = run(unet)
         twin = copy.deepcopy(unet)
@@ -101,21 +101,64 @@ def test_a_copy_serves_another_thread_meanwhile() -> None:
     held.let_go()
 
 
-def test_a_step_that_was_interrupted_in_one_thread_keeps_no_other_out() -> None:
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_step_that_broke_off_keeps_nobody_out(error: type[BaseException]) -> None:
     unet = small_unet()
     atedm.apply(unet)
     layer = next(module for module in unet.modules() if isinstance(module, BasicTransformerBlock))
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def break_off(*_: Any) -> None:
+        raise error
 
-    hook = layer.register_forward_pre_hook(interrupt)
     with ThreadPoolExecutor(1) as thread:
-        with pytest.raises(KeyboardInterrupt):
+        hook = layer.register_forward_pre_hook(break_off)
+        with pytest.raises(error):
             thread.submit(run, unet).result()
         hook.remove()
-        assert torch.isfinite(run(unet)).all()  # while the interrupted thread is alive
+        alone = run(copy.deepcopy(unet))
+        if error is KeyboardInterrupt:  # of which torch tells no hook
+            with pytest.raises(RuntimeError, match="in the middle of a step in another thread"):
+                run(unet)
+            assert torch.equal(thread.submit(run, unet).result(), alone)
+        assert torch.equal(run(unet), alone)  # while the other thread lives
+        hook = layer.register_forward_pre_hook(break_off)
+        with pytest.raises(error):
+            thread.submit(run, unet).result()
+        hook.remove()
+    assert torch.equal(run(unet), alone)  # when it is gone
     atedm.remove(unet)
+
+
+def test_of_a_refused_call_nothing_is_left_and_its_thread_may_go_on_later() -> None:
+    unet = small_unet()
+    atedm.apply(unet)
+    alone = run(unet)
+    held = Held(unet)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="call it from one thread at a time, or give each its own"):
+            run(unet)
+    held.let_go()
+    with ThreadPoolExecutor(1) as threads:
+        assert torch.equal(threads.submit(run, unet).result(), alone)
+    assert torch.equal(run(unet), alone)
+
+
+def test_copies_draw_in_parallel_what_they_draw_alone() -> None:
+    unet = small_unet()
+    atedm.apply(unet)
+    steps = torch.linspace(999, 0, 6)
+    with torch.no_grad():
+        alone = [run(unet, timestep) for timestep in steps]
+    copies = [unet, copy.deepcopy(unet), copy.deepcopy(unet)]
+    start = threading.Barrier(len(copies))
+
+    def serve(model: Any) -> list[Tensor]:
+        start.wait()
+        return [run(model, timestep) for timestep in torch.linspace(999, 0, 6)]
+
+    with ThreadPoolExecutor(len(copies)) as threads:
+        for drawn in threads.map(serve, copies):
+            assert all(torch.equal(a, b) for a, b in zip(drawn, alone, strict=True))
 
 
 def test_of_two_threads_that_patch_at_once_one_is_refused() -> None:
@@ -124,10 +167,10 @@ def test_of_two_threads_that_patch_at_once_one_is_refused() -> None:
         before = snapshot(unet)
         start = threading.Barrier(2)
 
-        def patch(preset: str, unet: Any = unet, start: threading.Barrier = start) -> bool:
+        def patch(method: str, unet: Any = unet, start: threading.Barrier = start) -> bool:
             start.wait()
             try:
-                atedm.apply(unet, preset)
+                atedm.apply(unet, method)
             except ValueError:
                 return False
             return True
@@ -138,10 +181,10 @@ def test_of_two_threads_that_patch_at_once_one_is_refused() -> None:
         assert snapshot(unet) == before
 
 
-@pytest.mark.parametrize("preset", ["paper", "matched"])
-def test_tensors_do_not_pile_up_over_many_runs(preset: str) -> None:
+@pytest.mark.parametrize("method", ["paper", "matched"])
+def test_tensors_do_not_pile_up_over_many_runs(method: str) -> None:
     unet = small_unet()
-    atedm.apply(unet, preset)
+    atedm.apply(unet, method)
     call = inputs(unet)
 
     def serve(runs: int) -> int:

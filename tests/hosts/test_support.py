@@ -1,28 +1,23 @@
-"""Every line of docs/support.md holds."""
+"""Every line of docs/reference/support.md holds."""
 
 import pytest
 import torch
 
 import atedm
-from atedm.config import PruningConfig
 from models import distance
 from support import CASES, PAGE, Case, table
 
 
 @pytest.mark.parametrize(
-    ("case", "config"),
-    [
-        pytest.param(case, config, id=f"{case.name}: {preset}")
-        for case in CASES
-        for preset, config in case.presets.items()
-    ],
+    ("case", "method"),
+    [pytest.param(case, method, id=f"{case.name}: {method}") for case in CASES for method in case.methods],
 )
-def test_it_is_pruned_drawn_again_and_left_as_it_was(case: Case, config: PruningConfig) -> None:
+def test_it_is_pruned_drawn_again_and_left_as_it_was(case: Case, method: str) -> None:
     pipe, draw = case.make()
     model = getattr(pipe, case.part)
     dense = draw()
-    seen: list[atedm.BlockObservation] = []
-    summary = atedm.apply(model, config)
+    seen: list[atedm.Observation] = []
+    summary = atedm.apply(model, method)
     with atedm.observed(model, seen.append):
         pruned = draw()
     assert {one.block for one in seen} == summary.pruned

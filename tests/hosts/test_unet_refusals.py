@@ -3,7 +3,6 @@
 import functools
 import re
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -16,24 +15,21 @@ from diffusers import (
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     Transformer2DModel,
-    UNet2DConditionModel,
     UNet2DModel,
-    UNetMotionModel,
 )
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
 import atedm
-from atedm.config import PruningConfig
-from models import LATE, draw, each_layer, run, scheduler, sd1_unet, sdxl_pipeline, sdxl_unet, small_unet, snapshot
-from support import perturbed_attention
+from atedm import AtEdm, Matched, Place
+from models import LATE, each_layer, run, scheduler, sd1_unet, sdxl_pipeline, sdxl_unet, small_unet, snapshot
 
 
-def assert_refused(unet: Any, config: Any, error: type[Exception], message: str) -> None:
+def assert_refused(unet: Any, method: Any, error: type[Exception], message: str) -> None:
     """Apply must raise and leave no trace."""
     before = snapshot(unet)
     with pytest.raises(error, match=message):
-        atedm.apply(unet, config)
+        atedm.apply(unet, method)
     assert snapshot(unet) == before
     assert not atedm.is_applied(unet)
 
@@ -59,20 +55,6 @@ def unconditional() -> UNet2DModel:
     )
 
 
-def video() -> UNetMotionModel:
-    return UNetMotionModel(
-        sample_size=8,
-        down_block_types=("CrossAttnDownBlockMotion",),
-        up_block_types=("CrossAttnUpBlockMotion",),
-        block_out_channels=(8,),
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        motion_num_attention_heads=1,
-        num_attention_heads=1,
-        motion_max_seq_length=2,
-    )
-
-
 @pytest.mark.parametrize(
     ("target", "found"),
     [
@@ -80,18 +62,16 @@ def video() -> UNetMotionModel:
         (lambda: pixart().transformer, "^found a PixArtTransformer2DModel"),
         (lambda: DDPMPipeline(unconditional(), scheduler()), "^found a UNet2DModel"),
         (unconditional, "^found a UNet2DModel"),
-        (video, "^found a UNetMotionModel"),
-        (lambda: SimpleNamespace(unet=video()), "^found a UNetMotionModel"),
         (lambda: nn.Linear(2, 2), "^found a Linear"),
         (lambda: torch.compile(nn.Linear(2, 2), backend="eager"), "^found a Linear"),
         (lambda: None, "^NoneType has no U-Net"),
         (lambda: "stabilityai/sdxl-turbo", "^str has no U-Net"),
     ],
-    ids=["pixart", "transformer", "ddpm", "unet-2d", "motion", "video", "linear", "compiled", "none", "name"],
+    ids=["pixart", "transformer", "ddpm", "unet-2d", "linear", "compiled", "none", "name"],
 )
 def test_another_kind_of_model_is_refused_by_name(target: Callable[[], Any], found: str) -> None:
     model = target()
-    works = "; AT-EDM prunes the attention blocks of a UNet2DConditionModel, so it works on .*StableDiffusionXLPipeline"
+    works = "; atedm prunes the attention blocks of a UNet2DConditionModel, so it works on .*StableDiffusionXLPipeline"
     for verb in (atedm.apply, atedm.remove, atedm.is_applied):
         with pytest.raises(TypeError, match=found + works):
             verb(model)
@@ -102,73 +82,67 @@ def test_a_unet_without_attention_is_refused() -> None:
     assert_refused(unet, "paper", ValueError, "no attention blocks .*so there is nothing to prune")
 
 
-# --- the config -------------------------------------------------------------------------------------------------------
+# --- the method -------------------------------------------------------------------------------------------------------
 
 
-def test_a_config_of_another_type_is_refused() -> None:
-    for config in (0.63, {"pruning_rate": 0.5}, PruningConfig):
+def test_what_is_no_method_is_refused() -> None:
+    for method in (0.63, {"rate": 0.5}, AtEdm, Matched):
         assert_refused(
-            small_unet(), config, TypeError, "config must be a PruningConfig or the name of a preset, not a "
+            small_unet(), method, TypeError, "method must be a Matched, an AtEdm or a name such as 'matched', not "
         )
 
 
-def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
-    assert_refused(small_unet(), "tubro", ValueError, r"unknown preset 'tubro'; did you mean 'turbo'\?")
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+    assert_refused(small_unet(), "tubro", ValueError, r"unknown method 'tubro'; did you mean 'turbo'\?")
 
 
-def test_where_that_names_no_block_is_refused() -> None:
-    message = "where='.*nowhere' names none of the 2 attention blocks"
-
-    def nowhere(block: atedm.BlockPlace) -> bool:
-        return False
-
-    assert_refused(small_unet(), PruningConfig(where=nowhere), ValueError, message)
-    at_level = functools.partial(lambda level, block: block.level == level, 9)
-    assert_refused(small_unet(), PruningConfig(where=at_level), ValueError, "names none of the 2")
+@pytest.mark.parametrize("kind", [AtEdm, Matched])
+def test_where_that_names_no_block_is_refused(kind: type) -> None:
+    message = "nothing to prune: .* names none of the 2 attention blocks"
+    assert_refused(small_unet(), kind(where=lambda place: False), ValueError, message)
+    at_level = functools.partial(lambda level, place: place.level == level, 9)
+    assert_refused(small_unet(), kind(where=at_level), ValueError, message)
 
 
 def test_a_where_that_raises_leaves_the_model_as_it_was() -> None:
-    assert_refused(small_unet(), PruningConfig(where=lambda block: block.nonsense), AttributeError, "nonsense")  # type: ignore[attr-defined]
+    assert_refused(small_unet(), AtEdm(where=lambda place: place.nonsense), AttributeError, "nonsense")  # type: ignore[attr-defined]
 
 
-def test_blocks_of_one_layer_have_nothing_to_prune_after_it_and_the_message_names_the_place_that_has() -> None:
+@pytest.mark.parametrize("method", ["paper", "dagger", "turbo", AtEdm(0.1)])
+def test_at_edm_has_nothing_to_prune_in_blocks_of_one_layer_and_the_message_names_what_works(method: Any) -> None:
     unet = sd1_unet()
     message = (
-        "nothing to prune: the attention blocks of this model have 1 layer, .* as in SD 1.x and 2.x; "
-        r'PruningConfig\(place="after-self-attention"\) works here'
+        r"nothing to prune: the attention blocks of this model have 1 layer, as those of SD 1\.x and 2\.x have, and "
+        r'AT-EDM†? runs 1 on all tokens; atedm\.apply\(pipe, "matched"\) works here'
     )
-    assert_refused(unet, "paper", ValueError, message)
-    summary = atedm.apply(unet, PruningConfig(place="after-self-attention"))
-    assert len(summary.pruned) == 11
-
-
-def test_a_pruning_layer_that_no_block_has_is_refused() -> None:
-    for place in ("after-feed-forward", "before-feed-forward"):
-        config = PruningConfig(gradual=((2, 0.5),), place=place)
-        assert_refused(small_unet(), config, ValueError, "the attention blocks of this model have no layer 2, but 2")
-    last = PruningConfig(gradual=((1, 0.5),))
-    assert_refused(
-        small_unet(), last, ValueError, "have 2 layers, .* of layer 1 none is left to run on fewer tokens; Pruning"
-    )
+    assert_refused(unet, method, ValueError, message)
+    assert len(atedm.apply(unet, "matched").pruned) == 11
 
 
 def test_only_blocks_with_something_to_gain_are_patched() -> None:
-    unet = sdxl_unet()
-    summary = atedm.apply(unet, PruningConfig(gradual=((1, 0.5),)))
+    unet = sdxl_unet(transformer_layers_per_block=(1, 1, 3))
+    summary = atedm.apply(unet, "paper")
     assert {shape.place.level for shape in summary.shapes if shape.place.name in summary.pruned} == {3}
-    assert "6 of 11 blocks prune" in str(summary)
+    assert "6 of 11 blocks are pruned" in str(summary)
+
+
+def test_a_place_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="stage must be 'down', 'mid' or 'up', not 'middle'"):
+        Place("middle", 1, 0, 1, 2, "mid_block")
+    with pytest.raises(ValueError, match="index below count"):
+        Place("mid", 1, 1, 1, 2, "mid_block")
 
 
 # --- the state of the model -------------------------------------------------------------------------------------------
 
 
 def test_applying_twice_is_refused_and_the_first_stays() -> None:
-    pipe = sdxl_pipeline()
-    atedm.apply(pipe, "turbo")
+    pipe = sdxl_pipeline(small_unet())
+    atedm.apply(pipe, "paper")
     before, output = snapshot(pipe.unet), run(pipe.unet)
     for target in (pipe, pipe.unet):
         with pytest.raises(ValueError, match=r"patched already; call atedm\.remove\(\.\.\.\) first"):
-            atedm.apply(target, "paper")
+            atedm.apply(target, "matched")
     assert snapshot(pipe.unet) == before
     assert torch.equal(run(pipe.unet), output)
     atedm.remove(pipe)
@@ -229,39 +203,19 @@ def halved(layer: BasicTransformerBlock, *args: Any, **kwargs: Any) -> Any:
     return 0.5 * BasicTransformerBlock.forward(layer, *args, **kwargs)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        PruningConfig(place="before-feed-forward"),
-        PruningConfig(place="after-self-attention"),
-        PruningConfig(ranking="cross-attention-power"),
-    ],
-    ids=lambda config: f"{config.place}-{config.ranking}",
-)
+@pytest.mark.parametrize("method", ["paper", "matched"])
 @pytest.mark.parametrize("how", ["subclass", "instance"])
-def test_a_changed_layer_runs_as_it_is_and_is_refused_where_it_would_be_passed_over(
-    config: PruningConfig, how: str
-) -> None:
+def test_a_changed_layer_runs_as_it_is(method: str, how: str) -> None:
     unet = small_unet()
-    with atedm.pruned(unet):
+    with atedm.pruned(unet, method):
         plain = run(unet)
-    layers = unet.get_submodule("mid_block.attentions.0").transformer_blocks
-    for layer in (layers[0], layers[1]):
+    for layer in unet.get_submodule("mid_block.attentions.0").transformer_blocks:
         if how == "subclass":
             layer.__class__ = Quiet
         else:
             layer.forward = functools.partial(halved, layer)
-    with atedm.pruned(unet):
+    with atedm.pruned(unet, method):
         assert not torch.equal(run(unet), plain)
-    assert_refused(
-        unet, config, ValueError, r"mid_block\.attentions\.0\.transformer_blocks\.0 is overridden .*apply atedm\s*first"
-    )
-    # The second layer may be changed: it is run whole.
-    if how == "subclass":
-        layers[0].__class__ = BasicTransformerBlock
-    else:
-        del layers[0].forward
-    atedm.apply(unet, config)
 
 
 # --- forward chunking -------------------------------------------------------------------------------------------------
@@ -293,10 +247,10 @@ def test_chunking_over_tokens_is_refused_when_it_is_set_after(timestep: int) -> 
 
 @pytest.mark.parametrize("first", ["tomesd", "atedm"])
 def test_tokens_that_are_merged_too_are_refused(first: str) -> None:
-    pipe = sdxl_pipeline()
+    pipe = sdxl_pipeline(small_unet())
     if first == "tomesd":
         tomesd.apply_patch(pipe, max_downsample=4)
-        assert_refused(pipe.unet, PruningConfig(), ValueError, "merge tokens .*remove_patch")
+        assert_refused(pipe.unet, "paper", ValueError, "merge tokens .*remove_patch")
     else:
         atedm.apply(pipe)
         tomesd.apply_patch(pipe, max_downsample=4)
@@ -307,14 +261,6 @@ def test_tokens_that_are_merged_too_are_refused(first: str) -> None:
     plain = run(pipe.unet)
     with atedm.pruned(pipe):
         assert not torch.equal(run(pipe.unet), plain)
-
-
-def test_masks_are_shared_between_two_halves_and_no_other_parts() -> None:
-    pipe, _ = perturbed_attention()
-    with atedm.pruned(pipe, PruningConfig(guidance_masks="shared")):
-        draw(pipe, pag_scale=0.0, num_images_per_prompt=2)
-        with pytest.raises(ValueError, match="perturbed-attention"):
-            draw(pipe, pag_scale=3.0, num_images_per_prompt=2)
 
 
 def test_chunking_over_the_batch_is_honoured() -> None:
@@ -377,16 +323,6 @@ def test_a_call_without_a_timestep_is_left_to_diffusers_to_refuse() -> None:
     atedm.apply(unet)
     with pytest.raises(TypeError, match="timestep"):
         unet(sample=torch.zeros(1, 4, 16, 16), encoder_hidden_states=torch.zeros(1, 7, 96))
-
-
-def test_a_model_is_a_unet_by_its_class_and_no_subclass() -> None:
-    class Mine(UNet2DConditionModel):  # type: ignore[misc]
-        pass
-
-    unet = small_unet()
-    unet.__class__ = Mine
-    with pytest.raises(TypeError, match=r"^found a Mine"):
-        atedm.apply(unet)
 
 
 @pytest.mark.parametrize(

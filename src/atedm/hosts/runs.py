@@ -147,8 +147,9 @@ class Caller:
             )
 
     def end(self) -> None:
-        """Leave the call."""
-        self.thread = None
+        """Leave the call, if it is this thread's: hooks tell the end of a refused call too."""
+        if self.thread == threading.get_ident():
+            self.thread = None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(Caller())
