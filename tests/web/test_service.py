@@ -15,7 +15,7 @@ from atedm.costs.budget import run_cost
 from atedm.web.job import ImageDone, JobDone, StepDone, Stopped, run_job
 from atedm.web.messages import complaint, message
 from atedm.web.serve import is_loopback, serve
-from atedm.web.service import Service, without_repeats
+from atedm.web.service import Service
 from models import sdxl_pipeline, sdxl_unet
 
 CIRCLE = "a red circle above a blue square"
@@ -156,9 +156,9 @@ def test_a_model_without_a_unet_is_told(service: Service, monkeypatch: pytest.Mo
 
 
 def test_models_are_those_of_the_command_line() -> None:
-    assert without_repeats(["tiny", "a/b", "tiny"]) == ("tiny", "a/b")
+    assert Service(("tiny", "a/b", "tiny"), Path()).models == ("tiny", "a/b")
     with pytest.raises(ValueError, match="at least one model"):
-        without_repeats([])
+        Service((), Path())
 
 
 def test_models_are_offered_the_methods_that_can_prune_them() -> None:

@@ -19,11 +19,7 @@ from atedm.method.presets import method_named
 
 
 def method_at(name: str, rate: float | None = None) -> Method:
-    """Return the method called ``name``, at another pruning rate if one is given.
-
-    Raises:
-        ValueError: If the name is unknown, or the rate is not in [0, 1).
-    """
+    """Return the method called ``name``, at another pruning rate if one is given."""
     method = method_named(name)
     return method if rate is None else replace(method, rate=rate)  # type: ignore[type-var]
 
@@ -40,12 +36,7 @@ def request_cost(pipe: Any, request: Request, method: Method | None = None) -> f
 
 
 def within_budget(pipe: Any, request: Request, budget: float) -> Request:
-    """Return ``request`` with the least pruning rate at which its run costs ``budget``.
-
-    Raises:
-        TypeError: If the pipeline has no U-Net.
-        ValueError: If no rate gets there; the message names the lowest cost.
-    """
+    """Return ``request`` with the least rate at which its run costs ``budget``, or raise a `ValueError`."""
     return replace(request, method=_at_cost(pipe, request, request.method, budget))
 
 

@@ -162,12 +162,7 @@ def _result(request: Request, index: int, made: Mapping[str, _Made], kind: str =
 
 
 def _read_mask(file: Path) -> Image.Image:
-    """Read a mask, black and white.
-
-    Raises:
-        FileNotFoundError: If it does not exist.
-        ValueError: If it is no picture.
-    """
+    """Read a mask, black and white; raise a `ValueError` if it is no picture."""
     try:
         with Image.open(file) as picture:
             return Image.fromarray(region(picture).mul(255).byte().numpy())

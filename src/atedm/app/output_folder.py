@@ -17,19 +17,10 @@ _NAMES = re.compile(r"(pruned|dense|other|maps)-\d+\.png|comparison\.png")
 
 
 class OutputFolder:
-    """Writes what a run makes.
-
-    The first image makes room: until there is one, an earlier run in the same folder stays whole.
-    """
+    """Writes what a run makes. Until there is an image, an earlier run in the same folder stays whole."""
 
     def __init__(self, path: Path, content: Callable[[], dict[str, Any]], mask: Image.Image | None = None) -> None:
-        """Make the folder if missing.
-
-        Args:
-            path: The folder.
-            content: Gives what ``run.json`` says at the moment.
-            mask: What was protected, if anything; saved beside it.
-        """
+        """Make the folder if missing; ``content`` gives what ``run.json`` says at the moment."""
         self.path, self.content, self.mask = path, content, mask
         self.is_empty = True
         path.mkdir(parents=True, exist_ok=True)

@@ -24,15 +24,7 @@ MASK = "protect.png"
 
 
 def run_file(pipe: Any, request: Request, model: str, cost: float, images: Sequence[ImageResult]) -> dict[str, Any]:
-    """Return the content of ``run.json`` as plain JSON values.
-
-    Args:
-        pipe: The pipeline that makes the images.
-        request: What is made.
-        model: Name of the model.
-        cost: Of the run, as a share of the dense one.
-        images: Those made so far.
-    """
+    """Return the content of ``run.json`` for the images made so far, as plain JSON values."""
     return {
         "atedm": atedm.__version__,
         "model": model,

@@ -101,6 +101,4 @@ def cost(
         beside = [vars(tome) | {name: report.with_tome(tome, name).as_dict() for name in CONVENTIONS} for tome in tomes]
         typer.echo(dumps(report.as_dict() | {"tome": beside}, indent=2))
         return
-    typer.echo(cost_text(report, tomes))
-    if plot is not None:
-        typer.echo(str(plot))
+    typer.echo(cost_text(report, tomes) + (f"\n{plot}" if plot else ""))

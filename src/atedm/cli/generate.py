@@ -41,16 +41,13 @@ def generate(
     rate: RateOption = None,
     budget: BudgetOption = None,
     protect: Annotated[
-        Path | None,
-        typer.Option(help="A picture, white where no token is dropped.", rich_help_panel="Pruning"),
+        Path | None, typer.Option(help="A picture, white where no token is dropped.", rich_help_panel="Pruning")
     ] = None,
     steps: StepsOption = None,
     guidance: Annotated[
         float | None,
         typer.Option(
-            help="Guidance scale; by default what suits the model.",
-            rich_help_panel="Image",
-            callback=checked_guidance,
+            help="Guidance scale; by default what suits the model.", rich_help_panel="Image", callback=checked_guidance
         ),
     ] = None,
     size: SizeOption = None,
@@ -58,8 +55,7 @@ def generate(
         int, typer.Option(help="Seed of the first image; each next has one more.", rich_help_panel="Image")
     ] = 0,
     again: Annotated[
-        Path | None,
-        typer.Option(help="A run.json: make the images of that run again.", rich_help_panel="Image"),
+        Path | None, typer.Option(help="A run.json: make the images of that run again.", rich_help_panel="Image")
     ] = None,
     compare: Annotated[
         bool,

@@ -15,7 +15,7 @@ _LONGEST_SIDE = 32768
 
 
 class MethodName(str, Enum):
-    """Names of methods, as in `atedm.METHODS`, which is not imported before a command runs."""
+    """Names of methods, as in `atedm.METHODS`, which takes too long to import here."""
 
     matched = "matched"
     paper = "paper"

@@ -17,8 +17,7 @@ def web(
     ] = None,
     port: Annotated[int | None, typer.Option(help="By default the first free one from 7860.", min=1, max=65535)] = None,
     host: Annotated[
-        str,
-        typer.Option(help="Address to listen at. Anywhere but on this machine visitors need a password."),
+        str, typer.Option(help="Address to listen at. Anywhere but on this machine visitors need a password.")
     ] = "127.0.0.1",
     password: Annotated[
         str | None,

@@ -62,12 +62,7 @@ def run_job(pipe: Any, request: Request, folder: Path, model: str, stop: threadi
         request: Of one prompt.
         folder: Made for this job.
         model: Name of the model, for the run file.
-        stop: Set from another thread to end it.
-
-    Raises:
-        Stopped: If ``stop`` was set.
-        TypeError: As `generate`.
-        ValueError: As `generate`.
+        stop: Set from another thread to end it, which raises `Stopped` here.
     """
     events: queue.Queue[Event | BaseException] = queue.Queue()
 

@@ -172,12 +172,7 @@ class Page:
 
 
 def build_page(service: Service) -> gr.Blocks:
-    """Return the page of a service, not launched.
-
-    Raises:
-        TypeError: If its first model has no U-Net.
-        ValueError: If its first model cannot be opened, or has nothing to prune.
-    """
+    """Return the page of a service, not launched. Opens its first model."""
     model = service.models[0]
     blocks: gr.Blocks
     with gr.Blocks(title="atedm", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:

@@ -16,7 +16,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 import gradio as gr
 
 from atedm.web.page import build_page
-from atedm.web.service import Service, without_repeats
+from atedm.web.service import Service
 
 USER = "atedm"
 
@@ -66,7 +66,7 @@ def serve(
     if password is not None and not password.strip():
         raise ValueError("the password is empty; leave it out, or give one")
     _check_address(host, port)
-    service = Service(without_repeats(models), out.resolve(), device)
+    service = Service(tuple(models), out.resolve(), device)
     service.folder.mkdir(parents=True, exist_ok=True)
     if password is None and not is_loopback(host):
         password = secrets.token_urlsafe(12)

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,11 @@ class CostRange:
 
 @dataclass
 class Service:
-    """Opens the models that it was given the names of, and no others; draws one image at a time."""
+    """Opens the models that it was given the names of, and no others; draws one image at a time.
+
+    Raises:
+        ValueError: If no model is named.
+    """
 
     models: tuple[str, ...]
     folder: Path
@@ -53,22 +57,19 @@ class Service:
     _running: dict[str, threading.Event] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
-    def suits(self, model: str) -> Suits:
-        """Return what suits a model.
+    def __post_init__(self) -> None:
+        """Leave out repeats."""
+        if not self.models:
+            raise ValueError("name at least one model, such as tiny")
+        self.models = tuple(dict.fromkeys(self.models))
 
-        Raises:
-            ValueError: If it is not one of `models`.
-        """
+    def suits(self, model: str) -> Suits:
+        """Return what suits a model, which must be one of `models`."""
         check_name("model", model, self.models)
         return suits(model)
 
     def methods(self, model: str) -> dict[str, str]:
-        """Return names of the methods that can prune a model, by their label on the page, the default first.
-
-        Raises:
-            TypeError: If it has no U-Net.
-            ValueError: If there are none, or as `pipe`.
-        """
+        """Return names of the methods that can prune a model, by their label on the page, the default first."""
         few = draws_in_few_steps(model)
         named = {"Matched (ours)": "matched"}
         named |= {"AT-EDM†": "turbo"} if few else {"AT-EDM†": "dagger", "AT-EDM (the paper)": "paper"}
@@ -95,11 +96,7 @@ class Service:
         return CostRange(lowest, highest, min(max(lowest, round(percent(None))), highest))
 
     def pipe(self, model: str) -> Any:
-        """Return a pipeline, opened when it is first asked for.
-
-        Raises:
-            ValueError: If it is not one of `models`, or cannot be opened.
-        """
+        """Return the pipeline of one of `models`, opened when it is first asked for."""
         check_name("model", model, self.models)
         if model in self._pipes:  # without waiting for whoever draws
             return self._pipes[model]
@@ -132,11 +129,7 @@ class Service:
         return request if cost == offered.usual else within_budget(self.pipe(model), request, cost / 100)
 
     def draw(self, visitor: str, model: str, request: Request) -> Iterator[Event]:
-        """Draw dense and pruned, and yield what happens.
-
-        Raises:
-            Stopped: If `stop` was called for the same visitor.
-        """
+        """Draw dense and pruned, and yield what happens. Raises `Stopped` after `stop` for the same visitor."""
         pipe = self.pipe(model)
         stop = self._running[visitor] = threading.Event()
         job = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(self._numbers):03d}"
@@ -153,17 +146,6 @@ class Service:
         if stop is not None:
             stop.set()
         return stop is not None
-
-
-def without_repeats(models: Sequence[str]) -> tuple[str, ...]:
-    """Return names of models, each once.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if not models:
-        raise ValueError("name at least one model, such as tiny")
-    return tuple(dict.fromkeys(models))
 
 
 def _check_range(what: str, value: float, lowest: float, highest: float) -> None:

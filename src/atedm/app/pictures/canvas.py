@@ -31,14 +31,9 @@ def draw_sheet(
     side: int = 256,
     gap: int = 10,
 ) -> Image.Image:
-    """Lay rows of cells out on white, each picture ``side`` pixels on its longer side.
+    """Lay rows of cells out on white, each picture ``side`` pixels on its longer side and ``gap`` apart.
 
-    Args:
-        rows: The cells; rows may differ in length.
-        row_titles: A line above each row, cut where the sheet ends.
-        headline: A line on top, likewise.
-        side: Longer side of a picture, in pixels.
-        gap: Space between pictures, in pixels.
+    Rows may differ in length. The headline and the line above each row are cut where the sheet ends.
     """
     small, large = ImageFont.load_default(14), ImageFont.load_default(17)
     columns = max(len(row) for row in rows)
