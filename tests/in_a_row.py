@@ -43,7 +43,7 @@ def held() -> float:
 
 
 def in_a_row(pipe: Any, count: int, every: int, tell: Callable[[int, float], None] | None = None) -> InARow:
-    """Draw ``count`` images by every method in turn, patched anew for every ten."""
+    """Draw ``count`` images by every method in turn, patched anew for every ``every`` of them."""
 
     def draw(seed: int, size: tuple[int, int]) -> Tensor:
         images: Tensor = pipe(
@@ -61,17 +61,16 @@ def in_a_row(pipe: Any, count: int, every: int, tell: Callable[[int, float], Non
     with atedm.pruned(pipe, methods[0]):
         first = draw(0, SIZES[0])
     memory, seconds, start = {}, {}, time.perf_counter()
-    for begin in range(0, count, 10):
-        with atedm.pruned(pipe, methods[begin // 10 % len(methods)]):
-            for number in range(begin, min(begin + 10, count)):
+    for begin in range(0, count, every):
+        with atedm.pruned(pipe, methods[begin // every % len(methods)]):
+            for number in range(begin, min(begin + every, count)):
                 draw(number, SIZES[number % len(SIZES)])
-        done = min(begin + 10, count)
-        if done % every == 0:
-            gc.collect()
-            memory[done], seconds[done] = held(), (time.perf_counter() - start) / every
-            start = time.perf_counter()
-            if tell is not None:
-                tell(done, memory[done])
+        done = min(begin + every, count)
+        gc.collect()
+        memory[done], seconds[done] = held(), (time.perf_counter() - start) / (done - begin)
+        start = time.perf_counter()
+        if tell is not None:
+            tell(done, memory[done])
     with atedm.pruned(pipe, methods[0]):
         last = draw(0, SIZES[0])
     return InARow(memory, float((last - first).abs().max()), seconds)

@@ -1,8 +1,8 @@
 """Contract: whatever is done, in any order, pruned calls are those of a fresh patch, and removal leaves no trace.
 
 Hypothesis makes up sequences of what people do to a U-Net, on one that is patched and unpatched on the way and on a
-twin that never is. `ATEDM_SEQUENCES=2000 pytest -n 0 -s tests/test_contract.py` runs more of them than CI does, and
-says what was done.
+twin that never is. `ATEDM_SEQUENCES=2000 pytest -n 0 -s tests/hosts/test_contract.py` runs more of them than CI
+does, and says what was done.
 """
 
 import copy
@@ -12,6 +12,7 @@ import pickle
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -35,11 +36,12 @@ from peft import LoraConfig
 from torch import Tensor
 
 import atedm
-from atedm.config import PRESETS, PruningConfig
-from atedm.patching.survey import find_blocks
+from atedm import METHODS, AtEdm, Early, Matched
+from atedm.hosts.unet_spans import find_spans
+from atedm.method.contract import Method
 from models import run, sd1_unet, sdxl_unet, small_unet, snapshot
 
-SEQUENCES = int(os.environ.get("ATEDM_SEQUENCES", "100"))
+SEQUENCES = int(os.environ.get("ATEDM_SEQUENCES", "12"))
 DONE: Counter[str] = Counter()
 """What was done, over all sequences."""
 
@@ -65,21 +67,28 @@ SCHEDULERS = st.sampled_from(
 RATES = st.sampled_from([0.0, 0.2, 0.5, 0.63, 0.9])
 
 
+def by_step(view: atedm.View) -> Tensor:
+    """A ranking that is another one in every step."""
+    return torch.sin(view.tokens.float().square().mean(-1) * (1 + view.step))
+
+
 @st.composite
-def configs(draw: st.DrawFn) -> PruningConfig:
-    """Return any preset, some of it changed."""
-    config = draw(st.sampled_from([*PRESETS.values()])).replace(pruning_rate=draw(RATES))
-    if config.recovery != "similarity-copy":
-        return config.replace(
-            own_update_share=draw(st.sampled_from([0.0, 0.5])), refresh_every=draw(st.sampled_from([1, 2]))
+def methods(draw: st.DrawFn) -> Method:
+    """Return any method, some of it changed."""
+    method = replace(draw(st.sampled_from([*METHODS.values()])), rate=draw(RATES))  # type: ignore[type-var]
+    if isinstance(method, Matched):
+        return replace(
+            method,
+            own_update_share=draw(st.sampled_from([0.0, 0.5])),
+            cover_share=draw(st.sampled_from([0.0, 0.4, 1.0])),
         )
-    return config.replace(
-        where="everywhere",
-        place=draw(st.sampled_from(["after-feed-forward", "after-self-attention", "before-feed-forward"])),
-        ranking=draw(st.sampled_from(["self-attention", "uniform-random", "cross-attention-entropy", "lattice"])),
-        recovery=draw(st.sampled_from(["similarity-copy", "direct-copy", "zero-padding", "bicubic"])),
-        schedule=draw(st.sampled_from(["prune-less-early", "constant", "prune-more-early"])),
-        map_mode=draw(st.sampled_from(["full", "blocked", "sampled"])),
+    assert isinstance(method, AtEdm)
+    return replace(
+        method,
+        where=draw(st.sampled_from([method.where, atedm.everywhere])),
+        spare=draw(st.sampled_from([None, Early(), Early(0.6, "L-M")])),
+        rank=draw(st.sampled_from([None, by_step])),
+        sample=draw(st.sampled_from([None, 256])),
     )
 
 
@@ -133,49 +142,50 @@ class Contract(RuleBasedStateMachine):
 
     unet: UNet2DConditionModel
     twin: UNet2DConditionModel
-    config: PruningConfig | None
+    method: Method | None
 
     @initialize(
         shape=st.sampled_from([*SHAPES]),
         dtype=DTYPES,
-        config=st.none() | configs(),
+        method=st.none() | methods(),
         compiles=st.sampled_from([False] * 9 + [True]),
     )
-    def begin(self, shape: str, dtype: torch.dtype, config: PruningConfig | None, compiles: bool) -> None:
+    def begin(self, shape: str, dtype: torch.dtype, method: Method | None, compiles: bool) -> None:
         self.unet = SHAPES[shape]().to(dtype)
         self.twin = copy.deepcopy(self.unet)
         self.may_compile = compiles
-        self.config, self.loras = None, 0
-        if config is not None:
-            self.apply_or_be_refused(config)
+        self.method, self.loras = None, 0
+        if method is not None:
+            self.apply_or_be_refused(method)
 
     def note(self, what: str) -> None:
         DONE[what] += 1
 
     # --- on and off
 
-    @precondition(lambda self: self.config is None)
-    @rule(config=configs())
-    def apply(self, config: PruningConfig) -> None:
-        self.apply_or_be_refused(config)
+    @precondition(lambda self: self.method is None)
+    @rule(method=methods())
+    def apply(self, method: Method) -> None:
+        self.apply_or_be_refused(method)
 
-    def apply_or_be_refused(self, config: PruningConfig) -> None:
+    def apply_or_be_refused(self, method: Method) -> None:
         before = snapshot(self.unet)
-        if any(config.prunes(place) and config.rates_in(place) for place, _ in find_blocks(self.unet).values()):
-            atedm.apply(self.unet, config)
-            self.config = config
+        half = replace(method, rate=0.5)  # type: ignore[type-var]
+        if any(half.count(place, 100) < 100 for place, _ in find_spans(self.unet).values()):
+            atedm.apply(self.unet, method)
+            self.method = method
             self.note("apply")
             return
-        with pytest.raises(ValueError, match="nothing to prune"):  # one layer a block, and a place after it
-            atedm.apply(self.unet, config)
+        with pytest.raises(ValueError, match="nothing to prune"):  # one layer a block, or none but the second level
+            atedm.apply(self.unet, method)
         assert snapshot(self.unet) == before
         self.note("refused")
 
-    @precondition(lambda self: self.config is not None)
+    @precondition(lambda self: self.method is not None)
     @rule()
     def remove(self) -> None:
         atedm.remove(self.unet)
-        self.config = None
+        self.method = None
         assert all("atedm" not in name for module in self.unet.modules() for name in vars(module))
         assert {type(a) for a in self.unet.modules()} == {type(a) for a in self.twin.modules()}
         self.note("remove")
@@ -186,7 +196,7 @@ class Contract(RuleBasedStateMachine):
     def draw(self, timesteps: tuple[int, ...], size: tuple[int, int], batch: int) -> None:
         self.draws_as_a_fresh_one(timesteps, size, batch)
 
-    @precondition(lambda self: self.config is not None)
+    @precondition(lambda self: self.method is not None)
     @rule(timesteps=RUNS, size=SIZES, batch=st.sampled_from([1, 2, 3]))
     def draw_pruned(self, timesteps: tuple[int, ...], size: tuple[int, int], batch: int) -> None:
         self.draws_as_a_fresh_one(timesteps, size, batch)
@@ -194,14 +204,14 @@ class Contract(RuleBasedStateMachine):
     def fresh(self) -> UNet2DConditionModel:
         """The untouched twin, patched just now if ours is."""
         fresh = copy.deepcopy(self.twin)
-        if self.config is not None:
-            atedm.apply(fresh, self.config)
+        if self.method is not None:
+            atedm.apply(fresh, self.method)
         return fresh
 
     def draws_as_a_fresh_one(self, timesteps: tuple[int, ...], size: tuple[int, int], batch: int) -> None:
         ours, theirs = (drawn(unet, timesteps, size, batch) for unet in (self.unet, self.fresh()))
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-        self.note("draw pruned" if self.config is not None else "draw dense")
+        self.note("draw pruned" if self.method is not None else "draw dense")
 
     @rule(scheduler_class=SCHEDULERS, steps=st.integers(1, 4), size=SIZES)
     def generate(self, scheduler_class: Any, steps: int, size: tuple[int, int]) -> None:
@@ -226,7 +236,7 @@ class Contract(RuleBasedStateMachine):
             drawn(self.unet, timesteps, (16, 16), 2)
         self.note("raise")
 
-    @precondition(lambda self: self.config is not None)
+    @precondition(lambda self: self.method is not None)
     @rule(timesteps=RUNS)
     def look_on(self, timesteps: tuple[int, ...]) -> None:
         with atedm.recorded(self.unet) as recording:
@@ -295,7 +305,7 @@ class Contract(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "unet"):
             return
-        if self.config is not None:
+        if self.method is not None:
             atedm.remove(self.unet)
         ours, theirs = (drawn(unet, (999, 1), (16, 16), 2) for unet in (self.unet, self.twin))
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -15,13 +15,13 @@ from torch import Tensor
 import atedm
 from atedm.app.models import load_pipeline
 from in_a_row import growth, in_a_row
-from models import draw, inputs, run, sdxl_pipeline, sdxl_unet, small_unet, snapshot
+from models import draw, inputs, run, sdxl_pipeline, small_unet, snapshot
 
-METHODS = ("paper", "dagger", "matched", None)
+METHODS = ("paper", "matched", None)
 
 
 def pruned_pipeline(method: str | None) -> Any:
-    pipe = sdxl_pipeline(sdxl_unet(seed=1))
+    pipe = sdxl_pipeline(small_unet(seed=1))
     # Each has tokenizers of its own: one tokenizer cannot be told of two paddings at once.
     pipe.register_modules(**{name: copy.deepcopy(getattr(pipe, name)) for name in ("tokenizer", "tokenizer_2")})
     if method is not None:
@@ -31,13 +31,13 @@ def pruned_pipeline(method: str | None) -> Any:
 
 def test_pipelines_in_several_threads_draw_what_they_draw_alone() -> None:
     pipes = [pruned_pipeline(method) for method in METHODS]
-    alone = [[draw(pipe, seed) for seed in range(3)] for pipe in pipes]
+    alone = [[draw(pipe, seed) for seed in range(2)] for pipe in pipes]
     assert len({float(images[0].sum()) for images in alone}) == len(METHODS)
     start = threading.Barrier(len(pipes))
 
     def serve(pipe: Any) -> list[Tensor]:
         start.wait()
-        return [draw(pipe, seed) for seed in range(3)]
+        return [draw(pipe, seed) for seed in range(2)]
 
     with ThreadPoolExecutor(len(pipes)) as threads:
         together = [*threads.map(serve, pipes)]
@@ -196,11 +196,11 @@ def test_tensors_do_not_pile_up_over_many_runs(method: str) -> None:
         return sum(1 for one in gc.get_objects() if isinstance(one, Tensor))
 
     serve(2)
-    assert serve(2) == serve(30)
+    assert serve(2) == serve(12)
 
 
 def test_images_in_a_row_take_no_more_memory_and_do_not_drift() -> None:
-    """Forty of them; `tests/in_a_row.py` draws thousands."""
-    seen = in_a_row(load_pipeline("tiny", device="cpu"), 40, 10)
+    """A few of them; `tests/in_a_row.py` draws thousands."""
+    seen = in_a_row(load_pipeline("tiny", device="cpu"), 16, 4)
     assert seen.drift == 0
     assert growth(seen.memory) < 30
