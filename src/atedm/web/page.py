@@ -20,12 +20,9 @@ from atedm.web.layout import KEPT, Controls, Results, cost_slider
 from atedm.web.messages import complaint, figures, hint, message, progress
 from atedm.web.service import MAX_SEED, Service
 
-GALLERY = 24
-"""Images of a visitor that are shown again."""
-QUEUE = 16
-"""Visitors that may wait."""
-LARGE = 512
-"""Pixels a side up to which small pictures are enlarged."""
+GALLERY = 24  # images of a visitor that are shown again
+QUEUE = 16  # visitors that may wait
+LARGE = 512  # pixels a side up to which small pictures are enlarged
 
 
 @dataclass(frozen=True)
