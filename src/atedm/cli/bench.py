@@ -7,17 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.lab_options import (
-    BatchOption,
-    DtypeOption,
-    JsonOption,
-    PlotOption,
-    RepeatsOption,
-    TimedGuidanceOption,
-    progress_bar,
-    setup_of,
-    show,
-)
+from atedm.cli import lab_options as shared
 from atedm.cli.options import DeviceOption, SizeOption, at_least_one, pixels
 
 if TYPE_CHECKING:
@@ -40,10 +30,10 @@ def bench(
         ),
     ] = "tiny",
     device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    dtype: shared.DtypeOption = None,
     size: SizeOption = None,
-    batch: BatchOption = 1,
-    guidance: TimedGuidanceOption = None,
+    batch: shared.BatchOption = 1,
+    guidance: shared.TimedGuidanceOption = None,
     whole_images: Annotated[
         bool | None,
         typer.Option(
@@ -54,13 +44,13 @@ def bench(
     steps: Annotated[
         int, typer.Option(help="Denoising steps of an image.", rich_help_panel="Images", callback=at_least_one)
     ] = 10,
-    repeats: RepeatsOption = 3,
+    repeats: shared.RepeatsOption = 3,
     memory: Annotated[bool, typer.Option("--memory", help="Also measure the peak of activations.")] = False,
-    json: JsonOption = False,
+    json: shared.JsonOption = False,
     out: Annotated[
         Path | None, typer.Option(help="Also write the JSON to this file.", rich_help_panel="Output")
     ] = None,
-    plot: PlotOption = None,
+    plot: shared.PlotOption = None,
 ) -> None:
     """Time each method, in turns, and print it beside its cost.
 
@@ -76,13 +66,13 @@ def bench(
     from atedm.lab.methods.by_name import method_by_name, parse_methods
 
     check_writable(out, plot)
-    setup = setup_of(model, device, dtype, size, batch, guidance, repeats)
+    setup = shared.setup_of(model, device, dtype, size, batch, guidance, repeats)
     chosen = {spec: method_by_name(spec, model, size=pixels(size), steps=steps) for spec in parse_methods(methods)}
-    with progress_bar() as tell:
+    with shared.progress_bar() as tell:
         report = measure(setup, chosen, whole_images=whole_images, steps=steps, memory=memory, progress=tell)
     if out is not None:
         save_json(report.as_dict(), out)
-    show(report.as_dict(), table(report), json, plot, "bench", report)
+    shared.show(report.as_dict(), table(report), json, plot, "bench", report)
     if methods == DEFAULT and not json:
         typer.echo(MORE)
 

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.lab_options import (
-    BatchOption,
-    DtypeOption,
-    GuidanceOption,
-    SeedOption,
-    drawing_of,
-    open_pipeline,
-    progress_bar,
-)
+from atedm.cli import lab_options as shared
 from atedm.cli.options import DeviceOption, ModelOption, SizeOption, at_least_one
 from atedm.lab.evaluation.experiments import EXPERIMENTS, Experiment
 
@@ -39,7 +31,7 @@ def evaluate(
     ] = "dense,matched,paper,dagger,tome[cost=paper]",
     model: ModelOption = "tiny",
     device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    dtype: shared.DtypeOption = None,
     prompts: Annotated[
         str,
         typer.Option(
@@ -57,10 +49,10 @@ def evaluate(
             help="Denoising steps; 20, or what few-steps varies.", rich_help_panel=IMAGES, callback=at_least_one
         ),
     ] = None,
-    guidance: GuidanceOption = None,
+    guidance: shared.GuidanceOption = None,
     size: SizeOption = None,
-    seed: SeedOption = 0,
-    batch: BatchOption = 10,
+    seed: shared.SeedOption = 0,
+    batch: shared.BatchOption = 10,
     metrics: Annotated[
         str,
         typer.Option(
@@ -132,13 +124,13 @@ def evaluate(
         name = "report"
         experiment = Experiment("Methods side by side", "", {spec: spec for spec in parse_methods(methods)})
     chosen = _metrics(metrics, prompts, clip_model, clip_pretrained, fid_features)
-    drawing = drawing_of(model, steps or 20, guidance, seed, batch, size)
+    drawing = shared.drawing_of(model, steps or 20, guidance, seed, batch, size)
     read = read_prompts(prompts, captions, seed)
     _tell_what_is_left_out(chosen, read)
     state = shared_work(device)
-    pipe = open_pipeline(model, device or str(state.device), dtype)
+    pipe = shared.open_pipeline(model, device or str(state.device), dtype)
     drawing = replace(drawing, dtype=str(find_unet(pipe).dtype).removeprefix("torch."))
-    with progress_bar(quiet=not state.is_main_process) as tell:
+    with shared.progress_bar(quiet=not state.is_main_process) as tell:
         outcomes = run_experiment(experiment, pipe, read, drawing, chosen, out, state=state, progress=tell)
     if state.is_main_process:
         typer.echo(write_report(experiment, outcomes, read, chosen, out, name, sheet))

@@ -70,8 +70,7 @@ MethodOption = Annotated[
     ),
 ]
 RateOption = Annotated[
-    float,
-    typer.Option(help="Share of the tokens that is dropped.", rich_help_panel="Pruning", callback=checked_rate),
+    float, typer.Option(help="Share of the tokens that is dropped.", rich_help_panel="Pruning", callback=checked_rate)
 ]
 RepeatsOption = Annotated[int, typer.Option(help="Rounds, after one to warm up.", callback=at_least_one)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with everything.", rich_help_panel="Output")]

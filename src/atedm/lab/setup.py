@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from atedm.app.devices import best_device, usual_dtype
@@ -71,7 +71,7 @@ class Setup:
             repeats,
             processor_of(device),
             torch.get_num_threads(),
-            {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+            {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__},
         )
 
     @property
@@ -99,9 +99,6 @@ class Setup:
         )
 
 
-_PACKAGES = ("torch", "diffusers", "tomesd", "DeepCache")
-
-
 def processor_of(device: str) -> str:
     """Return the name of the GPU, or of the CPU as far as the system tells; ``device`` as torch names it."""
     if device.startswith("cuda"):
@@ -110,10 +107,3 @@ def processor_of(device: str) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"

@@ -6,20 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.lab_options import (
-    BatchOption,
-    CaptionsOption,
-    DtypeOption,
-    GuidanceOption,
-    JsonOption,
-    RateOption,
-    SeedOption,
-    StepsOption,
-    drawing_of,
-    open_pipeline,
-    progress_bar,
-    show,
-)
+from atedm.cli import lab_options as shared
 from atedm.cli.options import DeviceOption
 
 if TYPE_CHECKING:
@@ -36,14 +23,14 @@ def agreement(
         ),
     ] = "blocked,flash,sampled/64,sampled/32,sampled/16",
     device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    captions: CaptionsOption = 20,
-    steps: StepsOption = 20,
-    guidance: GuidanceOption = None,
-    rate: RateOption = 0.63,
-    seed: SeedOption = 0,
-    batch: BatchOption = 10,
-    json: JsonOption = False,
+    dtype: shared.DtypeOption = None,
+    captions: shared.CaptionsOption = 20,
+    steps: shared.StepsOption = 20,
+    guidance: shared.GuidanceOption = None,
+    rate: shared.RateOption = 0.63,
+    seed: shared.SeedOption = 0,
+    batch: shared.BatchOption = 10,
+    json: shared.JsonOption = False,
 ) -> None:
     """Compare modes of the attention map with the whole map, on what the shipped model compares in dense runs.
 
@@ -58,13 +45,13 @@ def agreement(
 
     variants = {name: variant_of_mode(name) for name in modes.replace(" ", "").split(",")}
     texts = [scene.caption for scene in held_out_scenes(captions, seed)]
-    pipe = open_pipeline(MODEL, device, dtype)
-    with progress_bar() as tell:
-        drawing = drawing_of(MODEL, steps, guidance, seed, batch)
+    pipe = shared.open_pipeline(MODEL, device, dtype)
+    with shared.progress_bar() as tell:
+        drawing = shared.drawing_of(MODEL, steps, guidance, seed, batch)
         found = map_agreement(pipe, texts, variants, drawing, rate=rate, progress=tell)
     rows = [[mode, level, *(f"{share:.3f}" for share in shares)] for mode, level, *shares in map(astuple, found)]
     head = ["map", "level", "kept", "importance", "source"]
-    show([asdict(row) for row in found], markdown_table(head, rows), json)
+    shared.show([asdict(row) for row in found], markdown_table(head, rows), json)
 
 
 def variant_of_mode(name: str) -> Variant:

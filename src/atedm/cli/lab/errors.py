@@ -6,21 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.lab_options import (
-    BatchOption,
-    CaptionsOption,
-    DtypeOption,
-    GuidanceOption,
-    JsonOption,
-    PlotOption,
-    SeedOption,
-    StepsOption,
-    drawing_of,
-    method_of,
-    open_pipeline,
-    progress_bar,
-    show,
-)
+from atedm.cli import lab_options as shared
 from atedm.cli.options import DeviceOption, ModelOption
 
 if TYPE_CHECKING:
@@ -48,17 +34,17 @@ def errors(
     ] = None,
     model: ModelOption = "tiny",
     device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    dtype: shared.DtypeOption = None,
     prompts: Annotated[
         str, typer.Option(help="**scenes**, a .txt or .csv file, or a folder of MS-COCO.", rich_help_panel="Images")
     ] = "scenes",
-    captions: CaptionsOption = 50,
-    steps: StepsOption = 20,
-    guidance: GuidanceOption = None,
-    seed: SeedOption = 0,
-    batch: BatchOption = 10,
-    json: JsonOption = False,
-    plot: PlotOption = None,
+    captions: shared.CaptionsOption = 50,
+    steps: shared.StepsOption = 20,
+    guidance: shared.GuidanceOption = None,
+    seed: shared.SeedOption = 0,
+    batch: shared.BatchOption = 10,
+    json: shared.JsonOption = False,
+    plot: shared.PlotOption = None,
 ) -> None:
     """Prune beside dense runs, and see where it errs and whether the errors of a run cancel or add up.
 
@@ -72,13 +58,13 @@ def errors(
 
     check_writable(plot)
     asked = METHODS if methods is None else {spec: spec for spec in parse_methods(methods)}
-    chosen = {name: method_of(spec, model, steps) for name, spec in asked.items()}
+    chosen = {name: shared.method_of(spec, model, steps) for name, spec in asked.items()}
     texts = [prompt.text for prompt in read_prompts(prompts, None, seed, at_most=captions)]
-    pipe = open_pipeline(model, device, dtype)
-    with progress_bar() as tell:
-        report = find_errors(pipe, texts, chosen, drawing_of(model, steps, guidance, seed, batch), progress=tell)
+    pipe = shared.open_pipeline(model, device, dtype)
+    with shared.progress_bar() as tell:
+        report = find_errors(pipe, texts, chosen, shared.drawing_of(model, steps, guidance, seed, batch), progress=tell)
     title = f"{len(texts)} images, {steps} steps"
-    show(report.as_dict(), table(report), json, plot, "errors", report, title)
+    shared.show(report.as_dict(), table(report), json, plot, "errors", report, title)
 
 
 def table(report: ErrorsReport) -> str:

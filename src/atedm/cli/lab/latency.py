@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from atedm.cli.lab_options import (
-    BatchOption,
-    DtypeOption,
-    JsonOption,
-    MethodOption,
-    PlotOption,
-    RepeatsOption,
-    TimedGuidanceOption,
-    TimedModelOption,
-    method_of,
-    progress_bar,
-    setup_of,
-    show,
-)
+from atedm.cli import lab_options as shared
 from atedm.cli.options import DeviceOption, SizeOption
 
 if TYPE_CHECKING:
@@ -25,16 +12,16 @@ if TYPE_CHECKING:
 
 
 def latency(
-    model: TimedModelOption = "tiny",
+    model: shared.TimedModelOption = "tiny",
     device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    method: MethodOption = "paper",
+    dtype: shared.DtypeOption = None,
+    method: shared.MethodOption = "paper",
     size: SizeOption = None,
-    batch: BatchOption = 1,
-    guidance: TimedGuidanceOption = None,
-    repeats: RepeatsOption = 5,
-    json: JsonOption = False,
-    plot: PlotOption = None,
+    batch: shared.BatchOption = 1,
+    guidance: shared.TimedGuidanceOption = None,
+    repeats: shared.RepeatsOption = 5,
+    json: shared.JsonOption = False,
+    plot: shared.PlotOption = None,
 ) -> None:
     """Print what the parts of AT-EDM take in a run, in milliseconds and as a share of the dense run (Fig. S4).
 
@@ -46,10 +33,10 @@ def latency(
     from atedm.suits import suits
 
     check_writable(plot)
-    setup = setup_of(model, device, dtype, size, batch, guidance, repeats)
-    with progress_bar() as tell:
-        report = measure(setup, method_of(method, model), suits(model).steps, tell)
-    show(report.as_dict(), table(report, method if model == "sdxl" else ""), json, plot, "latency", report)
+    setup = shared.setup_of(model, device, dtype, size, batch, guidance, repeats)
+    with shared.progress_bar() as tell:
+        report = measure(setup, shared.method_of(method, model), suits(model).steps, tell)
+    shared.show(report.as_dict(), table(report, method if model == "sdxl" else ""), json, plot, "latency", report)
 
 
 def table(report: LatencyReport, paper: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from atedm.cli.lab_options import BatchOption, Dtype, JsonOption, TimedGuidanceOption, TimedModelOption, show
+from atedm.cli import lab_options as shared
 from atedm.cli.options import SizeOption, pixels
 
 MIB = 2**20
@@ -24,15 +24,15 @@ def memory(
     method: Annotated[
         str, typer.Argument(help="**matched**, **paper**, **dagger**, **turbo** or **tome**, with changes in brackets.")
     ] = "paper",
-    model: TimedModelOption = "sdxl",
-    dtype: Annotated[Dtype, typer.Option(rich_help_panel="Model")] = Dtype.float16,
+    model: shared.TimedModelOption = "sdxl",
+    dtype: Annotated[shared.Dtype, typer.Option(rich_help_panel="Model")] = shared.Dtype.float16,
     attention: Annotated[
         Attention, typer.Option(help="**plain** holds whole attention maps.", rich_help_panel="Model")
     ] = Attention.fused,
     size: SizeOption = None,
-    batch: BatchOption = 1,
-    guidance: TimedGuidanceOption = None,
-    json: JsonOption = False,
+    batch: shared.BatchOption = 1,
+    guidance: shared.TimedGuidanceOption = None,
+    json: shared.JsonOption = False,
 ) -> None:
     """Print what activations take in a step, traced without computing (supplement D).
 
@@ -62,4 +62,4 @@ def memory(
         f"weights {report.weights / MIB:.0f} MiB. More jobs in the same memory, over a run: {report.more_jobs:+.1%}; "
         f"each with its own weights {report.more_jobs_with_weights:+.1%}.\nAssumed: {report.assumption}."
     )
-    show(report.as_dict(), text, json)
+    shared.show(report.as_dict(), text, json)

@@ -2,21 +2,7 @@
 
 from __future__ import annotations
 
-from atedm.cli.lab_options import (
-    BatchOption,
-    CaptionsOption,
-    DtypeOption,
-    GuidanceOption,
-    JsonOption,
-    PlotOption,
-    RateOption,
-    SeedOption,
-    StepsOption,
-    drawing_of,
-    open_pipeline,
-    progress_bar,
-    show,
-)
+from atedm.cli import lab_options as shared
 from atedm.cli.options import DeviceOption
 
 MODEL = "tiny"
@@ -24,15 +10,15 @@ MODEL = "tiny"
 
 def objects(
     device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    captions: CaptionsOption = 50,
-    steps: StepsOption = 20,
-    guidance: GuidanceOption = None,
-    rate: RateOption = 0.63,
-    seed: SeedOption = 0,
-    batch: BatchOption = 10,
-    json: JsonOption = False,
-    plot: PlotOption = None,
+    dtype: shared.DtypeOption = None,
+    captions: shared.CaptionsOption = 50,
+    steps: shared.StepsOption = 20,
+    guidance: shared.GuidanceOption = None,
+    rate: shared.RateOption = 0.63,
+    seed: shared.SeedOption = 0,
+    batch: shared.BatchOption = 10,
+    json: shared.JsonOption = False,
+    plot: shared.PlotOption = None,
 ) -> None:
     """Compare every ranking with the objects in the images that the shipped model draws, dense.
 
@@ -45,9 +31,9 @@ def objects(
     from atedm.tiny.scenes import held_out_scenes
 
     check_writable(plot)
-    drawing = drawing_of(MODEL, steps, guidance, seed, batch)
-    pipe = open_pipeline(MODEL, device, dtype)
-    with progress_bar() as tell:
+    drawing = shared.drawing_of(MODEL, steps, guidance, seed, batch)
+    pipe = shared.open_pipeline(MODEL, device, dtype)
+    with shared.progress_bar() as tell:
         report = find_objects(pipe, held_out_scenes(captions, seed), drawing, rate=rate, progress=tell)
     names = {"auc": "AUC", "best_match": "best match", "attention_match": "attention's match"}
     columns = [(what, level) for what in names for level in report.levels]
@@ -57,4 +43,4 @@ def objects(
     ]
     head = ["ranking", *(f"{names[what]}, level {level}" for what, level in columns)]
     title = f"{captions} scenes, {steps} steps"
-    show(report.as_dict(), markdown_table(head, rows), json, plot, "objects", report, title)
+    shared.show(report.as_dict(), markdown_table(head, rows), json, plot, "objects", report, title)

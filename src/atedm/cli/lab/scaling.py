@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from atedm.cli.lab_options import JsonOption, MethodOption, PlotOption, method_of, progress_bar, show
+from atedm.cli import lab_options as shared
 
 
 def scaling(
@@ -17,9 +17,9 @@ def scaling(
     sizes: Annotated[str, typer.Option(help="Sides of square images in pixels, split by commas.")] = (
         "512,768,1024,1280,1536,1792,2048"
     ),
-    method: MethodOption = "paper",
-    json: JsonOption = False,
-    plot: PlotOption = None,
+    method: shared.MethodOption = "paper",
+    json: shared.JsonOption = False,
+    plot: shared.PlotOption = None,
 ) -> None:
     """Show how the cost of a step grows with the image, in T MACs as torch counts them (supplement Fig. 2).
 
@@ -37,12 +37,13 @@ def scaling(
     names = [name.strip() for name in models.split(",") if name.strip()]
     if not names:
         raise ValueError("models must name at least one model")
-    with progress_bar() as tell:
-        points = scale(names, [int(side) for side in sizes.split(",")], method_of(method, names[0]), progress=tell)
+    with shared.progress_bar() as tell:
+        sides = [int(side) for side in sizes.split(",")]
+        points = scale(names, sides, shared.method_of(method, names[0]), progress=tell)
     rows = []
     for p in points:
         pruned = "nothing" if p.attention_pruned is None else f"{p.attention_pruned:.4g}"
         parts = (f"{value:.4g}" for value in (p.resnet, p.other))
         rows.append([p.model, p.side, f"{p.attention:.4g}", f"{p.attention_share:.0%}", *parts, pruned])
     head = ["T MACs of a step", "px", "attention", "share", "ResNet", "other", "attention pruned"]
-    show([p.as_dict() for p in points], markdown_table(head, rows), json, plot, "scaling", points)
+    shared.show([p.as_dict() for p in points], markdown_table(head, rows), json, plot, "scaling", points)

@@ -6,16 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atedm.cli.lab_options import (
-    GuidanceOption,
-    JsonOption,
-    PlotOption,
-    SeedOption,
-    drawing_of,
-    open_pipeline,
-    progress_bar,
-    show,
-)
+from atedm.cli import lab_options as shared
 from atedm.cli.options import DeviceOption, ModelOption, SizeOption, StepsOption
 
 if TYPE_CHECKING:
@@ -32,12 +23,12 @@ def variance(
     model: ModelOption = "tiny",
     device: DeviceOption = None,
     steps: StepsOption = None,
-    guidance: GuidanceOption = None,
+    guidance: shared.GuidanceOption = None,
     size: SizeOption = None,
-    seed: SeedOption = 0,
+    seed: shared.SeedOption = 0,
     threshold: Annotated[float, typer.Option(help="Variance to look for; the paper's by default.")] = 1e-5,
-    json: JsonOption = False,
-    plot: PlotOption = None,
+    json: shared.JsonOption = False,
+    plot: shared.PlotOption = None,
 ) -> None:
     """Print the variance of the attention maps in each denoising step, dense: the reason to prune less early.
 
@@ -52,13 +43,13 @@ def variance(
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must be above 0 and below 1, not {threshold}")
     usual = suits(model)
-    drawing = drawing_of(model, steps or usual.steps, guidance, seed, 1, size)
-    pipe = open_pipeline(model, device, None)
-    with progress_bar() as tell:
+    drawing = shared.drawing_of(model, steps or usual.steps, guidance, seed, 1, size)
+    pipe = shared.open_pipeline(model, device, None)
+    with shared.progress_bar() as tell:
         report = attention_variance(pipe, list(prompts or usual.prompts), drawing, progress=tell)
     content = {"model": model, **report.as_dict(threshold)}
     title = f"{model}, {report.images} images, dense"
-    show(content, table(report, threshold), json, plot, "variance", report, threshold, title)
+    shared.show(content, table(report, threshold), json, plot, "variance", report, threshold, title)
 
 
 def table(report: VarianceReport, threshold: float) -> str:

@@ -94,30 +94,23 @@ def rows_chart(rows: Mapping[str, Mapping[str, Interval | None]], title: str = "
 def curve_chart(curves: Mapping[str, Sequence[tuple[float, float, float]]], title: str = "") -> Image.Image:
     """Draw FID against CLIP score over guidance scales, a line a method (supplement Fig. 5).
 
-    Where some scales or methods are far off, FID is drawn by its logarithm and the good end once more, enlarged.
-
-    ``curves`` holds (guidance, CLIP score, FID) by method.
+    ``curves`` holds (guidance, CLIP score, FID) by method. FID is drawn by its logarithm, beside it the good end once
+    more: the third of all points with the best FID.
     """
-    points = [point for curve in curves.values() for point in curve]
-    best_clip, best_fid = max(point[1] for point in points), min(point[2] for point in points)
-    near = [point for point in points if point[1] >= 0.97 * best_clip and point[2] <= 6 * best_fid]
-    is_spread = len(near) > len(curves) and min(point[1] for point in points) < 0.8 * best_clip
-    figure, panels = new_charts(11.0 if is_spread else 8.5, 5.0, 2 if is_spread else 1, title)
-    if is_spread:
-        panels[0].set_yscale("log")
-        for place, set_limits in ((1, panels[1].set_xlim), (2, panels[1].set_ylim)):
-            low, high = min(point[place] for point in near), max(point[place] for point in near)
-            set_limits(low - 0.08 * (high - low), high + 0.08 * (high - low))
-        panels[1].set_title("the good end, enlarged", loc="left", fontsize=9, color=FAINT_HEX)
-    styles = marks(list(curves))
+    points = sorted((point for curve in curves.values() for point in curve), key=lambda point: point[2])
+    good = points[: max(2, len(points) // 3)]
+    figure, panels = new_charts(11.0, 5.0, 2, title)
+    panels[0].set_yscale("log")
+    for place, set_limits in ((1, panels[1].set_xlim), (2, panels[1].set_ylim)):
+        low, high = min(point[place] for point in good), max(point[place] for point in good)
+        edge = 0.08 * (high - low) or 0.01 * high
+        set_limits(low - edge, high + edge)
+    panels[1].set_title("the good end, enlarged", loc="left", fontsize=9, color=FAINT_HEX)
     for panel in panels:
-        for name, curve in curves.items():
-            panel.plot([p[1] for p in curve], [p[2] for p in curve], ls="-", ms=4, lw=1.2, label=name, **styles[name])
-        # One line of numbers is enough, where the lines are near each other.
-        for point in next(iter(curves.values())):
-            if not is_spread or (point in near) == (panel is panels[-1]):
-                beside = {"textcoords": "offset points", "fontsize": 7, "color": FAINT_HEX}
-                panel.annotate(f"{point[0]:g}", point[1:], (4, 4), **beside)
+        for (name, curve), style in zip(curves.items(), marks(list(curves)).values(), strict=True):
+            panel.plot([p[1] for p in curve], [p[2] for p in curve], ls="-", ms=4, lw=1.2, label=name, **style)
+        for guidance, clip, fid in next(iter(curves.values())):
+            panel.annotate(f"{guidance:g}", (clip, fid), fontsize=7, color=FAINT_HEX, annotation_clip=True)
         panel.set_xlabel("CLIP score", color=INK_HEX)
     panels[0].set_ylabel("FID", color=INK_HEX)
     panels[0].legend(frameon=False, fontsize=9)

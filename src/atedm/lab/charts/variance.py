@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.ticker import MaxNLocator
@@ -30,19 +29,12 @@ def variance_chart(report: VarianceReport, threshold: float = THRESHOLD, title: 
     drawn = [value for value in chain(mean, *by_level.values(), [threshold]) if value > 0]
     axes.set_ylim(min(drawn) / 2.5, max(drawn) * 2.5)
     axes.set_yscale("log")
-    margin = 0.02 * report.steps
-    axes.set_xlim(-margin, max(report.steps - 1, 1) + margin)
-    axes.axhline(threshold, color=FAINT_HEX, lw=1, ls="--")
-    early = EARLY_SHARE * report.steps
-    axes.axvline(early, color=FAINT_HEX, lw=1, ls=":")
-    style: dict[str, Any] = {"color": FAINT_HEX, "fontsize": 9, "textcoords": "offset points"}
-    across = ("axes fraction", "data")
-    axes.annotate(f"threshold {threshold:g}", (1, threshold), (-2, 3), xycoords=across, ha="right", **style)
-    axes.annotate(f"{EARLY_SHARE:.0%} of the run", (early, 1), (4, -9), xycoords=across[::-1], **style)
+    axes.set_xlim(-0.02 * report.steps, max(report.steps - 1, 1) + 0.02 * report.steps)
+    lines.append(axes.axhline(threshold, color=FAINT_HEX, lw=1, ls="--", label=f"threshold {threshold:g}"))
+    early = f"{EARLY_SHARE:.0%} of the run"
+    lines.append(axes.axvline(EARLY_SHARE * report.steps, color=FAINT_HEX, lw=1, ls=":", label=early))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.set_xlabel("denoising steps done", color=INK_HEX)
     axes.set_ylabel("variance of attention maps", color=INK_HEX)
-    # In the order the lines end in.
-    ends = [*(values[-1] for values in by_level.values()), mean[-1]]
-    legend_beside(axes, handles=[line for _, line in sorted(zip(ends, lines, strict=True), key=lambda pair: -pair[0])])
+    legend_beside(axes, handles=lines)
     return picture_of(figure)

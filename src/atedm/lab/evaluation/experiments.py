@@ -111,11 +111,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "blocks": Experiment(
         "Which blocks early steps spare",
         "supplement C.3, Fig. 10",
-        {
-            "dense": "dense",
-            "F-L": "paper",
-            **{name: _paper(f"pairing={name}") for name in PAIRINGS if name != "F-L"},
-        },
+        {"dense": "dense", "F-L": "paper", **{name: _paper(f"pairing={name}") for name in PAIRINGS if name != "F-L"}},
     ),
     "early": Experiment(
         "Prune less early, more early, or always alike, at equal cost",
@@ -126,19 +122,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     "prune-less-steps": Experiment(
         "How many steps prune less, at equal cost",
         "supplement C.4",
-        {
-            **_BASE,
-            **{f"{share:.0%}": _paper(f"early_share={share},cost=paper") for share in (0.0, 0.1, 0.2, 0.5)},
-        },
+        {**_BASE, **{f"{share:.0%}": _paper(f"early_share={share},cost=paper") for share in (0.0, 0.1, 0.2, 0.5)}},
     ),
     "gradual": Experiment(
         "Later and gradual pruning inside a block",
         "supplement A.2",
-        {
-            **_BASE,
-            "after layer 2": _paper("gradual=[[1,0.63]]"),
-            "in two layers": _paper("gradual=[[0,0.4],[1,0.4]]"),
-        },
+        {**_BASE, "after layer 2": _paper("gradual=[[1,0.63]]"), "in two layers": _paper("gradual=[[0,0.4],[1,0.4]]")},
     ),
     "reuse": Experiment(
         "A choice of tokens kept for several steps, at equal cost",
@@ -164,16 +153,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "ablation": Experiment(
         "Every choice of the paper, one changed at a time",
         "main paper and supplement",
-        {
-            **_BASE,
-            "dagger": "dagger",
-            **_HEADS,
-            **_RANKS,
-            **_REFILLS,
-            **_RANDOM_COPIES,
-            **_PLACES,
-            **_SCHEDULES,
-        },
+        {**_BASE, "dagger": "dagger", **_HEADS, **_RANKS, **_REFILLS, **_RANDOM_COPIES, **_PLACES, **_SCHEDULES},
     ),
     "stacking": Experiment(
         "Beside and on top of DeepCache",

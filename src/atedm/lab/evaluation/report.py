@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -87,18 +88,7 @@ def _cell(result: Result, index: int, title: str) -> Cell:
     if result.scores.accuracy and not result.scores.accuracy[ALL][0][index]:
         border = max(2, min(picture.size) // 32)
         picture = ImageOps.expand(ImageOps.crop(picture, border), border, (220, 30, 30))
-    return Cell(picture, _short(title))
-
-
-def _short(name: str, width: int = 20) -> str:
-    """Break a name into at most three lines that fit over a picture."""
-    lines, line = [], ""
-    for part in name.replace("[", " [").replace(",", ", ").split():
-        if line and len(line) + len(part) >= width:
-            lines.append(line)
-            line = ""
-        line = f"{line} {part}".strip()
-    return "\n".join([*lines, line][:3])
+    return Cell(picture, "\n".join(textwrap.wrap(title.replace("[", " [").replace(",", ", "), 20)[:3]))
 
 
 def write_report(

@@ -8,15 +8,17 @@ would grow as the root of their squares does; if they were equal, as they do.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
+from torch.nn import functional
 
 from atedm.hosts.diffusers_unet import after_forward, before_forward
 from atedm.hosts.unet_spans import find_spans
@@ -73,12 +75,7 @@ def root_mean_square(values: Sequence[float]) -> float:
 
 
 def find_errors(
-    pipe: Any,
-    prompts: Sequence[str],
-    methods: Mapping[str, Method],
-    drawing: Drawing,
-    *,
-    progress: Progress = silent,
+    pipe: Any, prompts: Sequence[str], methods: Mapping[str, Method], drawing: Drawing, *, progress: Progress = silent
 ) -> ErrorsReport:
     """Draw prompts dense, and prune beside.
 
@@ -110,18 +107,6 @@ def find_errors(
     return ErrorsReport(found, levels, len(prompts), drawing.steps)
 
 
-@dataclass
-class _Sums:
-    """Squares summed over images, for one method."""
-
-    blocks: dict[str, list[float]] = field(default_factory=dict)
-    steps: list[float] = field(default_factory=list)
-    moved: list[float] = field(default_factory=list)
-    independent: list[float] = field(default_factory=list)
-    successive: list[float] = field(default_factory=list)
-    images: int = 0
-
-
 class _PrunedBeside:
     """Two pruned U-Nets that share the weights of a dense one: one runs whole, of the other single blocks."""
 
@@ -129,64 +114,58 @@ class _PrunedBeside:
         self.whole, self.parts = (copy_with_shared_weights(unet) for _ in range(2))
         for copied in (self.whole, self.parts):
             apply(copied, method)
-        self.sums = _Sums()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._errors: list[Tensor] = []
-        self._moves: list[Tensor] = []
-        self._relative: list[Tensor] = []
-        self._of_blocks: dict[str, list[Tensor]] = {}
+        #: Squares summed over images, by block and by figure, one a step.
+        self.blocks: defaultdict[str, float | Tensor] = defaultdict(float)
+        self.figures: defaultdict[str, float | Tensor] = defaultdict(float)
+        self.images = 0
+        self._errors: list[tuple[Tensor, float, Tensor]] = []
+        self._of_blocks: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     def see_block(self, name: str, args: Any, kwargs: Any, output: Tensor) -> None:
         """Run one block on what the dense one was given."""
         if name in self.parts._atedm.spans:
             start = args[0] if args else kwargs["hidden_states"]
             pruned = _first(self.parts.get_submodule(name)(*args, **kwargs))
-            self._of_blocks.setdefault(name, []).append(_norm(pruned - output) / _norm(output - start))
+            self._of_blocks[name].append(_norm(pruned - output) / _norm(output - start))
 
     def see_step(self, args: Any, kwargs: Any, dense: Tensor, guidance: float, move: float) -> None:
         """Run all of it on what the dense one was given."""
         expected = _guided(dense, guidance)
         error = _guided(_first(self.whole(*args, **kwargs)), guidance) - expected
-        self._errors.append(error)
-        self._moves.append(move * error)
-        self._relative.append(_norm(error) / _norm(expected))
+        self._errors.append((error, move, _norm(error) / _norm(expected)))
 
     def end_images(self, latents: Tensor) -> None:
         """Add up what was seen of one batch of images, of which ``latents`` came."""
-        sums, size = self.sums, _norm(latents)
-        for before, after in zip(self._errors, self._errors[1:], strict=False):
-            products = (before * after).flatten(1).sum(-1)
-            sums.successive += (products / (_norm(before) * _norm(after)).clamp_min(1e-12)).tolist()
-        moves = torch.stack(self._moves)
-        moved = moves.cumsum(0).flatten(2).norm(dim=-1) / size
-        independent = moves.flatten(2).norm(dim=-1).square().cumsum(0).sqrt() / size
-        relative = torch.stack(self._relative)
-        for into, values in ((sums.moved, moved), (sums.independent, independent), (sums.steps, relative)):
-            _add(into, values.square().sum(-1).tolist())
-        for name, errors in self._of_blocks.items():
+        size = _norm(latents)
+        errors = torch.stack([error.flatten(1) for error, _, _ in self._errors])
+        moves = errors * torch.tensor([move for _, move, _ in self._errors], device=errors.device)[:, None, None]
+        cosines = functional.cosine_similarity(errors[:-1], errors[1:], dim=-1, eps=1e-12)
+        squares = {
+            "moved": (moves.cumsum(0).norm(dim=-1) / size).square(),
+            "independent": moves.square().sum(-1).cumsum(0) / size.square(),
+            "steps": torch.stack([relative for _, _, relative in self._errors]).square(),
+            "successive": cosines,
+        }
+        for name, values in squares.items():
+            self.figures[name] = self.figures[name] + values.sum(-1).cpu()
+        for name, of_block in self._of_blocks.items():
             # Both halves of guidance count alike.
-            squares = torch.unflatten(torch.stack(errors).square(), -1, (-1, len(latents))).mean(1).sum(-1)
-            _add(sums.blocks.setdefault(name, []), squares.tolist())
-        sums.images += len(latents)
-        self._forget()
+            halves = torch.unflatten(torch.stack(of_block).square(), -1, (-1, len(latents))).mean(1)
+            self.blocks[name] = self.blocks[name] + halves.sum(-1).cpu()
+        self.images += len(latents)
+        self._errors.clear()
+        self._of_blocks.clear()
 
     def errors(self, name: str) -> MethodErrors:
         """Give the roots of the mean squares."""
-        sums = self.sums
 
-        def root(values: list[float]) -> tuple[float, ...]:
-            return tuple((value / sums.images) ** 0.5 for value in values)
+        def root(values: float | Tensor) -> tuple[float, ...]:
+            return tuple((torch.as_tensor(values) / self.images).sqrt().tolist())
 
-        return MethodErrors(
-            name,
-            {block: root(values) for block, values in sums.blocks.items()},
-            root(sums.steps),
-            root(sums.moved),
-            root(sums.independent),
-            sum(sums.successive) / max(1, len(sums.successive)),
-        )
+        blocks = {block: root(values) for block, values in self.blocks.items()}
+        steps, moved, independent = (root(self.figures[figure]) for figure in ("steps", "moved", "independent"))
+        cosines = torch.as_tensor(self.figures["successive"]) / self.images
+        return MethodErrors(name, blocks, steps, moved, independent, float(cosines.mean()) if cosines.numel() else 0.0)
 
 
 @contextmanager
@@ -242,7 +221,3 @@ def _norm(tensor: Tensor) -> Tensor:
     """Norm of each element of the batch."""
     norm: Tensor = tensor.float().flatten(1).norm(dim=-1)
     return norm
-
-
-def _add(into: list[float], values: list[float]) -> None:
-    into[:] = [a + b for a, b in zip(into, values, strict=True)] if into else values

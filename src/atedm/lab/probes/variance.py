@@ -116,11 +116,7 @@ def _entry_variance(maps: Tensor) -> Tensor:
 
 
 def attention_variance(
-    pipe: Any,
-    prompts: Sequence[str],
-    drawing: Drawing,
-    *,
-    progress: Progress = silent,
+    pipe: Any, prompts: Sequence[str], drawing: Drawing, *, progress: Progress = silent
 ) -> VarianceReport:
     """Draw one image a prompt, dense, and measure the first attention map of every block on the way.
 
