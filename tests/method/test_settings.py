@@ -99,7 +99,7 @@ STORED = [
 ]
 
 
-@pytest.mark.parametrize("method", STORED, ids=str)
+@pytest.mark.parametrize("method", STORED)
 def test_as_dict_is_json_and_makes_the_method_again(method: Any) -> None:
     values = json.loads(json.dumps(method.as_dict()))
     assert values["method"] == ("matched" if isinstance(method, Matched) else "at-edm")
