@@ -102,7 +102,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     monkeypatch.setattr(StableDiffusionXLPipeline, "from_pretrained", pipeline)
     monkeypatch.setattr(StableDiffusionXLControlNetPipeline, "from_pretrained", controlled)
     monkeypatch.setattr(ControlNetModel, "from_pretrained", control)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)  # takes long: tests/hosts/test_unet_compile.py
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)  # as it takes long
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return
