@@ -1,11 +1,18 @@
-"""Training that is killed goes on from the last whole state."""
+"""Training that is killed goes on from the last whole state.
+
+Each test is a process of its own, which forks: where autograd has run before, a fork cannot train.
+"""
 
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 
 from atedm.tiny import weights_folder
@@ -20,7 +27,7 @@ def sitting(out: Path) -> None:
     train(out, minutes=0.005, lr=1e-4, floor=0.02, autoencoder_minutes=0.0, reversed_share=1.0, seed=0, **small)
 
 
-def test_half_a_folder_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+def half_a_folder_is_not_taken_for_a_whole_one(out: Path) -> None:
     def killed_at_the_second_copy() -> None:
         copied = []
 
@@ -31,23 +38,45 @@ def test_half_a_folder_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
             return copyfile(*names, **options)
 
         copyfile, shutil.copyfile = shutil.copyfile, copy_one
-        sitting(tmp_path)
+        sitting(out)
 
     assert ended(in_child(killed_at_the_second_copy)) == -9
-    assert not (tmp_path / "tokenizer").exists()
-    assert ended(in_child(lambda: sitting(tmp_path))) == 0
+    assert not (out / "tokenizer").exists()
+    assert ended(in_child(lambda: sitting(out))) == 0
 
 
-def test_training_that_is_killed_goes_on_from_the_last_whole_state(tmp_path: Path) -> None:
-    def seen(out: Path) -> int:
+def training_goes_on_from_the_last_whole_state(out: Path) -> None:
+    def seen() -> int:
         file = out / "state.safetensors"
         return int(load_file(file)["seen"]) if file.exists() else 0
 
-    out = tmp_path / "run"
     for chance in faults("train killed", 0.06):
-        before = seen(out)
+        before = seen()
         killed(lambda: sitting(out), 1 if before else 4, 4.0, chance)
-        assert seen(out) >= before
-    before = seen(out)
+        assert seen() >= before
+    before = seen()
     assert ended(in_child(lambda: sitting(out))) == 0
-    assert seen(out) > before
+    assert seen() > before
+
+
+CASES: dict[str, Callable[[Path], None]] = {
+    case.__name__: case
+    for case in (half_a_folder_is_not_taken_for_a_whole_one, training_goes_on_from_the_last_whole_state)
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_a_process_of_its_own(name: str, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, __file__, name, str(tmp_path / "run")],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    CASES[sys.argv[1]](Path(sys.argv[2]))
