@@ -38,8 +38,8 @@ from atedm.tiny.pictures.text import build_tokenizer
 from atedm.tiny.pictures.unet import build_scheduler
 
 CAPTION_DROPOUT = 0.1
-AVERAGE_DECAY = 0.998
-"""Of the averaged weights, a step: a memory of five hundred steps."""
+AVERAGE_DECAY = 0.995
+"""Of the averaged weights, a step: a memory of two hundred steps, because sittings on a CPU have few."""
 _WARMUP = 6000
 """Images over which the learning rate rises, at the beginning of a run."""
 
