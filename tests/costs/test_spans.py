@@ -274,7 +274,7 @@ def test_at_equal_cost_a_run_costs_the_same(other: Method, steps: int) -> None:
 @given(
     st.floats(0.5, 1), st.sampled_from(BUDGETS_OF), st.sampled_from(CONVENTIONS), st.sampled_from([AtEdm(), Matched()])
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_a_solved_rate_keeps_to_the_budget_and_a_lower_one_does_not(
     share: float, of: str, convention: str, method: Any
 ) -> None:

@@ -51,9 +51,9 @@ def expected(build: Callable[[], UNet2DConditionModel], method: Method | None) -
 
 
 def test_compiled_first_it_has_two_more_graphs_and_is_dense_again_once_removed() -> None:
-    dense, pruned = expected(small_unet, None), expected(small_unet, AtEdm())
+    dense, pruned = expected(tiny_unet, None), expected(tiny_unet, AtEdm())
     counter = CompileCounter()
-    unet = wrapped(small_unet(), counter)
+    unet = wrapped(tiny_unet(), counter)
     torch.testing.assert_close(outputs(unet), dense)
     assert counter.frame_count == 1
     atedm.apply(unet, "paper")
