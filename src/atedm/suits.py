@@ -41,7 +41,7 @@ _SCENES = (
 def suits(model: str) -> Suits:
     """Return the method, steps, guidance and prompts that suit a model, by its name.
 
-    The method is the same for every model: the one that the figures support (docs/results.md).
+    The method is the same for every model: the one that the figures support (docs/reference/results.md).
     """
     if model == TINY:
         return Suits(DEFAULT, steps=50, guidance=3.0, prompts=_SCENES)

@@ -99,11 +99,6 @@ def evaluate(
     `atedm evaluate --captions 50`
 
     `atedm evaluate "dense,matched,paper[refill=direct-copy],tome[cost=paper],deepcache[interval=2]"`
-
-    `atedm lab reproduce table1 --captions 100`
-
-    `atedm lab reproduce curve --guidance 7` draws one of twelve scales, as curve-guidance-7; the whole curve finds its
-    images.
     """
     from atedm.hosts.unet_spans import find_unet
     from atedm.lab.evaluation.outcomes import run_experiment

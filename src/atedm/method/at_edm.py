@@ -94,7 +94,7 @@ class AtEdm:
             raise ValueError(f"spare must be an Early or None, not {self.spare!r}")
         for name in ("rank", "refill"):
             if getattr(self, name) is not None:
-                check_callable(name, getattr(self, name), "a function, see docs/extending.md, or None")
+                check_callable(name, getattr(self, name), "a function, see docs/how-to/extend.md, or None")
         if self.sample is not None:
             check_whole("sample", self.sample)
         check_whole("iterations", self.iterations)

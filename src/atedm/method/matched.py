@@ -9,7 +9,8 @@ In every attention block and every step, before the first layer:
 5. **Refill.** After the last layer each token of a group is what it was before, plus what the block did to the mean.
 6. **Remember.** Half of what set a token's update apart from its group's in the last step is added.
 
-It needs no attention map, and prunes the first layer too. ``docs/matched.md`` has the reasons and the measurements.
+It needs no attention map, and prunes the first layer too. ``docs/explanation/matched.md`` has the reasons and the
+measurements.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from atedm.words import check_name
 #: Our own method, and the paper's settings: AT-EDM, AT-EDM† (no pruning at the second level), and one for few steps.
 METHODS: dict[str, Method] = {"matched": Matched(), "paper": AtEdm(), "dagger": DAGGER, "turbo": TURBO}
 
-#: What is taken where none is named: the method that the figures support for every model (docs/results.md).
+#: What is taken where none is named: the method that the figures support for every model (docs/reference/results.md).
 DEFAULT = "matched"
 
 _KINDS: dict[str, type[Any]] = {"at-edm": AtEdm, "matched": Matched}

@@ -4,7 +4,7 @@
     python -m atedm.tiny.train RUN_FOLDER --minutes 120                  # then whole scenes
 
 Run it under ``torchrun --nproc_per_node 2`` with ``OMP_NUM_THREADS=1`` to use two cores. Every sitting resumes where
-the last one stopped; ``docs/shipped-model.md`` has the sittings the shipped weights had.
+the last one stopped; ``docs/reference/shipped-model.md`` has the sittings the shipped weights had.
 """
 
 from __future__ import annotations

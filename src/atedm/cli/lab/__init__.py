@@ -13,13 +13,22 @@ from atedm.cli.lab.objects import objects
 from atedm.cli.lab.scaling import scaling
 from atedm.cli.lab.variance import variance
 
+REPRODUCE = """Run one of the paper's experiments by its name: `atedm evaluate` with the methods already chosen.
+
+Images are kept by setting and method: a run that was stopped goes on, and experiments share them.
+
+Examples:
+`atedm lab reproduce table1 --captions 100`
+
+`atedm lab reproduce curve --guidance 7` draws one of twelve scales, as curve-guidance-7; the whole curve finds its
+images.
+"""
+
 lab = typer.Typer(
     help="Measure: the paper's experiments, and probes of models and methods. Needs pip install 'atedm[lab]'.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-lab.command("reproduce", help=f"Run one of the paper's experiments: `atedm evaluate` by a name.\n\n{evaluate.__doc__}")(
-    evaluate
-)
+lab.command("reproduce", help=REPRODUCE)(evaluate)
 for command in (latency, memory, variance, scaling, errors, objects, agreement):
     lab.command()(command)

@@ -5,8 +5,8 @@
     python -m atedm.tiny.pictures.train RUN --images 330000 --canvas 256 --cooldown 20000
 
 ``--images`` counts from the beginning of the run, so that a sitting that was cut off goes on by the same command. Run
-it under ``torchrun --nproc_per_node 2`` with ``OMP_NUM_THREADS=1`` to use two cores. ``docs/shipped-model.md`` has the
-sittings the shipped weights had.
+it under ``torchrun --nproc_per_node 2`` with ``OMP_NUM_THREADS=1`` to use two cores.
+``docs/reference/shipped-model.md`` has the sittings the shipped weights had.
 """
 
 from __future__ import annotations
