@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from atedm.app.models import load_pipeline
     from atedm.costs.report import CostReport, cost
     from atedm.costs.tome import ToMe
-    from atedm.hosts.diffusers_unet import Observation
+    from atedm.hosts.state import Observation
     from atedm.method.at_edm import AtEdm, ToRefill
     from atedm.method.contract import Cut, Place, View
     from atedm.method.matched import Matched
@@ -61,7 +61,7 @@ _HOMES = {
     "Cut": "atedm.method.contract",
     "Early": "atedm.method.schedule",
     "Matched": "atedm.method.matched",
-    "Observation": "atedm.hosts.diffusers_unet",
+    "Observation": "atedm.hosts.state",
     "PatchSummary": "atedm.summary",
     "Place": "atedm.method.contract",
     "Recording": "atedm.record",

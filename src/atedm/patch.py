@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from atedm.costs.budget import fit_to_budget
-from atedm.hosts.diffusers_unet import Observation, attach, detach, is_attached, refuse_attached
-from atedm.hosts.unet_spans import find_unet
+from atedm.hosts.models import attach, detach, find_model, is_transformer
+from atedm.hosts.state import Observation, is_attached, refuse_attached
 from atedm.method.contract import Method
 from atedm.method.presets import DEFAULT, method_named
 from atedm.method.protection import region
@@ -44,17 +44,17 @@ def apply(
         ValueError: If there is nothing to prune, the U-Net is patched already, a name is unknown, the budget cannot be
             kept, or the model is set up in a way pruning cannot honour. Nothing has been changed then.
     """
+    model = find_model(target)
     method = DEFAULT if method is None else method
-    method = method_named(method) if isinstance(method, str) else method
+    method = method_named(method, transformer=is_transformer(model)) if isinstance(method, str) else method
     if isinstance(method, type) or not isinstance(method, Method):
         raise TypeError(f"method must be a Matched, an AtEdm or a name such as 'matched', not {method!r}")
     mask = None if protect is None else region(protect)
-    unet = find_unet(target)
-    refuse_attached(unet)
+    refuse_attached(model)
     if budget is not None:
         method = fit_to_budget(target, method, share=budget)
-    attach(unet, method, mask)
-    return PatchSummary.of(target, method, frozenset(unet._atedm.spans))
+    attach(model, method, mask)
+    return PatchSummary.of(target, method, frozenset(model._atedm.spans))
 
 
 def remove(target: Any) -> None:
@@ -65,7 +65,7 @@ def remove(target: Any) -> None:
         ValueError: If it is not patched.
         RuntimeError: If another thread is in the middle of a step of it.
     """
-    detach(find_unet(target))
+    detach(find_model(target))
 
 
 @contextmanager
@@ -73,12 +73,12 @@ def pruned(
     target: Any, method: Method | str | None = None, *, budget: float | None = None, protect: Any = None
 ) -> Iterator[PatchSummary]:
     """Apply for the length of a ``with`` block, and remove even if it raises."""
-    unet = find_unet(target)
+    model = find_model(target)
     summary = apply(target, method, budget=budget, protect=protect)
     try:
         yield summary
     finally:
-        remove(unet)
+        remove(model)
 
 
 @contextmanager
@@ -91,10 +91,10 @@ def observed(target: Any, observer: Callable[[Observation], None]) -> Iterator[N
         TypeError: If there is no U-Net.
         ValueError: If it is not patched.
     """
-    unet = find_unet(target)
-    if not is_attached(unet):
+    model = find_model(target)
+    if not is_attached(model):
         raise ValueError("this U-Net is not patched, so there is nothing to observe; call atedm.apply(...) first")
-    observers = unet._atedm.observers
+    observers = model._atedm.observers
     observers.append(observer)
     try:
         yield
@@ -108,4 +108,4 @@ def is_applied(target: Any) -> bool:
     Raises:
         TypeError: If there is no U-Net.
     """
-    return is_attached(find_unet(target))
+    return is_attached(find_model(target))

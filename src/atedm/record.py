@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from atedm.hosts.diffusers_unet import Observation
-from atedm.hosts.unet_spans import find_unet
+from atedm.hosts.models import find_model
+from atedm.hosts.state import Observation
 from atedm.patch import observed
 
 
@@ -77,13 +77,13 @@ def recorded(target: Any) -> Iterator[Recording]:
         TypeError: If there is no U-Net.
         ValueError: If it is not patched.
     """
-    unet = find_unet(target)
+    model = find_model(target)
     recording = Recording()
     with observed(target, recording.note):
-        recording.blocks = unet._atedm.spans
+        recording.blocks = model._atedm.spans
         hooks = (
-            unet.register_forward_pre_hook(_Hook(recording.begin_call)),
-            unet.register_forward_hook(_Hook(recording.end_call)),
+            model.register_forward_pre_hook(_Hook(recording.begin_call)),
+            model.register_forward_hook(_Hook(recording.end_call)),
         )
         try:
             yield recording

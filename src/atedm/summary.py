@@ -11,7 +11,8 @@ from diffusers import UNet2DConditionModel
 from atedm.costs.architectures import WORDS, Architecture, architecture
 from atedm.costs.budget import Profile, profile_of
 from atedm.costs.spans import SpanShape, early_steps, span_shape
-from atedm.hosts.unet_spans import find_spans, find_unet
+from atedm.hosts.models import find_model, is_transformer
+from atedm.hosts.unet_spans import find_spans
 from atedm.method.contract import Method
 
 RUN_STEPS = 50
@@ -20,13 +21,13 @@ RUN_STEPS = 50
 
 @dataclass(frozen=True)
 class PatchSummary:
-    """The attention blocks of a model and what is done in each; ``print`` it for a table.
+    """The attention blocks of a U-Net, or the stretches of blocks of a transformer, and what is done in each.
 
-    Figures are for the size the model was trained for.
+    ``print`` it for a table. Figures are for the size the model was trained for.
     """
 
     method: Method
-    #: Every attention block of the model.
+    #: Every span of the model that can be pruned.
     shapes: tuple[SpanShape, ...]
     #: Names of the blocks that are pruned.
     pruned: frozenset[str]
@@ -36,10 +37,15 @@ class PatchSummary:
     @classmethod
     def of(cls, target: Any, method: Method, pruned: frozenset[str]) -> PatchSummary:
         """Describe a pruned pipeline or model."""
-        unet = find_unet(target)
-        arch = architecture(target) if isinstance(unet, UNet2DConditionModel) else None
-        latents, words = ((64, 64), WORDS) if arch is None else (arch.latents(), arch.words)
-        shapes = tuple(span_shape(unet, place, latents, words) for place, _ in find_spans(unet).values())
+        model = find_model(target)
+        if is_transformer(model):
+            arch = architecture(target)
+            shapes = profile_of(arch).shapes
+        elif isinstance(model, UNet2DConditionModel):
+            arch = architecture(target)
+            shapes = _shapes(model, arch.latents(), arch.words)
+        else:
+            arch, shapes = None, _shapes(model, (64, 64), WORDS)
         return cls(method, shapes, pruned, arch)
 
     def kept(self, shape: SpanShape, *, early: bool = False) -> int:
@@ -96,3 +102,7 @@ class PatchSummary:
             if cost > 1:
                 lines.append("What pruning adds (the attention map above all) costs more than it saves here.")
         return "\n".join(lines)
+
+
+def _shapes(unet: Any, latents: tuple[int, int], words: int) -> tuple[SpanShape, ...]:
+    return tuple(span_shape(unet, place, latents, words) for place, _ in find_spans(unet).values())

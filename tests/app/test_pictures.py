@@ -10,7 +10,7 @@ from PIL import Image
 from atedm.app.pictures.canvas import Cell, draw_sheet
 from atedm.app.pictures.comparison import Comparison, PrunedImage, comparison_sheet, difference, psnr
 from atedm.app.pictures.maps import importance_overlay, kept_overlay, maps_sheet, mean_kept_overlay
-from atedm.hosts.diffusers_unet import Observation
+from atedm.hosts.state import Observation
 from atedm.record import Recording
 
 WHITE = Image.new("RGB", (64, 64), (255, 255, 255))

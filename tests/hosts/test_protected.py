@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from atedm.hosts.diffusers_unet import Observation, check_protected
+from atedm.hosts.models import check_protected
+from atedm.hosts.state import Observation
 from atedm.lab.ablation import Variant
 from atedm.method.at_edm import AtEdm
 from atedm.method.contract import Method

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import atedm
 from atedm.app.models import load_pipeline
 from atedm.cli import app
-from atedm.hosts.diffusers_unet import Observation
+from atedm.hosts.state import Observation
 from atedm.lab.ablation import Variant
 from atedm.lab.charts.objects import objects_chart
 from atedm.lab.evaluation.images import Drawing

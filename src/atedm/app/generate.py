@@ -18,7 +18,7 @@ from atedm.app.pictures.comparison import Comparison, PrunedImage, comparison_sh
 from atedm.app.pictures.maps import maps_sheet
 from atedm.app.request import ImageResult, Request
 from atedm.app.run_file import run_file
-from atedm.hosts.diffusers_unet import check_protected
+from atedm.hosts.models import check_protected
 from atedm.method.contract import Method
 from atedm.method.protection import region
 from atedm.patch import pruned

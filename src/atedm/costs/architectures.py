@@ -1,4 +1,4 @@
-"""U-Nets by name, without weights: their public configs, built on the meta device, where nothing is computed."""
+"""Models by name, without weights: their public configs, built on the meta device, where nothing is computed."""
 
 from __future__ import annotations
 
@@ -8,28 +8,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from atedm.hosts.unet_spans import find_unet
+from atedm.costs.transformer_calls import PACKED, VIDEO, transformer_call, words_of
+from atedm.hosts.dit_families import FAMILIES
+from atedm.hosts.models import find_model
+from atedm.hosts.unet_spans import PRUNABLE
 from atedm.suits import TINY, suits
 from atedm.tiny import weights_folder
 from atedm.words import check_name, is_whole
 
-_CONFIGS = Path(__file__).parent / "unets"
+_CONFIGS = Path(__file__).parent / "configs"
 WORDS = 77
 """Text tokens assumed where a model does not say; the share they have is small."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """A model whose U-Net config ships with the package."""
+    """A model whose config ships with the package."""
 
     config: str
     #: Pixels a side it was trained for.
     side: int
-    #: Whether it is run with guidance, two U-Net calls an image.
+    #: Whether it is run with guidance, two calls of the model an image.
     guidance: bool = True
 
 
@@ -38,12 +42,18 @@ NAMED = {
     "sdxl-turbo": Named("sdxl.json", 512, guidance=False),
     "sd15": Named("sd15.json", 512),
     "sd21": Named("sd21.json", 768),
+    "flux": Named("flux.json", 1024, guidance=False),
+    "sd35-large": Named("sd35-large.json", 1024),
+    "sd35-medium": Named("sd35-medium.json", 1024),
+    "qwen-image": Named("qwen-image.json", 1024),
+    "z-image": Named("z-image.json", 1024, guidance=False),
+    "pixart-sigma": Named("pixart-sigma.json", 1024),
 }
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A U-Net's sizes and what one call of it is given."""
+    """The sizes of a U-Net or a transformer, and what one call of it is given."""
 
     name: str
     config: dict[str, Any] = field(repr=False)
@@ -55,6 +65,11 @@ class Architecture:
     guidance: bool
     #: Text tokens of a caption.
     words: int = WORDS
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether it is a transformer of a known family."""
+        return self.config.get("_class_name") in FAMILIES
 
     def latents(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """Return (height, width) of the latents of an image of ``size`` (width, height) pixels.
@@ -73,17 +88,30 @@ class Architecture:
                 )
         return height // self.factor, width // self.factor
 
-    def on_meta(self) -> UNet2DConditionModel:
-        """Build the U-Net without weights.
+    def grid(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Return (h, w) of the image tokens of a transformer, two latents a side each in those that cut patches.
 
         Raises:
-            ValueError: If diffusers cannot build a U-Net of this config.
+            ValueError: As `latents`, or if a side is odd in latents.
         """
+        height, width = self.latents(size)
+        patch = patch_of(self.config)
+        if height % patch or width % patch:
+            raise ValueError(f"sides must be multiples of {patch * self.factor} pixels for {self.name}")
+        return height // patch, width // patch
+
+    def on_meta(self) -> Any:
+        """Build the model without weights.
+
+        Raises:
+            ValueError: If diffusers cannot build a model of this config.
+        """
+        kind = getattr(diffusers, self.config["_class_name"]) if self.is_transformer else UNet2DConditionModel
         try:
             with torch.device("meta"):
-                return UNet2DConditionModel.from_config(self.config).eval()
+                return kind.from_config(self.config).eval()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"cannot build the U-Net of {self.name}: {error}") from error
+            raise ValueError(f"cannot build the model of {self.name}: {error}") from error
 
     def call(
         self,
@@ -94,7 +122,7 @@ class Architecture:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> dict[str, Any]:
-        """Return the arguments of one call of the U-Net but for the timestep: noise, drawn from ``seed``.
+        """Return the arguments of one call: noise, drawn from ``seed``. Those of a U-Net lack the timestep.
 
         Args:
             size: (width, height) in pixels; by default what the model was trained for.
@@ -111,6 +139,8 @@ class Architecture:
             return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
 
         config = self.config
+        if self.is_transformer:
+            return transformer_call(config, self.grid(size), batch, self.words, noise, device=device)
         width = config.get("encoder_hid_dim") or config.get("cross_attention_dim", 1280)
         call: dict[str, Any] = {
             "sample": noise(batch, config.get("in_channels", 4), *self.latents(size)),
@@ -156,7 +186,8 @@ def architecture(model: Any) -> Architecture:
     if name in NAMED:
         known = NAMED[name]
         config = json.loads((_CONFIGS / known.config).read_text())
-        return Architecture(name, config, (known.side, known.side), 8, known.guidance)
+        words = words_of(config["_class_name"]) if config.get("_class_name") in FAMILIES else WORDS
+        return Architecture(name, config, (known.side, known.side), 8, known.guidance, words)
     folder = weights_folder() if name == TINY else Path(name).expanduser()
     if folder.is_dir():
         return _of_folder(name, folder)
@@ -168,31 +199,35 @@ def architecture(model: Any) -> Architecture:
 
 
 def _of_object(target: Any) -> Architecture:
-    unet = find_unet(target)
-    if not isinstance(unet, UNet2DConditionModel):
-        raise TypeError(f"costs are counted for a U-Net, not for a {type(unet).__name__}; give a rate there")
+    model = find_model(target)
+    if isinstance(model, PRUNABLE) and not isinstance(model, UNet2DConditionModel):
+        raise TypeError(f"costs are counted for whole models, not for a {type(model).__name__}; give a rate there")
     factor = getattr(target, "vae_scale_factor", 8)
     text = getattr(getattr(target, "text_encoder", None), "config", None)
     words = getattr(text, "max_position_embeddings", WORDS)
-    return _architecture(type(target).__name__, dict(unet.config), factor, words)
+    config = {"_class_name": type(model).__name__} | dict(model.config)
+    return _architecture(type(target).__name__, config, factor, words)
 
 
 def _of_folder(name: str, folder: Path) -> Architecture:
-    file = next((f for f in (folder / "unet" / "config.json", folder / "config.json") if f.exists()), None)
+    files = [folder / part / "config.json" for part in ("unet", "transformer", ".")]
+    file = next((file for file in files if file.exists()), None)
     if file is None:
-        raise ValueError(f"{name} has no U-Net: neither unet/config.json nor config.json is there")
+        raise ValueError(
+            f"{name} has no model: neither unet/config.json nor transformer/config.json nor config.json is there"
+        )
     vae, text = (folder / part / "config.json" for part in ("vae", "text_encoder"))
     words = _read(text).get("max_position_embeddings", WORDS) if text.exists() else WORDS
     return _architecture(name, _read(file), _factor(_read(vae)) if vae.exists() else 8, words)
 
 
 def _of_hub(name: str) -> Architecture:
-    try:
-        config = UNet2DConditionModel.load_config(name, subfolder="unet")
-    except OSError as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot read the U-Net config of {name!r} from the hub: {first}") from error
-    return _architecture(name, dict(config), 8)
+    for part in ("unet", "transformer"):
+        try:
+            return _architecture(name, dict(UNet2DConditionModel.load_config(name, subfolder=part)), 8)
+        except OSError as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise ValueError(f"cannot read the config of {name!r} from the hub: {first}")
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -207,11 +242,25 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _architecture(name: str, config: dict[str, Any], factor: int, words: int = WORDS) -> Architecture:
     kind = config.get("_class_name", "UNet2DConditionModel")
-    if kind != "UNet2DConditionModel":
-        raise ValueError(f"{name} holds a {kind}; atedm prunes the attention blocks of a UNet2DConditionModel")
-    side = config.get("sample_size") or 64
+    if kind != "UNet2DConditionModel" and kind not in FAMILIES:
+        raise ValueError(
+            f"{name} holds a {kind}; atedm prunes a UNet2DConditionModel, or one of these transformers: "
+            f"{', '.join(FAMILIES)}"
+        )
+    if kind in FAMILIES:
+        words = words_of(kind)
+        side = config.get("sample_size") or ((480 // factor, 832 // factor) if kind in VIDEO else 1024 // factor)
+    else:
+        side = config.get("sample_size") or 64
     height, width = (side, side) if isinstance(side, int) else side
     return Architecture(name, config, (width * factor, height * factor), factor, suits(name).guidance > 0, words)
+
+
+def patch_of(config: Mapping[str, Any]) -> int:
+    """Latents a side that one token of a transformer stands for. FLUX and its like pack 2 x 2 before the model."""
+    patch = config.get("patch_size", 2)
+    patch = patch if isinstance(patch, int) else patch[-1]
+    return 2 if config.get("_class_name") in PACKED else patch
 
 
 def _factor(vae: dict[str, Any]) -> int:

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 from atedm.costs.architectures import Architecture, architecture
 from atedm.costs.counting import count_macs
 from atedm.costs.spans import CONVENTIONS, SpanShape, mean_macs, span_shape, step_macs
-from atedm.costs.tome import ToMe, tome_mean_macs
+from atedm.costs.tome import ToMe, refuse_tome, tome_mean_macs
+from atedm.costs.transformers import profile_transformer
+from atedm.hosts.models import spans_of
 from atedm.hosts.unet_spans import choose_spans, find_spans
 from atedm.method.contract import Method
 from atedm.words import check_name, check_whole
@@ -32,7 +34,7 @@ class CostOutOfReach(ValueError):
 
 @dataclass(frozen=True)
 class Profile:
-    """What the cost of a U-Net at one size depends on, for one image."""
+    """What the cost of a model at one size depends on, for one image."""
 
     shapes: tuple[SpanShape, ...]
     #: MACs outside the spans.
@@ -44,6 +46,7 @@ class Profile:
 
     def mean(self, method: Method | ToMe, steps: int, convention: str = "exact") -> float:
         """Mean MACs of a step of a run with a method."""
+        refuse_tome(self.shapes, method)
         of_spans = tome_mean_macs if isinstance(method, ToMe) else mean_macs
         return self.rest + of_spans(self.shapes, method, steps, convention)  # type: ignore[arg-type]
 
@@ -116,7 +119,7 @@ def fit_to_budget(
     arch = architecture(model)
     profile = profile_of(arch, size)
     if not isinstance(method, ToMe):
-        choose_spans(find_spans(arch.on_meta()), method)  # or the floor would be the dense cost, with no word why
+        choose_spans(spans_of(arch.on_meta()), method)  # or the floor would be the dense cost, with no word why
     images = 2 if (arch.guidance if guidance is None else guidance) else 1
     target = share * profile.dense(convention) if share is not None else given * 1e12 / images
 
@@ -149,13 +152,17 @@ def _least(cost: Callable[[float], float], target: float, highest: float, what: 
 
 
 def profile_of(arch: Architecture, size: tuple[int, int] | None = None) -> Profile:
-    """Count the dense U-Net at ``size`` (width, height) in pixels; the same one is counted once."""
-    return _profile(json.dumps(arch.config, sort_keys=True, default=str), arch.latents(size), arch.words)
+    """Count the dense model at ``size`` (width, height) in pixels; the same one is counted once."""
+    grid = arch.grid(size) if arch.is_transformer else arch.latents(size)
+    return _profile(json.dumps(arch.config, sort_keys=True, default=str), grid, arch.words)
 
 
 @functools.lru_cache(maxsize=8)
-def _profile(config: str, latents: tuple[int, int], words: int) -> Profile:
-    arch = Architecture("", json.loads(config), (latents[1], latents[0]), 1, False, words)
-    unet = arch.on_meta()
-    shapes = tuple(span_shape(unet, place, latents, words) for place, _ in find_spans(unet).values())
-    return Profile(shapes, count_macs(unet, arch.call()).rest)
+def _profile(config: str, grid: tuple[int, int], words: int) -> Profile:
+    arch = Architecture("", json.loads(config), (grid[1], grid[0]), 1, False, words)
+    model = arch.on_meta()
+    if arch.is_transformer:
+        counted = profile_transformer(model, arch.config, grid, words)
+        return Profile(counted.shapes, sum(counted.rest.values()))
+    shapes = tuple(span_shape(model, place, grid, words) for place, _ in find_spans(model).values())
+    return Profile(shapes, count_macs(model, arch.call()).rest)

@@ -11,7 +11,7 @@ from atedm.costs.architectures import Architecture, architecture
 from atedm.costs.counting import Counted, count_macs, kinds_of_step
 from atedm.costs.spans import CONVENTIONS, Macs, SpanShape, early_steps, span_macs, span_run_macs, span_shape
 from atedm.costs.tome import ToMe, tome_macs, tome_mean_macs, tome_step_macs
-from atedm.hosts.diffusers_unet import attach, detach
+from atedm.hosts.models import attach, detach
 from atedm.hosts.unet_spans import choose_spans, find_spans
 from atedm.method.contract import Method
 from atedm.method.presets import method_named

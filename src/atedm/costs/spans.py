@@ -47,6 +47,18 @@ class SpanShape:
         """N."""
         return self.size[0] * self.size[1]
 
+    def ends_macs(self) -> Macs:
+        """MACs of what stands before the first layer and after the last, on all tokens."""
+        return Macs(linear=2 * self.tokens * self.channels**2)
+
+    def layers_macs(self, first: int, last: int, tokens: int) -> Macs:
+        """MACs of the layers from ``first`` to before ``last`` on so many tokens."""
+        return layer_macs(self, tokens, tokens, tokens).times(last - first)
+
+    def queries_and_keys(self, tokens: Tensor, context: Tensor) -> QueriesAndKeys:
+        """Make what a method may ask for of an attention, on tensors without values."""
+        return _projected(self, tokens, context)
+
 
 class Macs(NamedTuple):
     """MACs by what they are spent on, for one image.
@@ -107,14 +119,14 @@ def span_macs(shape: SpanShape, method: Method | None = None, *, early: bool = F
         own: Macs = method.span_macs(shape, early=early)
         return own
     n, layers = shape.tokens, shape.place.layers
-    total = Macs(linear=2 * n * shape.channels**2)
+    total = shape.ends_macs()
     kept = n if method is None else method.count(shape.place, n, early=early)
     if method is None or kept == n:
-        return total.plus(layer_macs(shape, n, n, n).times(layers))
+        return total.plus(shape.layers_macs(0, layers, n))
     dense = method.dense_layers
     return total.plus(
-        layer_macs(shape, n, n, n).times(dense),
-        layer_macs(shape, kept, kept, kept).times(layers - dense),
+        shape.layers_macs(0, dense, n),
+        shape.layers_macs(dense, layers, kept),
         Macs(overhead=drop_macs(method, shape, kept)),
     )
 
@@ -183,8 +195,8 @@ def _meta_view(shape: SpanShape, kept: int, number: int, *, remembers: bool) -> 
         count=kept,
         step=0,
         tokens=tokens,
-        self_attention=functools.partial(_projected, shape, tokens, tokens),
-        cross_attention=functools.partial(_projected, shape, tokens, _meta(1, shape.words, shape.word_width)),
+        self_attention=functools.partial(shape.queries_and_keys, tokens, tokens),
+        cross_attention=functools.partial(shape.queries_and_keys, tokens, _meta(1, shape.words, shape.word_width)),
         memory=Memory(last=tokens) if remembers else None,
     )
 

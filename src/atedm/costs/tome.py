@@ -89,3 +89,9 @@ def tome_mean_macs(shapes: Sequence[SpanShape], tome: ToMe, steps: int = 50, con
 def _destinations(shape: SpanShape) -> int:
     height, width = shape.size
     return (height // 2) * (width // 2)
+
+
+def refuse_tome(shapes: Sequence[SpanShape], method: object) -> None:
+    """Raise a `ValueError` if ToMe is asked for in a transformer, where tomesd does nothing."""
+    if isinstance(method, ToMe) and any(shape.place.name.endswith("]") for shape in shapes):
+        raise ValueError("tomesd merges tokens in U-Nets only; its cost in a transformer is not counted")

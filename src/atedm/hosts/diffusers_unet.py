@@ -10,8 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,51 +23,18 @@ from torch import Tensor
 
 from atedm.hosts.attention import attention_bias, bias_for, queries_and_keys, strange_processor
 from atedm.hosts.protected import check_room
-from atedm.hosts.runs import Caller, Run
-from atedm.hosts.unet_spans import choose_spans, find_spans, find_unet, refuse_at_call, refuse_drift, refuse_unknown
-from atedm.method.contract import Cut, Memory, Method, Place, View
+from atedm.hosts.runs import Run
+from atedm.hosts.state import PATCHING, ModelState, is_attached, refuse_attached
+from atedm.hosts.unet_spans import choose_spans, find_spans, refuse_at_call, refuse_drift, refuse_unknown
+from atedm.method.contract import Memory, Method, Place, View
 from atedm.method.protection import protected_tokens
 
 
-class Observation(NamedTuple):
-    """What an observer is told when tokens are dropped: see `atedm.observed`."""
-
-    #: Name of the span in the model.
-    block: str
-    #: After how many layers of the span.
-    layer: int
-    #: Index of the denoising step.
-    step: int
-    #: (B, N) float32.
-    importance: Tensor
-    #: (B, K) int64, ascending.
-    keep: Tensor
-    #: (h, w) of the grid.
-    size: tuple[int, int]
-
-
 @dataclass
-class ModelState:
-    """What the spans of one pruned model share. It is set before each call of the model; only ``run`` lasts."""
+class UnetState(ModelState):
+    """What the spans of one pruned U-Net share."""
 
-    method: Method
-    #: Names of the pruned spans.
-    spans: tuple[str, ...]
-    #: Whether the step is early.
-    early: bool = False
-    #: Index of the denoising step. A tensor of the host, because `torch.compile` takes an int here for a constant.
-    step: Tensor = field(default_factory=partial(torch.tensor, 0, device="cpu"))
-    observers: list[Callable[[Observation], None]] = field(default_factory=list)
-    #: What is never dropped, (H, W) of zeros and ones over the image.
-    protect: Tensor | None = None
-    #: Sizes of latents, (height, width), for which that was found to leave room.
-    with_room: set[tuple[int, int]] = field(default_factory=set)
     run: Run = field(default_factory=Run)
-    caller: Caller = field(default_factory=Caller)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies of a model, pickled or not, are not observed, as they remember nothing.
-        return vars(self) | {"observers": []}
 
 
 @dataclass
@@ -77,7 +42,7 @@ class SpanState:
     """What one pruned span knows."""
 
     place: Place
-    model: ModelState
+    model: UnetState
     memory: Memory = field(default_factory=Memory)
     #: Whether the span is left dense in this call, because something in it reads tokens by their place.
     is_dense: bool = False
@@ -85,12 +50,6 @@ class SpanState:
     def count(self, tokens: int) -> int:
         """Tokens that go on in this step."""
         return tokens if self.is_dense else self.model.method.count(self.place, tokens, early=self.model.early)
-
-    def observe(self, layer: int, cut: Cut, size: tuple[int, int]) -> None:
-        """Tell whoever looks on."""
-        for observer in self.model.observers:
-            step = int(self.model.step)
-            observer(Observation(self.place.name, layer, step, cut.importance, cut.keep, size))
 
 
 class LayerInputs(NamedTuple):
@@ -161,7 +120,7 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         for layer in self.transformer_blocks[: method.dense_layers]:
             tokens = self._layer(layer, tokens, inputs)
         cut = method.drop(self._view(tokens, start, size, inputs))
-        span.observe(method.dense_layers, cut, size)
+        span.model.observe(span.place.name, method.dense_layers, cut, size)
         tokens = cut.tokens
         bias = attention_bias(cut.weights, tokens)
         for layer in self.transformer_blocks[method.dense_layers :]:
@@ -198,9 +157,6 @@ class PrunedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
 #: The class of a pruned block by the type of method; `atedm.lab.ablation` adds one that prunes inside its layers.
 BLOCK_CLASSES: dict[type, type[PrunedTransformer2DModel]] = {}
 
-PATCHING = threading.Lock()
-"""Held while a model is patched, unpatched, or told of a step."""
-
 
 def attach(unet: UNet2DConditionModel, method: Method, protect: Tensor | None = None) -> None:
     """Let ``method`` prune a U-Net.
@@ -223,7 +179,7 @@ def attach(unet: UNet2DConditionModel, method: Method, protect: Tensor | None = 
         refuse_unknown(name, module)
         if check := getattr(block_class, "check", None):
             check(name, module, method)
-    state = ModelState(method, tuple(chosen), protect=protect)
+    state = UnetState(method, tuple(chosen), protect=protect)
     with PATCHING:
         refuse_attached(unet)  # another thread may have been quicker
         for place, module in chosen.values():
@@ -237,34 +193,14 @@ def attach(unet: UNet2DConditionModel, method: Method, protect: Tensor | None = 
 
 
 def detach(unet: UNet2DConditionModel) -> None:
-    """Undo `attach`: the U-Net is exactly as before.
-
-    Raises:
-        ValueError: If it is not pruned.
-        RuntimeError: If another thread is in the middle of a step of it.
-    """
-    with PATCHING:
-        if not is_attached(unet):
-            raise ValueError("this U-Net is not patched, so there is nothing to remove")
-        unet._atedm.caller.refuse_others()
-        for module in unet.modules():
-            if isinstance(module, PrunedTransformer2DModel):
-                module.__class__ = Transformer2DModel
-                del module._atedm
-        for hook in unet._atedm_hooks:
-            hook.remove()
-        del unet._atedm_hooks, unet._atedm
-
-
-def is_attached(unet: UNet2DConditionModel) -> bool:
-    """Whether a U-Net is pruned."""
-    return "_atedm" in vars(unet)
-
-
-def refuse_attached(unet: UNet2DConditionModel) -> None:
-    """Raise a `ValueError` if a U-Net is pruned already."""
-    if is_attached(unet):
-        raise ValueError("this U-Net is patched already; call atedm.remove(...) first, then apply the other method")
+    """Undo `attach`: the U-Net is exactly as before. Call it with `PATCHING` held."""
+    for module in unet.modules():
+        if isinstance(module, PrunedTransformer2DModel):
+            module.__class__ = Transformer2DModel
+            del module._atedm
+    for hook in unet._atedm_hooks:
+        hook.remove()
+    del unet._atedm_hooks, unet._atedm
 
 
 # Hooks are plain functions that find their state on the module they are called with, so that copies of a patched U-Net,
@@ -285,7 +221,7 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
             "ip_adapter_masks are laid over the tokens by their number, which pruning changes; "
             "call atedm.remove first, or leave the masks out"
         )
-    state: ModelState = unet._atedm
+    state: UnetState = unet._atedm
     with PATCHING:
         state.caller.begin()
     position, follows = state.run.locate(given["timestep"])
@@ -302,7 +238,7 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
     sample = given.get("sample")
     if state.protect is not None and isinstance(sample, Tensor):
         state.protect = state.protect.to(sample.device)
-        check_protected(unet, (sample.shape[-2], sample.shape[-1]))
+        check_protected_unet(unet, (sample.shape[-2], sample.shape[-1]))
 
 
 @functools.cache
@@ -322,18 +258,17 @@ def after_forward(unet: UNet2DConditionModel, *_: Any) -> None:
         unet._atedm.caller.end()
 
 
-def check_protected(model: Any, size: tuple[int, int]) -> None:
+def check_protected_unet(unet: Any, size: tuple[int, int]) -> None:
     """See before any work that no span will keep fewer tokens than are protected.
 
     Args:
-        model: A patched pipeline or U-Net.
+        unet: Patched.
         size: (height, width) of the latents.
 
     Raises:
         ValueError: If one will; the message names a rate that leaves enough.
     """
-    unet = find_unet(model)
-    state: ModelState = unet._atedm
+    state: UnetState = unet._atedm
     if state.protect is None or size in state.with_room:
         return
     grids = {}

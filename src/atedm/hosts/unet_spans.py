@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 from diffusers import ControlNetModel, ControlNetUnionModel, MultiControlNetModel, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from atedm.hosts.dit_families import FAMILIES
+from atedm.hosts.wrapped import unwrapped
 from atedm.method.contract import Method, Place
 
 WRITTEN_FOR = "0.33 to 0.42"
@@ -39,8 +40,10 @@ KNOWN: tuple[tuple[type, str, frozenset[str]], ...] = (
     (BasicTransformerBlock, "forward", frozenset({"hidden_states", "added_cond_kwargs", *_CALL, *_MASKS})),
 )
 
-Spans = Mapping[str, tuple[Place, Transformer2DModel]]
+UnetSpans = Mapping[str, tuple[Place, Transformer2DModel]]
 """Place and module of every span, by name, in the order they run."""
+
+M = TypeVar("M")
 
 
 def find_unet(target: Any) -> UNet2DConditionModel:
@@ -52,9 +55,7 @@ def find_unet(target: Any) -> UNet2DConditionModel:
     Raises:
         TypeError: If there is none; the message names what was found and what would work.
     """
-    model = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
-    while isinstance(wrapped := getattr(model, "_orig_mod", None) or _inside(model), nn.Module):
-        model = wrapped
+    model = unwrapped(target if isinstance(target, nn.Module) else getattr(target, "unet", None))
     if isinstance(model, PRUNABLE):
         return model
     if isinstance(model, MultiControlNetModel):
@@ -71,17 +72,14 @@ def find_unet(target: Any) -> UNet2DConditionModel:
         found = ", ".join(
             f"{name}: {type(part).__name__}" for name, part in parts.items() if isinstance(part, nn.Module)
         )
-        what = f"{type(target).__name__} has no U-Net" + (f" (it has {found})" if found else "")
+        what = f"{type(target).__name__} has no U-Net and no transformer" + (f" (it has {found})" if found else "")
     else:
         what = f"found a {type(model).__name__}"
     raise TypeError(
         f"{what}; atedm prunes the attention blocks of a UNet2DConditionModel, so it works on pipelines such as "
-        "StableDiffusionXLPipeline or StableDiffusionPipeline, on their .unet, or on a ControlNetModel"
+        "StableDiffusionXLPipeline or StableDiffusionPipeline, on their .unet, or on a ControlNetModel; and the blocks of "
+        f"these transformers: {', '.join(family.name for family in FAMILIES.values())}"
     )
-
-
-def _inside(model: Any) -> Any:
-    return model.module if isinstance(model, DistributedDataParallel) else None
 
 
 def find_spans(unet: UNet2DConditionModel) -> dict[str, tuple[Place, Transformer2DModel]]:
@@ -102,7 +100,7 @@ def find_spans(unet: UNet2DConditionModel) -> dict[str, tuple[Place, Transformer
     return found
 
 
-def choose_spans(spans: Spans, method: Method) -> dict[str, tuple[Place, Transformer2DModel]]:
+def choose_spans(spans: Mapping[str, tuple[Place, M]], method: Method) -> dict[str, tuple[Place, M]]:
     """Return the spans in which ``method`` has something to prune, whatever its rate.
 
     Raises:

@@ -136,7 +136,7 @@ class AtEdm:
                 assert scores.importance is not None
                 importance = scores.importance
             importance = with_protected(importance, view.protected)
-            keep = keep_most_important(importance, view.count)
+            keep = keep_most_important(importance, view.count, one_set=view.one_set)
             source = None if scores is None or self.refill is not None else scores.source(keep)
         refill = (
             partial(similarity_copy, source=source) if source is not None else partial(self._own, tokens, keep, view)

@@ -23,9 +23,9 @@ class Place:
         ValueError: If a field is out of its range.
     """
 
-    #: Part of the model: "down", "mid" or "up" in a U-Net.
+    #: Part of the model: "down", "mid" or "up" in a U-Net, "mid" in a transformer.
     stage: str
-    #: Feature level, counted from 1, the finest.
+    #: Feature level, counted from 1, the finest. A transformer has one.
     level: int
     #: Number of this span among those of its stage and level, from 0, in the order they run.
     index: int
@@ -33,7 +33,7 @@ class Place:
     count: int
     #: How many layers the span has, such as 2 (A2) or 10 (A10) in SDXL.
     layers: int
-    #: Name of the module in the model.
+    #: Name of the module in the model; of a run of blocks, ``transformer_blocks[1:23]``.
     name: str
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ class View:
     """
 
     place: Place
-    #: (h, w) of the grid of tokens, N = h w in raster order.
+    #: (h, w) of the grid of tokens, N = h w in raster order. The frames of a video lie below one another.
     size: tuple[int, int]
     #: K, how many tokens will go on.
     count: int
@@ -104,6 +104,8 @@ class View:
     protected: Tensor | None = None
     #: For methods that remember.
     memory: Memory | None = None
+    #: Whether all images of the batch must keep the same tokens, because their positions come in one table for all.
+    one_set: bool = False
 
 
 class Cut(NamedTuple):
@@ -123,7 +125,11 @@ class Cut(NamedTuple):
 
 @runtime_checkable
 class Method(Protocol):
-    """A way to prune. `atedm.method.at_edm.AtEdm` and `atedm.method.matched.Matched` are two."""
+    """A way to prune. `atedm.method.at_edm.AtEdm` and `atedm.method.matched.Matched` are two.
+
+    A method that remembers may also have ``remember_dense(before, after, memory)``, which is told of a span that ran
+    dense: (B, N, C) tokens before and after it.
+    """
 
     @property
     def rate(self) -> float:

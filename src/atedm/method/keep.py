@@ -29,7 +29,7 @@ def keep_count(tokens: int, pruning_rate: float) -> int:
     return max(1, tokens - math.floor(pruning_rate * tokens + 1e-9))
 
 
-def keep_most_important(importance: Tensor, count: int) -> Tensor:
+def keep_most_important(importance: Tensor, count: int, *, one_set: bool = False) -> Tensor:
     """Indices of the ``count`` most important tokens; of equally important ones, those that come first.
 
     A stable sort, not ``topk``: ``topk`` leaves open which of equal values it takes, and takes others on another
@@ -38,6 +38,7 @@ def keep_most_important(importance: Tensor, count: int) -> Tensor:
     Args:
         importance: (B, N), any floating dtype.
         count: K, from 1 to N.
+        one_set: Keep the same tokens in every row, the most important by the mean of all rows.
 
     Returns:
         (B, K) int64, each row ascending, so that kept tokens stay in raster order.
@@ -47,8 +48,11 @@ def keep_most_important(importance: Tensor, count: int) -> Tensor:
     """
     if not 1 <= count <= importance.shape[-1]:
         raise ValueError(f"count must be from 1 to {importance.shape[-1]}, not {count}")
+    batch = importance.shape[0]
+    if one_set and batch > 1:
+        importance = importance.float().mean(0, keepdim=True)
     order = importance.argsort(dim=-1, descending=True, stable=True)
-    return order[:, :count].sort(dim=-1).values
+    return order[:, :count].sort(dim=-1).values.expand(batch, -1)
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:

@@ -31,6 +31,9 @@ from atedm.method.protection import with_protected
 from atedm.method.recovery import group_sizes, mean_by_source, update_of_match, with_own_update
 from atedm.words import check_callable, check_pairs, check_rate, check_share
 
+_FIRST = 1e-6
+"""Shares of a run below this are those of its first step."""
+
 
 @dataclass(frozen=True)
 class Matched:
@@ -54,6 +57,8 @@ class Matched:
     cover_share: float = 0.4
     #: How much of what set a token's last update apart from its group's is added, in [0, 1]. 0 remembers nothing.
     own_update_share: float = 0.5
+    #: Whether the first step of a run drops nothing. In a transformer it leaves every token's own update for the next.
+    first_dense: bool = False
 
     dense_layers = 0
     name = "Matched pruning"
@@ -72,12 +77,12 @@ class Matched:
         return self.own_update_share > 0
 
     def is_early(self, share: float) -> bool:
-        """No: every step prunes alike."""
-        return False
+        """Whether this is the first step and that is dense; all others prune alike."""
+        return self.first_dense and share < _FIRST
 
     def count(self, place: Place, tokens: int, *, early: bool = False) -> int:
         """Tokens that the whole span runs on."""
-        if not self.where(place):
+        if (early and self.first_dense) or not self.where(place):
             return tokens
         return keep_count(tokens, dict(self.level_factors).get(place.level, 1.0) * self.rate)
 
@@ -87,7 +92,7 @@ class Matched:
         with torch.no_grad():  # who is kept and whom a token is like has no gradient
             cover = lattice(view.size, step=view.step, device=tokens.device)
             importance = with_protected(representative(tokens, cover, view.count, self.cover_share), view.protected)
-            keep = keep_most_important(importance, view.count)
+            keep = keep_most_important(importance, view.count, one_set=view.one_set)
             source = match_by_features(tokens, keep).source
             sizes = group_sizes(source, view.count)
         start = mean_by_source(tokens, source, sizes)
@@ -104,6 +109,11 @@ class Matched:
             memory.store(update.detach().to(kept.dtype))
         return (before.to(update.dtype) + update).to(kept.dtype)
 
+    def remember_dense(self, before: Tensor, after: Tensor, memory: Memory) -> None:
+        """Remember what a span that dropped nothing did to each of its tokens, (B, N, C) before and after."""
+        dtype = torch.promote_types(after.dtype, torch.float32)
+        memory.store((after.detach().to(dtype) - before.detach().to(dtype)).to(after.dtype))
+
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values; a predicate of one's own becomes its qualified name."""
         return {
@@ -113,4 +123,5 @@ class Matched:
             "level_factors": [list(pair) for pair in self.level_factors],
             "cover_share": self.cover_share,
             "own_update_share": self.own_update_share,
+            "first_dense": self.first_dense,
         }

@@ -16,20 +16,23 @@ from atedm.words import check_name
 #: Our own method, and the paper's settings: AT-EDM, AT-EDM† (no pruning at the second level), and one for few steps.
 METHODS: dict[str, Method] = {"matched": Matched(), "paper": AtEdm(), "dagger": DAGGER, "turbo": TURBO}
 
+#: The same for transformers, where the first step of a run is dense: it leaves each token its own update for the next.
+TRANSFORMER_METHODS: dict[str, Method] = METHODS | {"matched": Matched(rate=0.6, level_factors=(), first_dense=True)}
+
 #: What is taken where none is named: the method that the figures support for every model (docs/reference/results.md).
 DEFAULT = "matched"
 
 _KINDS: dict[str, type[Any]] = {"at-edm": AtEdm, "matched": Matched}
 
 
-def method_named(name: str) -> Method:
-    """Return the method called ``name``.
+def method_named(name: str, *, transformer: bool = False) -> Method:
+    """Return the method called ``name``, as it is for U-Nets or for transformers.
 
     Raises:
         ValueError: If there is none; the message names the nearest one.
     """
     check_name("method", name, METHODS)
-    return METHODS[name]
+    return (TRANSFORMER_METHODS if transformer else METHODS)[name]
 
 
 def method_from_dict(values: Mapping[str, Any]) -> Method:

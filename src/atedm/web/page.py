@@ -13,7 +13,7 @@ from PIL import Image
 
 from atedm.app.pictures.maps import importance_overlay, kept_overlay
 from atedm.app.request import ImageResult
-from atedm.hosts.diffusers_unet import Observation
+from atedm.hosts.state import Observation
 from atedm.record import Recording
 from atedm.web.job import ImageDone, StepDone, Stopped
 from atedm.web.layout import KEPT, Controls, Results, cost_slider

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from atedm.app.pictures.canvas import Cell, draw_sheet
-from atedm.hosts.diffusers_unet import Observation
+from atedm.hosts.state import Observation
 from atedm.record import Recording
 
 SIDE = 104

@@ -32,7 +32,7 @@ class AblatedTransformer2DModel(PrunedTransformer2DModel):
                 continue
             view = replace(self._view(tokens, tokens, size, inputs), count=counts[index])
             tokens, cut, choices[index] = self._dropping_layer(layer, view, inputs, recalled.get(index))
-            span.observe(index, cut, size)
+            span.model.observe(span.place.name, index, cut, size)
             cuts.append(cut)
             bias = attention_bias(cut.weights, tokens)
         for cut in reversed(cuts):

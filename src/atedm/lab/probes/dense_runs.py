@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from atedm.hosts.attention import queries_and_keys
-from atedm.hosts.unet_spans import Spans, find_spans, find_unet
+from atedm.hosts.unet_spans import UnetSpans, find_spans, find_unet
 from atedm.lab.evaluation.images import Drawing
 from atedm.lab.progress import Progress, silent
 from atedm.method.contract import QueriesAndKeys, View
@@ -20,7 +20,7 @@ from atedm.method.keep import keep_count
 from atedm.patch import is_applied
 
 
-def dense_unet(pipe: Any) -> tuple[UNet2DConditionModel, Spans]:
+def dense_unet(pipe: Any) -> tuple[UNet2DConditionModel, UnetSpans]:
     """Return the U-Net of a pipeline and its attention blocks.
 
     Raises:
@@ -85,7 +85,7 @@ def draw_dense(
 
 @contextmanager
 def first_layers_watched(
-    spans: Spans, on_view: Callable[[View], None], rate: float | None, images: int | None = None
+    spans: UnetSpans, on_view: Callable[[View], None], rate: float | None, images: int | None = None
 ) -> Iterator[None]:
     """Call ``on_view`` for every block in every call of the U-Net, for the length of a ``with`` block.
 

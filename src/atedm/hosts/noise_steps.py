@@ -1,0 +1,101 @@
+"""Which step a call of a transformer is, and what its context remembers.
+
+Some pipelines hand over elements of the scheduler's list, as those of U-Nets do (`atedm.hosts.runs`). FLUX and
+Qwen-Image hand over a number made of one; their steps are told by the noise, which falls along a run. A step may take
+several calls, with the prompt and without, so what is remembered is kept by the text that a call is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from atedm.hosts.runs import Run, StepPosition, is_listed
+from atedm.method.contract import Memory
+
+_SAME = 1e-6
+"""Noise that differs by less is that of one step."""
+
+
+@dataclass
+class Context:
+    """What the calls with one text remember."""
+
+    #: Held on to, so that no other text can take its place in memory.
+    text: Any
+    step: int = -1
+    #: Whether a step came twice, so that one cannot tell which of two images that share a text comes next.
+    is_ambiguous: bool = False
+    #: By span.
+    memories: dict[str, Memory] = field(default_factory=dict)
+
+    def memory_of(self, span: str) -> Memory:
+        """What a span remembers in this context."""
+        return self.memories.setdefault(span, Memory())
+
+
+@dataclass
+class NoiseSteps:
+    """Tells steps and runs apart. A copy knows of none."""
+
+    run: Run = field(default_factory=Run)
+    noise: float | None = None
+    step: int = -1
+    contexts: dict[Any, Context] = field(default_factory=dict)
+
+    def locate(self, timestep: Any, to_noise: Callable[[float], float], text: Any) -> tuple[StepPosition, Context]:
+        """Tell where a call stands, and which context it is of, whose memories are set for the step.
+
+        Args:
+            timestep: What the model was handed. If it is no element of a list, its value is read, for which the device
+                is waited for.
+            to_noise: Noise in [0, 1] by the value of a timestep.
+            text: What the model was handed as text, a tensor or a list of them.
+        """
+        last = self.step
+        if isinstance(timestep, Tensor) and is_listed(timestep) and timestep.device.type != "meta":
+            before = self.run.timestep
+            position, _ = self.run.locate(timestep)
+            is_new = self.run.timestep is not before or position.step < last
+        else:
+            noise = to_noise(_highest(timestep))
+            is_new = self.noise is None or noise > self.noise + _SAME
+            step = 0 if is_new else last + (noise < (self.noise or 0.0) - _SAME)
+            self.noise = noise
+            position = StepPosition(step, min(max(1 - noise, 0.0), 1 - 1e-3))
+        self.step = position.step
+        if is_new:
+            self.contexts.clear()
+        elif position.step != last:  # a text that is made anew in every step must not pile up
+            self.contexts = {key: c for key, c in self.contexts.items() if c.step >= position.step - 1}
+        context = self.contexts.setdefault(_key(text), Context(text))
+        context.is_ambiguous |= context.step == position.step
+        follows = context.step == position.step - 1 and not context.is_ambiguous
+        context.step = position.step
+        for memory in context.memories.values():
+            memory.begin_step(follows=follows)
+        return position, context
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(NoiseSteps())
+
+
+def _highest(timestep: Any) -> float:
+    if not isinstance(timestep, Tensor):
+        return float(timestep)
+    return 0.0 if timestep.device.type == "meta" else float(timestep.max())
+
+
+def _key(text: Any) -> Any:
+    """Something that is the same for the same tensors in memory."""
+    if isinstance(text, list | tuple):
+        return tuple(_key(part) for part in text)
+    if not isinstance(text, Tensor):
+        return id(text)
+    try:
+        return text.data_ptr(), tuple(text.shape)
+    except RuntimeError:  # inside a transform of torch.func, or without storage
+        return id(text)

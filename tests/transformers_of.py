@@ -1,0 +1,283 @@
+"""Small random transformers of each family, and the arguments of a call of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from atedm.hosts.dit_families import FAMILIES
+
+SIDE = 8
+"""Image tokens a side."""
+TEXT = 5
+"""Tokens of a caption."""
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "SD3Transformer2DModel": {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 5,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 12,
+        "pos_embed_max_size": 16,
+        "dual_attention_layers": (0, 1, 2),
+        "qk_norm": "rms_norm",
+    },
+    "PixArtTransformer2DModel": {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 5,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "cross_attention_dim": 16,
+        "caption_channels": 12,
+        "use_additional_conditions": False,
+    },
+    "FluxTransformer2DModel": {
+        "patch_size": 1,
+        "in_channels": 4,
+        "num_layers": 3,
+        "num_single_layers": 4,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "pooled_projection_dim": 12,
+        "axes_dims_rope": [4, 4, 8],
+    },
+    "Flux2Transformer2DModel": {
+        "patch_size": 1,
+        "in_channels": 4,
+        "num_layers": 3,
+        "num_single_layers": 4,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "timestep_guidance_channels": 16,
+        "axes_dims_rope": [4, 4, 4, 4],
+    },
+    "ChromaTransformer2DModel": {
+        "patch_size": 1,
+        "in_channels": 4,
+        "num_layers": 3,
+        "num_single_layers": 4,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "axes_dims_rope": [4, 4, 8],
+        "approximator_num_channels": 8,
+        "approximator_hidden_dim": 16,
+        "approximator_layers": 1,
+    },
+    "QwenImageTransformer2DModel": {
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 5,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "axes_dims_rope": (8, 4, 4),
+    },
+    "HunyuanImageTransformer2DModel": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 3,
+        "num_single_layers": 4,
+        "num_refiner_layers": 1,
+        "patch_size": (1, 1),
+        "text_embed_dim": 12,
+        "rope_axes_dim": (4, 4),
+    },
+    "ZImageTransformer2DModel": {
+        "all_patch_size": (2,),
+        "all_f_patch_size": (1,),
+        "in_channels": 4,
+        "dim": 32,
+        "n_layers": 5,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": 12,
+        "axes_dims": [4, 4, 8],
+        "axes_lens": [256, 32, 32],
+    },
+    "WanTransformer3DModel": {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 12,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 5,
+        "cross_attn_norm": True,
+        "rope_max_seq_len": 64,
+    },
+    "AuraFlowTransformer2DModel": {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 4,
+        "num_mmdit_layers": 3,
+        "num_single_dit_layers": 4,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "caption_projection_dim": 16,
+        "out_channels": 4,
+        "pos_embed_max_size": 64,
+    },
+    "CogView4Transformer2DModel": {
+        "patch_size": 2,
+        "in_channels": 4,
+        "num_layers": 5,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "out_channels": 4,
+        "text_embed_dim": 12,
+        "time_embed_dim": 16,
+        "condition_dim": 4,
+    },
+    "CogVideoXTransformer3DModel": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 8,
+        "text_embed_dim": 12,
+        "num_layers": 5,
+        "sample_width": 16,
+        "sample_height": 16,
+        "sample_frames": 1,
+        "patch_size": 2,
+        "temporal_compression_ratio": 4,
+        "max_text_seq_length": TEXT,
+        "use_rotary_positional_embeddings": True,
+    },
+    "LTXVideoTransformer3DModel": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "num_layers": 5,
+        "caption_channels": 12,
+    },
+}
+
+
+def transformer(name: str, seed: int = 0, **changes: Any) -> Any:
+    """Build a small model of a class of diffusers, with random weights."""
+    torch.manual_seed(seed)
+    model = getattr(diffusers, name)(**CONFIGS[name] | changes).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:  # gates and output layers are zero at birth, and would hide what a block does
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        elif not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def _ids(height: int, width: int, columns: int) -> Tensor:
+    ids = torch.zeros(height, width, columns)
+    ids[..., 1] += torch.arange(height)[:, None]
+    ids[..., 2] += torch.arange(width)
+    return ids.flatten(0, 1)
+
+
+def call_of(
+    name: str, *, noise: float = 0.9, batch: int = 2, size: tuple[int, int] = (SIDE, SIDE), seed: int = 0
+) -> dict[str, Any]:
+    """Return the arguments of a call of a model of `CONFIGS` at (h, w) image tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = size
+
+    def noisy(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    family, config = FAMILIES[name], CONFIGS[name]
+    text = noisy(batch, TEXT, 12)
+    timestep = torch.tensor([_value(family.noise, noise)]).repeat(batch)
+    latents = noisy(batch, 4, 2 * height, 2 * width)
+    call: dict[str, Any] = {"return_dict": False, family.timestep: timestep, family.text: text}
+    if name == "SD3Transformer2DModel":
+        return call | {"hidden_states": latents, "pooled_projections": noisy(batch, 12)}
+    if name in ("PixArtTransformer2DModel", "AuraFlowTransformer2DModel"):
+        return call | {"hidden_states": latents}
+    if name in ("FluxTransformer2DModel", "ChromaTransformer2DModel", "Flux2Transformer2DModel"):
+        columns = len(config["axes_dims_rope"])
+        call |= {
+            "hidden_states": noisy(batch, height * width, 4),
+            "img_ids": _ids(height, width, columns),
+            "txt_ids": torch.zeros(TEXT, columns),
+        }
+        if name == "FluxTransformer2DModel":
+            call["pooled_projections"] = noisy(batch, 12)
+        if name == "Flux2Transformer2DModel":
+            call["guidance"] = torch.ones(batch)
+        if name == "ChromaTransformer2DModel":
+            mask = torch.ones(batch, TEXT + height * width, dtype=torch.bool)
+            mask[0, TEXT - 2 : TEXT] = False
+            call["attention_mask"] = mask
+        return call
+    if name == "QwenImageTransformer2DModel":
+        mask = torch.ones(batch, TEXT, dtype=torch.bool)
+        mask[0, -2:] = False
+        return call | {
+            "hidden_states": noisy(batch, height * width, 16),
+            "img_shapes": [[(1, height, width)]] * batch,
+            "encoder_hidden_states_mask": mask,
+        }
+    if name == "HunyuanImageTransformer2DModel":
+        mask = torch.ones(batch, TEXT, dtype=torch.bool)
+        mask[0, -2:] = False
+        return call | {"hidden_states": noisy(batch, 4, height, width), "encoder_attention_mask": mask}
+    if name == "ZImageTransformer2DModel":
+        return {
+            "x": [x[:, None] for x in latents],
+            "t": timestep,
+            "cap_feats": [noisy(TEXT + 2 * i, 12) for i in range(batch)],
+            "return_dict": False,
+        }
+    if name == "WanTransformer3DModel":
+        return call | {"hidden_states": latents[:, :, None]}
+    if name == "CogView4Transformer2DModel":
+        sides = {key: torch.full((batch, 2), 16.0) for key in ("original_size", "target_size", "crop_coords")}
+        return call | {"hidden_states": latents} | sides
+    if name == "CogVideoXTransformer3DModel":
+        angles = noisy(height * width, 16)
+        return call | {"hidden_states": latents[:, None], "image_rotary_emb": (angles.cos(), angles.sin())}
+    if name == "LTXVideoTransformer3DModel":
+        return call | {
+            "hidden_states": noisy(batch, height * width, 4),
+            "encoder_attention_mask": torch.ones(batch, TEXT),
+            "num_frames": 1,
+            "height": height,
+            "width": width,
+        }
+    raise AssertionError(name)
+
+
+def _value(to_noise: Callable[[float], float], noise: float) -> float:
+    """The value of a timestep of so much noise."""
+    values = (noise, 1 - noise, 1000 * noise)
+    return next(value for value in values if abs(to_noise(value) - noise) < 1e-6)
+
+
+def image_of(returned: Any) -> Tensor:
+    """What a call returned, as one tensor."""
+    sample = returned[0]
+    return torch.stack(list(sample)) if isinstance(sample, list) else sample
