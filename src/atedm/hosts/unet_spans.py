@@ -77,8 +77,8 @@ def find_unet(target: Any) -> UNet2DConditionModel:
         what = f"found a {type(model).__name__}"
     raise TypeError(
         f"{what}; atedm prunes the attention blocks of a UNet2DConditionModel, so it works on pipelines such as "
-        "StableDiffusionXLPipeline or StableDiffusionPipeline, on their .unet, or on a ControlNetModel; and the blocks of "
-        f"these transformers: {', '.join(family.name for family in FAMILIES.values())}"
+        "StableDiffusionXLPipeline or StableDiffusionPipeline, on their .unet, or on a ControlNetModel; and the blocks "
+        f"of these transformers: {', '.join(family.name for family in FAMILIES.values())}"
     )
 
 
