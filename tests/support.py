@@ -41,6 +41,7 @@ from transformers import (
 from atedm.lab.methods.peers import Caching
 from models import TEXT_WIDTH, WIDTH, draw, scheduler, sd1_unet, sdxl_pipeline, sdxl_unet, tokenizer
 from single_file import save_as_single_file
+from transformer_support import TRANSFORMERS
 
 #: A pipeline and what draws with it.
 Made = tuple[Any, Callable[[], Tensor]]
@@ -372,6 +373,7 @@ CASES = (
     Case("SD 1.5 with ControlNet", sd1_controlnet, ONE_LAYER),
     Case("SD 1.5 of one `.safetensors` file", partial(single_file, sd1_of_one_file_parts), ONE_LAYER),
     Case("SD 2.1", stable_diffusion_2, ONE_LAYER),
+    *(Case(name, make, SDXL, note, part="transformer") for name, make, note in TRANSFORMERS),
 )
 
 
@@ -397,8 +399,13 @@ def table() -> str:
         "[Images](../../tests/hosts/test_unet_images.py): GLIGEN and ControlNet residuals.",
         "[Steps](../../tests/hosts/test_unet_steps.py): every scheduler of diffusers.",
         "[`torch.compile`](../../tests/hosts/test_unet_compile.py): the whole model, or its blocks.",
-        "[Refusals](../../tests/hosts/test_unet_refusals.py), with the reason: diffusion transformers, U-Nets without",
-        "cross-attention blocks, attention masks over tokens, AT-EDM on SD 1.x and 2.x.",
+        "[Refusals](../../tests/hosts/test_unet_refusals.py), with the reason: U-Nets without cross-attention blocks,",
+        "attention masks over tokens, AT-EDM on SD 1.x and 2.x.",
+        "",
+        "In transformers, [each family](../../tests/hosts/test_dit_families.py): tables of positions and masks follow",
+        "the tokens that are kept. [Calls](../../tests/hosts/test_dit_calls.py): ControlNets, skipped layers and caches of",
+        "attentions run dense; caches of blocks go on top; LoRA, bfloat16, `torch.compile` and protected regions work.",
+        "Refused, with the reason: Sana, gradient checkpointing, context parallelism.",
         "",
         "Written by",
         "",

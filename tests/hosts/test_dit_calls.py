@@ -231,7 +231,9 @@ def test_a_channel_more_is_a_bias_and_counts_are_copies() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "graphs"), [(Matched(rate=0.5, first_dense=True), 2), (AtEdm(rate=0.5, spare=None), 1)], ids=["matched", "at-edm"]
+    ("method", "graphs"),
+    [(Matched(rate=0.5, first_dense=True), 2), (AtEdm(rate=0.5, spare=None), 1)],
+    ids=["matched", "at-edm"],
 )
 @torch.no_grad()
 def test_it_compiles_whole_with_a_graph_for_each_kind_of_step(method: Any, graphs: int) -> None:

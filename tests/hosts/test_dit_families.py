@@ -196,6 +196,25 @@ def test_other_sizes_and_batches_in_turn(name: str) -> None:
         assert torch.equal(image_of(model(**call)), expected)
 
 
+@torch.no_grad()
+def test_pictures_to_go_by_are_pruned_with_the_one_that_is_made() -> None:
+    # Qwen-Image-Edit: tokens of two pictures in one sequence, each with a modulation of its own.
+    model = transformer("QwenImageTransformer2DModel", zero_cond_t=True)
+    call = call_of("QwenImageTransformer2DModel", size=(8, 12))
+    call["img_shapes"] = [[(1, 8, 8), (1, 4, 8)]] * 2
+    attach(model, Matched(rate=0.5))
+    pruned = image_of(model(**call))
+    assert pruned.isfinite().all()
+    call["hidden_states"] = call["hidden_states"].flip(0)
+    call["encoder_hidden_states"] = call["encoder_hidden_states"].flip(0)
+    call["encoder_hidden_states_mask"] = call["encoder_hidden_states_mask"].flip(0)
+    torch.testing.assert_close(image_of(model(**call)), pruned.flip(0), rtol=1e-4, atol=1e-4)
+    detach(model)
+    attach(model, Matched(rate=0.5), torch.ones(8, 8))
+    with pytest.raises(ValueError, match="protect"):
+        model(**call)
+
+
 def test_return_positions_are_those_diffusers_has() -> None:
     helpers = pytest.importorskip("diffusers.hooks._helpers")
     for name, family in FAMILIES.items():

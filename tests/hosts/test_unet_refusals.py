@@ -12,8 +12,8 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers import (
     DDPMPipeline,
-    PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
+    DiTPipeline,
+    DiTTransformer2DModel,
     Transformer2DModel,
     UNet2DModel,
 )
@@ -22,6 +22,7 @@ from torch import nn
 
 import atedm
 from atedm import AtEdm, Matched, Place
+from atedm.tiny.autoencoder import build_autoencoder
 from models import LATE, each_layer, run, scheduler, sd1_unet, sdxl_pipeline, sdxl_unet, small_unet, snapshot
 
 
@@ -37,16 +38,9 @@ def assert_refused(unet: Any, method: Any, error: type[Exception], message: str)
 # --- the target -------------------------------------------------------------------------------------------------------
 
 
-def pixart() -> PixArtSigmaPipeline:
-    transformer = PixArtTransformer2DModel(
-        num_attention_heads=1,
-        attention_head_dim=8,
-        num_layers=1,
-        sample_size=8,
-        caption_channels=8,
-        cross_attention_dim=8,
-    )
-    return PixArtSigmaPipeline(None, None, None, transformer, scheduler())
+def dit() -> DiTPipeline:
+    transformer = DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=1, sample_size=8)
+    return DiTPipeline(transformer, build_autoencoder(), scheduler())
 
 
 def unconditional() -> UNet2DModel:
@@ -58,20 +52,20 @@ def unconditional() -> UNet2DModel:
 @pytest.mark.parametrize(
     ("target", "found"),
     [
-        (pixart, r"^PixArtSigmaPipeline has no U-Net \(it has transformer: PixArtTransformer2DModel\)"),
-        (lambda: pixart().transformer, "^found a PixArtTransformer2DModel"),
+        (dit, r"^DiTPipeline has no U-Net and no transformer known here \(it has .*transformer: DiTTransformer2DModel"),
+        (lambda: dit().transformer, "^found a DiTTransformer2DModel"),
         (lambda: DDPMPipeline(unconditional(), scheduler()), "^found a UNet2DModel"),
         (unconditional, "^found a UNet2DModel"),
         (lambda: nn.Linear(2, 2), "^found a Linear"),
         (lambda: torch.compile(nn.Linear(2, 2), backend="eager"), "^found a Linear"),
-        (lambda: None, "^NoneType has no U-Net"),
-        (lambda: "stabilityai/sdxl-turbo", "^str has no U-Net"),
+        (lambda: None, "^NoneType has no U-Net and no transformer known here"),
+        (lambda: "stabilityai/sdxl-turbo", "^str has no U-Net and no transformer known here"),
     ],
-    ids=["pixart", "transformer", "ddpm", "unet-2d", "linear", "compiled", "none", "name"],
+    ids=["dit", "transformer", "ddpm", "unet-2d", "linear", "compiled", "none", "name"],
 )
 def test_another_kind_of_model_is_refused_by_name(target: Callable[[], Any], found: str) -> None:
     model = target()
-    works = "; atedm prunes the attention blocks of a UNet2DConditionModel, so it works on .*StableDiffusionXLPipeline"
+    works = "; atedm prunes the attention blocks of a UNet2DConditionModel, so it works on .*StableDiffusionXLPipeline.*FLUX"
     for verb in (atedm.apply, atedm.remove, atedm.is_applied):
         with pytest.raises(TypeError, match=found + works):
             verb(model)

@@ -72,7 +72,9 @@ def find_unet(target: Any) -> UNet2DConditionModel:
         found = ", ".join(
             f"{name}: {type(part).__name__}" for name, part in parts.items() if isinstance(part, nn.Module)
         )
-        what = f"{type(target).__name__} has no U-Net and no transformer" + (f" (it has {found})" if found else "")
+        what = f"{type(target).__name__} has no U-Net and no transformer known here" + (
+            f" (it has {found})" if found else ""
+        )
     else:
         what = f"found a {type(model).__name__}"
     raise TypeError(
@@ -107,7 +109,10 @@ def choose_spans(spans: Mapping[str, tuple[Place, M]], method: Method) -> dict[s
         ValueError: If there are none; the message says why and what would work.
     """
     if not spans:
-        raise ValueError("this U-Net has no attention blocks (Transformer2DModel), so there is nothing to prune")
+        raise ValueError(
+            "this model has no attention blocks (Transformer2DModel), or no more than the two of a transformer that run "
+            "on all tokens, so there is nothing to prune"
+        )
     half = replace(method, rate=0.5)  # type: ignore[type-var]
     chosen = {name: found for name, found in spans.items() if half.count(found[0], 1024) < 1024}
     if chosen:
