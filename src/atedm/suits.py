@@ -47,12 +47,21 @@ def suits(model: str) -> Suits:
         return Suits(DEFAULT, steps=50, guidance=3.0, prompts=_SCENES)
     if draws_in_few_steps(model):
         return Suits(DEFAULT, steps=4, guidance=0.0, prompts=_PICTURES)
+    if re.search(_TRANSFORMERS, _last_part(model), re.IGNORECASE):
+        return Suits(DEFAULT, steps=28, guidance=4.0, prompts=_PICTURES)
     return Suits(DEFAULT, steps=50, guidance=7.0, prompts=_PICTURES)
+
+
+_TRANSFORMERS = r"flux|sd-?3|stable-diffusion-3|qwen-?image|z-?image|chroma|hunyuanimage|cogview4|auraflow"
+
+_FEW_STEPS = r"turbo|lightning|schnell|klein|hyper[-_ ]?sd|(?<![a-z])(lcm|tcd)"
 
 
 def draws_in_few_steps(model: str) -> bool:
     """Whether a model is made for few steps, by the last part of its name."""
-    return bool(re.search(r"turbo|lightning|hyper[-_ ]?sd|(?<![a-z])(lcm|tcd)", _last_part(model), re.IGNORECASE))
+    return bool(
+        re.search(r"turbo|lightning|schnell|klein|hyper[-_ ]?sd|(?<![a-z])(lcm|tcd)", _last_part(model), re.IGNORECASE)
+    )
 
 
 def _last_part(model: str) -> str:

@@ -12,15 +12,16 @@ from typing import Any
 from atedm.app.models import native_size
 from atedm.app.request import Request
 from atedm.costs.budget import CostOutOfReach, fit_to_budget, run_cost
-from atedm.hosts.unet_spans import choose_spans, find_spans, find_unet
+from atedm.hosts.models import find_model, is_transformer, spans_of
+from atedm.hosts.unet_spans import choose_spans
 from atedm.method.contract import Method
 from atedm.method.matched import Matched
 from atedm.method.presets import method_named
 
 
-def method_at(name: str, rate: float | None = None) -> Method:
-    """Return the method called ``name``, at another pruning rate if one is given."""
-    method = method_named(name)
+def method_at(name: str, rate: float | None = None, *, transformer: bool = False) -> Method:
+    """Return the method called ``name`` for U-Nets or for transformers, at another pruning rate if one is given."""
+    method = method_named(name, transformer=transformer)
     return method if rate is None else replace(method, rate=rate)  # type: ignore[type-var]
 
 
@@ -44,16 +45,17 @@ def with_other_method(pipe: Any, request: Request, name: str | None = None) -> R
     """Return ``request`` with another method to show beside it, at the same cost if it gets there.
 
     Args:
-        pipe: A pipeline with a U-Net.
+        pipe: A pipeline with a model that can be pruned.
         request: What to make.
         name: Of the other method. By default "paper" beside our own, and "matched" beside all others. A default
             that finds nothing to prune in this model is left out.
 
     Raises:
-        TypeError: If the pipeline has no U-Net.
+        TypeError: If the pipeline has no such model.
         ValueError: If the name is unknown, or the method finds nothing to prune.
     """
-    other = method_named(name or ("paper" if isinstance(request.method, Matched) else "matched"))
+    name_or_default = name or ("paper" if isinstance(request.method, Matched) else "matched")
+    other = method_named(name_or_default, transformer=has_transformer(pipe))
     if name is None and not can_prune(pipe, other):
         return request
     with suppress(CostOutOfReach):
@@ -61,10 +63,15 @@ def with_other_method(pipe: Any, request: Request, name: str | None = None) -> R
     return replace(request, other=other)
 
 
+def has_transformer(pipe: Any) -> bool:
+    """Whether what is pruned in a pipeline is a transformer."""
+    return is_transformer(find_model(pipe))
+
+
 def can_prune(pipe: Any, method: Method) -> bool:
     """Whether a method finds anything to prune in a model: AT-EDM needs blocks of two layers or more."""
     try:
-        return bool(choose_spans(find_spans(find_unet(pipe)), method))
+        return bool(choose_spans(spans_of(find_model(pipe)), method))
     except ValueError:
         return False
 

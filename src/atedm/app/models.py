@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from atedm.app.devices import best_device, check_device, usual_dtype
+from atedm.costs.architectures import architecture
 from atedm.suits import TINY
 from atedm.tiny import weights_folder
 
@@ -45,9 +46,7 @@ def load_pipeline(model: str = TINY, *, device: str | None = None, dtype: torch.
 
 def native_size(pipe: Any) -> tuple[int, int]:
     """Return (width, height) in pixels of the images that a pipeline makes by default."""
-    side = pipe.unet.config.sample_size or 64
-    height, width = (side, side) if isinstance(side, int) else side
-    return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor
+    return architecture(pipe).default_size
 
 
 def quiet_libraries() -> None:

@@ -15,6 +15,7 @@ import torch
 import atedm
 from atedm.app.request import ImageResult, Request
 from atedm.files import read_json
+from atedm.hosts.models import find_model
 from atedm.method.contract import Method
 from atedm.method.presets import method_from_dict
 
@@ -36,8 +37,8 @@ def run_file(pipe: Any, request: Request, model: str, cost: float, images: Seque
             "other": None if request.other is None else request.other.as_dict(),
         },
         "cost": round(cost, 4),
-        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
-        "device": str(pipe.unet.device),
+        "dtype": str(find_model(pipe).dtype).removeprefix("torch."),
+        "device": str(find_model(pipe).device),
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),

@@ -24,8 +24,9 @@ def cost(
     model: Annotated[
         str,
         typer.Option(
-            help="**sdxl**, **sdxl-turbo**, **sd15**, **sd21** or **tiny**, which need no download; a diffusers "
-            "folder or a hub id, of which only the config is read.",
+            help="**sdxl**, **sdxl-turbo**, **sd15**, **sd21**, **flux**, **sd35-large**, **sd35-medium**, "
+            "**qwen-image**, **z-image**, **pixart-sigma** or **tiny**, which need no download; a diffusers folder or "
+            "a hub id, of which only the config is read.",
             rich_help_panel="Model",
         ),
     ] = "sdxl",
@@ -68,6 +69,8 @@ def cost(
 
     `atedm cost --method paper --size 2048x2048`
 
+    `atedm cost --model flux --steps 4`
+
     `atedm cost --budget 0.7` solves for the rate at which a run costs 70 % of the dense one.
     """
     from rich.console import Console
@@ -76,6 +79,7 @@ def cost(
     from atedm.app.equal_cost import method_at
     from atedm.app.models import quiet_libraries
     from atedm.cli.cost_tables import cost_text
+    from atedm.costs.architectures import architecture
     from atedm.costs.budget import fit_to_budget
     from atedm.costs.report import cost as cost_of
     from atedm.costs.spans import CONVENTIONS
@@ -87,8 +91,9 @@ def cost(
     refuse_rate_and_budget(rate, budget)
     quiet_libraries()
     steps = suits(model).steps if steps is None else steps
-    chosen = method_at(suits(model).method if method is None else method.value, rate)
-    tomes = [ToMe(tome_ratio, merge, levels) for levels in LEVELS for merge in MERGES]
+    is_transformer = architecture(model).is_transformer
+    chosen = method_at(suits(model).method if method is None else method.value, rate, transformer=is_transformer)
+    tomes = [] if is_transformer else [ToMe(tome_ratio, merge, levels) for levels in LEVELS for merge in MERGES]
     with Console(stderr=True).status(f"counting {escape(model)}"):
         if budget is not None:
             chosen = fit_to_budget(model, chosen, share=budget, size=pixels(size), guidance=guidance, steps=steps)

@@ -100,7 +100,7 @@ def evaluate(
 
     `atedm evaluate "dense,matched,paper[refill=direct-copy],tome[cost=paper],deepcache[interval=2]"`
     """
-    from atedm.hosts.unet_spans import find_unet
+    from atedm.hosts.models import find_model
     from atedm.lab.evaluation.outcomes import run_experiment
     from atedm.lab.evaluation.prompts import read_prompts
     from atedm.lab.evaluation.report import write_report
@@ -124,7 +124,7 @@ def evaluate(
     _tell_what_is_left_out(chosen, read)
     state = shared_work(device)
     pipe = shared.open_pipeline(model, device or str(state.device), dtype)
-    drawing = replace(drawing, dtype=str(find_unet(pipe).dtype).removeprefix("torch."))
+    drawing = replace(drawing, dtype=str(find_model(pipe).dtype).removeprefix("torch."))
     with shared.progress_bar(quiet=not state.is_main_process) as tell:
         outcomes = run_experiment(experiment, pipe, read, drawing, chosen, out, state=state, progress=tell)
     if state.is_main_process:

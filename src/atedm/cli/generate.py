@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,7 +96,7 @@ def generate(
     from rich.console import Console
     from rich.markup import escape
 
-    from atedm.app.equal_cost import method_at, with_other_method, within_budget
+    from atedm.app.equal_cost import has_transformer, method_at, with_other_method, within_budget
     from atedm.app.models import load_pipeline, quiet_libraries
     from atedm.app.request import Request
     from atedm.app.run_file import read_run_file
@@ -123,6 +124,9 @@ def generate(
     quiet_libraries()
     with Console(stderr=True).status(f"opening {escape(model)}"):
         pipe = load_pipeline(model, device=device)
+        if again is None and has_transformer(pipe):
+            name = suits(model).method if method is None else method.value
+            request = replace(request, method=method_at(name, rate, transformer=True))
         if budget is not None:
             request = within_budget(pipe, request, budget)
         if compare and (compare_with is not None or request.other is None):

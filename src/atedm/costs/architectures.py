@@ -253,7 +253,8 @@ def _architecture(name: str, config: dict[str, Any], factor: int, words: int = W
     else:
         side = config.get("sample_size") or 64
     height, width = (side, side) if isinstance(side, int) else side
-    return Architecture(name, config, (width * factor, height * factor), factor, suits(name).guidance > 0, words)
+    guidance = suits(name).guidance > 0 and not config.get("guidance_embeds")  # else it is in one call
+    return Architecture(name, config, (width * factor, height * factor), factor, guidance, words)
 
 
 def patch_of(config: Mapping[str, Any]) -> int:

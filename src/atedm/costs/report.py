@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from diffusers import UNet2DConditionModel
-
 from atedm.costs.architectures import Architecture, architecture
-from atedm.costs.counting import Counted, count_macs, kinds_of_step
+from atedm.costs.counting import LATE, Counted, count_macs, kinds_of_step
 from atedm.costs.spans import CONVENTIONS, Macs, SpanShape, early_steps, span_macs, span_run_macs, span_shape
-from atedm.costs.tome import ToMe, tome_macs, tome_mean_macs, tome_step_macs
-from atedm.hosts.models import attach, detach
+from atedm.costs.tome import ToMe, refuse_tome, tome_macs, tome_mean_macs, tome_step_macs
+from atedm.costs.transformers import count_blocks, profile_transformer
+from atedm.hosts.models import attach, detach, spans_of
 from atedm.hosts.unet_spans import choose_spans, find_spans
 from atedm.method.contract import Method
 from atedm.method.presets import method_named
@@ -51,7 +51,7 @@ class Figures(NamedTuple):
 
 @dataclass(frozen=True)
 class SpanCost:
-    """One attention block, for all images of one U-Net call."""
+    """One attention block of a U-Net or one stretch of blocks of a transformer, for all images of one call."""
 
     shape: SpanShape
     #: Tokens that its last layer runs on in a normal step.
@@ -67,7 +67,7 @@ class SpanCost:
 
 @dataclass(frozen=True)
 class StageCost:
-    """MACs of one stage of the U-Net outside its attention blocks, for all images of one call."""
+    """MACs of one stage of a U-Net, or list of blocks of a transformer, outside of the spans, for all images."""
 
     name: str
     resnet: int
@@ -160,7 +160,7 @@ class CostReport:
 
     def spans_of(self, stage: str) -> tuple[SpanCost, ...]:
         """Attention blocks of one stage."""
-        return tuple(span for span in self.spans if span.shape.place.name.startswith(f"{stage}."))
+        return tuple(span for span in self.spans if span.shape.place.name.startswith((f"{stage}.", f"{stage}[")))
 
 
 def cost(
@@ -172,7 +172,7 @@ def cost(
     guidance: bool | None = None,
     steps: int | None = None,
 ) -> CostReport:
-    """Say what a model saves at a size, without weights: the U-Net is built and counted on the meta device.
+    """Say what a model saves at a size, without weights: it is built and counted on the meta device.
 
         >>> report = atedm.cost("sdxl", "paper")  # doctest: +SKIP
         >>> report.figures("paper").normal_step / 1e12  # doctest: +SKIP
@@ -196,27 +196,38 @@ def cost(
     """
     arch = architecture(model)
     method = suits(arch.name).method if method is None else method
-    method = method_named(method) if isinstance(method, str) else method
+    method = method_named(method, transformer=arch.is_transformer) if isinstance(method, str) else method
     steps = suits(arch.name).steps if steps is None else steps
     guidance = arch.guidance if guidance is None else guidance
     check_whole("batch", batch)
     check_whole("steps", steps)
     images = batch * (2 if guidance else 1)
     size = size or arch.default_size
-    unet = arch.on_meta()
-    places = [place for place, _ in find_spans(unet).values()]
-    shapes = [span_shape(unet, place, arch.latents(size), arch.words) for place in places]
+    model = arch.on_meta()
+    shapes, stages = _counted(model, arch, size, images)
+    refuse_tome(shapes, method)
     if isinstance(method, ToMe):
         early = sum(method.spare.is_early(step / steps) for step in range(steps))
         spans = tuple(_with_tome(shape, method, images, steps, early) for shape in shapes)
     else:
-        choose_spans(find_spans(unet), method)
+        choose_spans(spans_of(model), method)
         early = early_steps(method, steps)
         spans = tuple(_pruned(shape, method, images, steps) for shape in shapes)
-    dense = count_macs(unet, arch.call(size))
-    report = CostReport(arch.name, method, size, batch, guidance, steps, early, spans, _stages(dense, images))
-    _check_against_torch(report, unet, arch, dense.total, images)
+    report = CostReport(arch.name, method, size, batch, guidance, steps, early, spans, stages)
+    _check_against_torch(report, model, arch, images)
     return report
+
+
+def _counted(
+    model: Any, arch: Architecture, size: tuple[int, int], images: int
+) -> tuple[Sequence[SpanShape], tuple[StageCost, ...]]:
+    """Sizes of the spans of a dense model, and what else it costs."""
+    if arch.is_transformer:
+        counted = profile_transformer(model, arch.config, arch.grid(size), arch.words)
+        return counted.shapes, tuple(StageCost(name, 0, macs * images) for name, macs in counted.rest.items())
+    places = [place for place, _ in find_spans(model).values()]
+    shapes = [span_shape(model, place, arch.latents(size), arch.words) for place in places]
+    return shapes, _stages(count_macs(model, arch.call(size)), images)
 
 
 def _pruned(shape: SpanShape, method: Method, images: int, steps: int) -> SpanCost:
@@ -248,22 +259,27 @@ def _stages(counted: Counted, images: int) -> tuple[StageCost, ...]:
     return (*stages, StageCost("in and out", 0, (counted.total - sum(counted.stages.values())) * images))
 
 
-def _check_against_torch(
-    report: CostReport, unet: UNet2DConditionModel, arch: Architecture, dense: int, images: int
-) -> None:
+def _check_against_torch(report: CostReport, model: Any, arch: Architecture, images: int) -> None:
     """The figures are split up by formula, so the formula has to be what torch counts."""
-    found = {"dense": dense * images}
+    call = arch.call(report.size)
+
+    def count(timestep: int) -> int:
+        # Without values a transformer's step is a late one, whatever its timestep.
+        total = count_blocks(model, call)[0] if arch.is_transformer else count_macs(model, call, timestep).total
+        return total * images
+
+    found = {"dense": count(LATE)}
     if not isinstance(report.method, ToMe):
-        attach(unet, report.method)
+        kinds = {"normal_step": LATE} if arch.is_transformer else kinds_of_step(report.method)
+        attach(model, report.method)
         try:
-            for kind, timestep in kinds_of_step(report.method).items():
-                found[kind] = count_macs(unet, arch.call(report.size), timestep).total * images
+            found |= {kind: count(timestep) for kind, timestep in kinds.items()}
         finally:
-            detach(unet)
+            detach(model)
     for kind, counted in found.items():
         if (formula := getattr(report.figures(), kind)) != counted:
             raise ValueError(
-                f"this U-Net has parts not known here: by formula a {kind.replace('_', ' ')} takes {formula:.6g} MACs, "
+                f"this model has parts not known here: by formula a {kind.replace('_', ' ')} takes {formula:.6g} MACs, "
                 f"but torch counts {counted:.6g}"
             )
 

@@ -1,4 +1,4 @@
-"""Arithmetic of transformers: what torch counts at three sizes says what each block costs at any.
+"""Arithmetic of transformers: what torch counts on three numbers of tokens says what each block costs on any.
 
 A block that runs on n image tokens and a fixed text takes a + b n + c n^2 MACs: its linear layers grow with n, the
 products of its attention with the square. Three counts give a, b and c exactly, whatever the block consists of.
@@ -18,10 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from atedm.costs.flops import flop_counter
 from atedm.costs.spans import Macs, SpanShape
 from atedm.costs.transformer_calls import transformer_call
-from atedm.hosts.diffusers_dit import find_transformer_spans, known_family
-from atedm.method.contract import QueriesAndKeys
-
-_COUNTED_AT = ((8, 8), (8, 16), (16, 16))
+from atedm.hosts.diffusers_dit import attach_transformer, detach_transformer, find_transformer_spans, known_family
+from atedm.hosts.state import PATCHING
+from atedm.method.contract import Cut, Place, QueriesAndKeys, View
 
 
 class Growth(NamedTuple):
@@ -77,10 +76,34 @@ def count_blocks(model: nn.Module, call: Mapping[str, Any]) -> tuple[int, dict[s
     return counter.get_total_flops() // 2, blocks
 
 
+@dataclass(frozen=True)
+class _KeepFirst:
+    """Keeps the first tokens, and does no arithmetic of its own."""
+
+    kept: int
+    rate: float = 0.5
+
+    name, dense_layers, remembers = "counting", 0, False
+
+    def is_early(self, share: float) -> bool:
+        return False
+
+    def count(self, place: Place, tokens: int, *, early: bool = False) -> int:
+        return self.kept
+
+    def drop(self, view: View) -> Cut:
+        tokens = view.tokens[:, : self.kept]
+        keep = torch.empty(tokens.shape[:2], dtype=torch.long, device="meta")
+        return Cut(tokens, keep, tokens[..., 0], lambda kept: torch.cat([kept, view.tokens[:, self.kept :]], 1))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {}
+
+
 def profile_transformer(
     model: nn.Module, config: Mapping[str, Any], size: tuple[int, int], words: int
 ) -> TransformerProfile:
-    """Count a model without weights.
+    """Count a model without weights: dense, and twice with fewer tokens.
 
     Args:
         model: On the meta device.
@@ -88,31 +111,32 @@ def profile_transformer(
         size: (h, w) of the image tokens.
         words: Tokens of a caption.
     """
-
-    def count(grid: tuple[int, int]) -> tuple[int, dict[str, int]]:
-        return count_blocks(model, transformer_call(config, grid, 1, words, _meta))
-
-    at = {height * width: count((height, width))[1] for height, width in _COUNTED_AT}
-    total, blocks = count(size)
-    growths = {name: _fit({tokens: counts[name] for tokens, counts in at.items()}) for name in blocks}
-    shapes, spent = [], 0
-    lists: dict[str, int] = dict.fromkeys(known_family(model).kinds, 0)
-    for name, macs in blocks.items():
-        lists[name.partition(".")[0]] += macs
-    rest = total - sum(lists.values())
-    for name, (place, span) in find_transformer_spans(model).items():
+    call = transformer_call(config, size, 1, words, _meta)
+    tokens = size[0] * size[1]
+    spans = find_transformer_spans(model)
+    total, dense = count_blocks(model, call)
+    fewer = {}
+    for kept in {max(1, tokens // 2), max(1, tokens // 4)} - {tokens}:
+        attach_transformer(model, spans, _KeepFirst(kept))
+        fewer[kept] = count_blocks(model, call)[1]
+        with PATCHING:
+            detach_transformer(model)
+    rest: dict[str, int] = dict.fromkeys(known_family(model).kinds, 0)
+    for name, macs in dense.items():
+        rest[name.partition(".")[0]] += macs
+    rest["in and out"] = total - sum(rest.values())
+    channels, heads = _width(config)
+    shapes = []
+    for name, (place, blocks) in spans.items():
         stage, _, bounds = name.partition("[")
         first = int(bounds.partition(":")[0])
-        inside = [f"{stage}.{index}" for index in range(first, first + len(span))]
-        channels, heads = _width(config)
-        shapes.append(
-            TransformerShape(
-                place, size, channels, words, channels, heads, blocks=tuple(growths[block] for block in inside)
-            )
+        inside = [f"{stage}.{index}" for index in range(first, first + len(blocks))]
+        growths = tuple(
+            _fit({tokens: dense[block], **{kept: counts[block] for kept, counts in fewer.items()}}) for block in inside
         )
-        lists[stage] -= sum(blocks[block] for block in inside)
-        spent += sum(blocks[block] for block in inside)
-    return TransformerProfile(tuple(shapes), {**lists, "in and out": rest})
+        shapes.append(TransformerShape(place, size, channels, words, channels, heads, growths))
+        rest[stage] -= sum(dense[block] for block in inside)
+    return TransformerProfile(tuple(shapes), rest)
 
 
 def _meta(*shape: int) -> Tensor:
@@ -120,7 +144,9 @@ def _meta(*shape: int) -> Tensor:
 
 
 def _fit(counts: Mapping[int, int]) -> Growth:
-    """Return the parabola through three counts, by Newton's differences."""
+    """Return the parabola through three counts, by Newton's differences; of fewer counts, nothing but the first."""
+    if len(counts) < 3:
+        return Growth(next(iter(counts.values())), 0, 0)
     (x0, y0), (x1, y1), (x2, y2) = counts.items()
     slope = Fraction(y1 - y0, x1 - x0)
     square = (Fraction(y2 - y1, x2 - x1) - slope) / (x2 - x0)

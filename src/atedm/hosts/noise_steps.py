@@ -61,7 +61,7 @@ class NoiseSteps:
             position, _ = self.run.locate(timestep)
             is_new = self.run.timestep is not before or position.step < last
         else:
-            noise = to_noise(_highest(timestep))
+            noise = _noise_of(timestep, to_noise)
             is_new = self.noise is None or noise > self.noise + _SAME
             step = 0 if is_new else last + (noise < (self.noise or 0.0) - _SAME)
             self.noise = noise
@@ -83,10 +83,13 @@ class NoiseSteps:
         return vars(NoiseSteps())
 
 
-def _highest(timestep: Any) -> float:
+def _noise_of(timestep: Any, to_noise: Callable[[float], float]) -> float:
+    """Noise of a timestep, of several the highest; of one without a value none, as at the end of a run."""
     if not isinstance(timestep, Tensor):
-        return float(timestep)
-    return 0.0 if timestep.device.type == "meta" else float(timestep.max())
+        return to_noise(float(timestep))
+    if timestep.device.type == "meta":
+        return 0.0
+    return max(map(to_noise, (float(timestep.min()), float(timestep.max()))))
 
 
 def _key(text: Any) -> Any:

@@ -110,8 +110,8 @@ def choose_spans(spans: Mapping[str, tuple[Place, M]], method: Method) -> dict[s
     """
     if not spans:
         raise ValueError(
-            "this model has no attention blocks (Transformer2DModel), or no more than the two of a transformer that run "
-            "on all tokens, so there is nothing to prune"
+            "this model has no attention blocks (Transformer2DModel), or it is a transformer with no more than the two "
+            "blocks that run on all tokens, so there is nothing to prune"
         )
     half = replace(method, rate=0.5)  # type: ignore[type-var]
     chosen = {name: found for name, found in spans.items() if half.count(found[0], 1024) < 1024}

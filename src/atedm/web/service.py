@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from atedm.app.equal_cost import can_prune, method_at, within_budget
+from atedm.app.equal_cost import can_prune, has_transformer, method_at, within_budget
 from atedm.app.models import load_pipeline
 from atedm.app.request import Request
 from atedm.costs.budget import run_cost
+from atedm.method.contract import Method
 from atedm.suits import Suits, draws_in_few_steps, suits
 from atedm.web.job import Event, run_job
 from atedm.words import check_name
@@ -73,7 +74,8 @@ class Service:
         few = draws_in_few_steps(model)
         named = {"Matched (ours)": "matched"}
         named |= {"AT-EDM†": "turbo"} if few else {"AT-EDM†": "dagger", "AT-EDM (the paper)": "paper"}
-        found = {label: name for label, name in named.items() if can_prune(self.pipe(model), method_at(name))}
+        pipe = self.pipe(model)
+        found = {label: name for label, name in named.items() if can_prune(pipe, self._method(pipe, name))}
         if not found:
             raise ValueError(f"there is nothing to prune in {model}: it has no attention blocks known here")
         return found
@@ -90,10 +92,14 @@ class Service:
         check_name("method", method, self.methods(model).values())
 
         def percent(rate: float | None) -> float:
-            return 100 * run_cost(pipe, method_at(method, rate), steps=int(steps))
+            return 100 * run_cost(pipe, self._method(pipe, method, rate), steps=int(steps))
 
         lowest, highest = math.ceil(percent(0.9)), min(math.floor(percent(0.05)), 99)
         return CostRange(lowest, highest, min(max(lowest, round(percent(None))), highest))
+
+    @staticmethod
+    def _method(pipe: Any, name: str, rate: float | None = None) -> Method:
+        return method_at(name, rate, transformer=has_transformer(pipe))
 
     def pipe(self, model: str) -> Any:
         """Return the pipeline of one of `models`, opened when it is first asked for."""
@@ -124,7 +130,11 @@ class Service:
         offered = self.cost_range(model, method, int(steps))
         _check_range("The cost", cost, offered.lowest, offered.highest)
         request = Request(
-            (prompt.strip(),), method_at(method), steps=int(steps), guidance=float(guidance), seed=int(seed)
+            (prompt.strip(),),
+            self._method(self.pipe(model), method),
+            steps=int(steps),
+            guidance=float(guidance),
+            seed=int(seed),
         )
         return request if cost == offered.usual else within_budget(self.pipe(model), request, cost / 100)
 

@@ -18,6 +18,7 @@ from accelerate import PartialState
 
 from atedm.app.models import native_size
 from atedm.files import read_json, save_json
+from atedm.hosts.models import find_model
 from atedm.lab.evaluation.images import Drawing, claim_folder, draw_groups, missing_groups
 from atedm.lab.evaluation.prompts import Prompt
 from atedm.lab.evaluation.references import write_references
@@ -99,7 +100,7 @@ def evaluate(
     if state.is_main_process:
         if undrawn:
             metrics.check(str(state.device), has_references=has_references)
-        weights = checksum(pipe.unet)
+        weights = checksum(find_model(pipe))
         for name, candidate in methods.items():
             claim_folder(folders[name], candidate, drawing, prompts, weights)
     state.wait_for_everyone()

@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atedm.costs.flops import flop_counter
+from atedm.hosts.models import find_model
 from atedm.lab.methods.candidates import Candidate, Dense
 
 LATE = 9
@@ -29,7 +30,8 @@ def counted_run(pipe: Any, candidate: Candidate, call: dict[str, Any], steps: in
     def start(*_: Any) -> None:
         counters.append(within.enter_context(flop_counter()))
 
-    hooks = [pipe.unet.register_forward_pre_hook(start), pipe.unet.register_forward_hook(lambda *_: within.close())]
+    model = find_model(pipe)
+    hooks = [model.register_forward_pre_hook(start), model.register_forward_hook(lambda *_: within.close())]
     noise = torch.Generator("cpu").manual_seed(0)
     try:
         with candidate.applied(pipe), sdpa_kernel(SDPBackend.MATH), within:
