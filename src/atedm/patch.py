@@ -26,8 +26,8 @@ def apply(
         atedm.remove(pipe)
 
     Args:
-        target: A pipeline with a `UNet2DConditionModel`, or such a U-Net, compiled or not. A `ControlNetModel` is
-            pruned only if it is given itself: ``apply(pipe.controlnet)``.
+        target: A pipeline with a `UNet2DConditionModel` or a transformer of `atedm.hosts.dit_families`, or such a
+            model, compiled or not. A ControlNet is pruned only if it is given itself: ``apply(pipe.controlnet)``.
         method: A `Matched` or an `AtEdm`, or the name of one: our own "matched", or the paper's "paper", "dagger" (no
             pruning at the second level) and "turbo" (for few steps). By default "matched", which the figures support.
         budget: What a run may cost, as a share of the dense run, at the size the model was trained for; its rate takes
@@ -39,9 +39,9 @@ def apply(
         What was patched; printing it shows every block, the tokens it keeps, and what a run costs.
 
     Raises:
-        TypeError: If there is no such U-Net, ``method`` is none, an attention block is of a class not known here, or
+        TypeError: If there is no such model, ``method`` is none, a block is of a class not known here, or
             diffusers has changed what the patch takes over.
-        ValueError: If there is nothing to prune, the U-Net is patched already, a name is unknown, the budget cannot be
+        ValueError: If there is nothing to prune, the model is patched already, a name is unknown, the budget cannot be
             kept, or the model is set up in a way pruning cannot honour. Nothing has been changed then.
     """
     model = find_model(target)
@@ -58,10 +58,10 @@ def apply(
 
 
 def remove(target: Any) -> None:
-    """Undo `apply`: the U-Net is exactly as before.
+    """Undo `apply`: the model is exactly as before.
 
     Raises:
-        TypeError: If there is no U-Net.
+        TypeError: If there is no model that can be pruned.
         ValueError: If it is not patched.
         RuntimeError: If another thread is in the middle of a step of it.
     """
@@ -93,7 +93,7 @@ def observed(target: Any, observer: Callable[[Observation], None]) -> Iterator[N
     """
     model = find_model(target)
     if not is_attached(model):
-        raise ValueError("this U-Net is not patched, so there is nothing to observe; call atedm.apply(...) first")
+        raise ValueError("this model is not patched, so there is nothing to observe; call atedm.apply(...) first")
     observers = model._atedm.observers
     observers.append(observer)
     try:
@@ -103,9 +103,9 @@ def observed(target: Any, observer: Callable[[Observation], None]) -> Iterator[N
 
 
 def is_applied(target: Any) -> bool:
-    """Whether the U-Net of ``target`` is patched.
+    """Whether the model of ``target`` is patched.
 
     Raises:
-        TypeError: If there is no U-Net.
+        TypeError: If there is no model that can be pruned.
     """
     return is_attached(find_model(target))

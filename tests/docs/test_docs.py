@@ -14,7 +14,7 @@ import nbformat
 import pytest
 import torch
 import typer
-from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
+from diffusers import ControlNetModel, FluxPipeline, StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
 from nbclient import NotebookClient
 from typer.testing import CliRunner
 
@@ -24,6 +24,7 @@ from atedm.lab.methods.by_name import method_by_name, parse_methods
 from coco import coco_folder
 from models import sdxl_pipeline, sdxl_unet
 from support import FOURTH
+from transformer_support import FLUX_TEXT, flux
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -99,6 +100,15 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     def control(name: str, **_: Any) -> Any:
         return ControlNetModel.from_unet(sdxl_unet(), conditioning_embedding_out_channels=FOURTH).eval()
 
+    def flux_pipeline(*_: Any, **__: Any) -> Any:
+        pipe, _ = flux(guidance=False)
+        embeds = FLUX_TEXT["prompt_embeds"]
+        given = (embeds, FLUX_TEXT["pooled_prompt_embeds"], torch.zeros(embeds.shape[1], 3))
+        pipe.encode_prompt = lambda **_: given
+        pipe.default_sample_size = 16
+        return pipe
+
+    monkeypatch.setattr(FluxPipeline, "from_pretrained", flux_pipeline)
     monkeypatch.setattr(StableDiffusionXLPipeline, "from_pretrained", pipeline)
     monkeypatch.setattr(StableDiffusionXLControlNetPipeline, "from_pretrained", controlled)
     monkeypatch.setattr(ControlNetModel, "from_pretrained", control)
