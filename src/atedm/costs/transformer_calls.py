@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atedm.hosts.diffusers_dit import known_family
 from atedm.hosts.dit_families import FAMILIES
 
 PACKED = ("FluxTransformer2DModel", "ChromaTransformer2DModel", "Flux2Transformer2DModel")
@@ -37,6 +38,13 @@ def timestep_of(name: str, noise: float) -> float:
 def words_of(name: str) -> int:
     """Return how many text tokens the pipelines of a model of class ``name`` give it."""
     return _WORDS.get(name, 256)
+
+
+def at_noise(model: Any, call: Mapping[str, Any], noise: float) -> dict[str, Tensor]:
+    """Return what has to take the place of the timestep of a call, so that its step has so much noise, in [0, 1]."""
+    family = known_family(model)
+    name = next(name for name, known in FAMILIES.items() if known is family)
+    return {family.timestep: torch.full_like(call[family.timestep], timestep_of(name, noise))}
 
 
 def transformer_call(

@@ -88,7 +88,11 @@ class Setup:
     def has_weights(self) -> bool:
         """Whether the weights are at hand: of the model that ships, of a file, or of a folder that holds them."""
         folder = Path(self.model).expanduser()
-        return self.model == TINY or folder.is_file() or any((folder / "unet").glob("*.safetensors"))
+        return (
+            self.model == TINY
+            or folder.is_file()
+            or any(any((folder / part).glob("*.safetensors")) for part in ("unet", "transformer"))
+        )
 
     def __str__(self) -> str:
         """Say it in one line."""

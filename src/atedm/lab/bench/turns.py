@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
 
+from atedm.hosts.models import find_model
 from atedm.lab.bench.peak import peak_of
 from atedm.lab.methods.candidates import Candidate
 from atedm.lab.methods.counting import run_of_steps
@@ -39,7 +39,7 @@ class _Turn(NamedTuple):
 
 @torch.no_grad()
 def steps_in_turns(
-    unet: UNet2DConditionModel,
+    model: Any,
     call: dict[str, Any],
     methods: Mapping[str, Candidate],
     repeats: int,
@@ -47,19 +47,19 @@ def steps_in_turns(
     *,
     memory: bool = False,
 ) -> dict[str, Turns]:
-    """Time a call of a U-Net with each method, the mean over a cycle of those that work in cycles.
+    """Time a call of a model with each method, the mean over a cycle of those that work in cycles.
 
     Rounds are steps of a run, one after another, so that what a method remembers from step to step is at hand. Each
-    method has a copy of the U-Net on its weights; ``call`` is what it takes besides the timestep.
+    method has a copy of the model on its weights; ``call`` is what it takes besides the timestep.
     """
     with ExitStack() as stack:
         turns = {}
         for name, candidate in methods.items():
             steps = candidate.cycle * (repeats + 1 + memory)
-            copied = copy_with_shared_weights(unet)
+            copied = copy_with_shared_weights(model)
             step = stack.enter_context(run_of_steps(copied, call, candidate, steps))
             turns[name] = _Turn(partial(_several, step, candidate.cycle), steps=candidate.cycle)
-        return _in_turns(turns, unet.device, repeats, progress, memory)
+        return _in_turns(turns, model.device, repeats, progress, memory)
 
 
 def images_in_turns(
@@ -82,7 +82,7 @@ def images_in_turns(
         return pipe(**call, num_inference_steps=candidate.steps_of(steps), generator=noise)
 
     turns = {name: _Turn(partial(draw, each), partial(each.applied, pipe)) for name, each in methods.items()}
-    return _in_turns(turns, pipe.unet.device, repeats, progress, memory)
+    return _in_turns(turns, find_model(pipe).device, repeats, progress, memory)
 
 
 def _several(step: Callable[[], object], times: int) -> None:

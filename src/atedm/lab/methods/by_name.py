@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from atedm.costs.architectures import architecture
 from atedm.costs.budget import fit_to_budget, run_cost
 from atedm.costs.tome import ToMe
 from atedm.lab.ablation import Variant, variant_of
@@ -18,7 +19,7 @@ from atedm.lab.methods.peers import Caching, Merging
 from atedm.lab.methods.stacked import Stacked
 from atedm.method.contract import Method
 from atedm.method.places import WHERES
-from atedm.method.presets import METHODS
+from atedm.method.presets import METHODS, method_named
 from atedm.words import check_name
 
 NAMES = ("dense", *METHODS, "tome", "deepcache")
@@ -69,7 +70,7 @@ def method_by_name(
     name, fields = match[1], _fields(match[2] or "")
     check_name("method", name, NAMES)
     target = fields.pop(EQUAL_COST, None)
-    candidate = _build(name, fields)
+    candidate = _build(name, fields, model)
     if target is None:
         return candidate
     if solved := [field for field in fields if field in SOLVED]:
@@ -112,9 +113,9 @@ def _fields(text: str) -> dict[str, Any]:
     return fields
 
 
-def _build(name: str, fields: dict[str, Any]) -> Candidate:
+def _build(name: str, fields: dict[str, Any], model: Any) -> Candidate:
     if name in METHODS:
-        return Pruning(_changed(METHODS[name], fields))
+        return Pruning(_changed(method_named(name, transformer=architecture(model).is_transformer), fields))
     if name == "tome":
         return Merging(_replace(ToMe(), fields))
     candidate: Candidate = _replace(Caching() if name == "deepcache" else Dense(), fields)

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from atedm.costs.architectures import run_once
 from atedm.costs.flops import flop_counter
-from atedm.hosts.models import find_model
+from atedm.costs.transformer_calls import at_noise
+from atedm.hosts.models import find_model, is_transformer
 from atedm.lab.methods.candidates import Candidate, Dense
 
 LATE = 9
@@ -20,7 +21,7 @@ LATE = 9
 
 
 def counted_run(pipe: Any, candidate: Candidate, call: dict[str, Any], steps: int) -> int:
-    """Count the MACs of the U-Net over one run of a pipeline with a candidate.
+    """Count the MACs of the model over one run of a pipeline with a candidate.
 
     ``call`` is what the pipeline takes besides steps and noise; ``steps`` counts before the candidate leaves some out.
     """
@@ -43,32 +44,33 @@ def counted_run(pipe: Any, candidate: Candidate, call: dict[str, Any], steps: in
 
 
 @contextmanager
-def run_of_steps(
-    unet: UNet2DConditionModel, call: dict[str, Any], candidate: Candidate, steps: int
-) -> Iterator[Callable[[], object]]:
-    """Apply a candidate to a U-Net, and yield what takes the next of ``steps`` late steps of a run.
+def run_of_steps(model: Any, call: dict[str, Any], candidate: Candidate, steps: int) -> Iterator[Callable[[], object]]:
+    """Apply a candidate to a model, and yield what takes the next of ``steps`` late steps of a run.
 
-    ``call`` is what the U-Net takes besides the timestep.
+    ``call`` is what the model takes besides the timestep.
     """
-    device = "cpu" if unet.device.type == "meta" else unet.device  # on meta the numbers would be lost
+    device = "cpu" if model.device.type == "meta" else model.device  # on meta the numbers would be lost
     timesteps = torch.linspace(999, 0, (LATE + 1) * steps, device=device)[LATE * steps :]
-    sample, others = call["sample"], {name: value for name, value in call.items() if name != "sample"}
     left = iter(timesteps)
+    if is_transformer(model):
+        with candidate.applied(SimpleNamespace(transformer=model)):
+            yield lambda: model(**call | at_noise(model, call, float(next(left)) / 1000))
+        return
     scheduler = SimpleNamespace(timesteps=timesteps)  # DeepCache looks the step up there
-    with candidate.applied(SimpleNamespace(unet=unet, scheduler=scheduler)):
-        yield lambda: unet(sample, next(left), **others)  # tomesd looks for the sample among the positional arguments
+    with candidate.applied(SimpleNamespace(unet=model, scheduler=scheduler)):
+        yield lambda: run_once(model, call, next(left))
 
 
 @torch.no_grad()
-def late_step_cost(unet: UNet2DConditionModel, call: dict[str, Any], candidate: Candidate) -> float:
+def late_step_cost(model: Any, call: dict[str, Any], candidate: Candidate) -> float:
     """Return the cost of a step in which no schedule spares anything; of what works in cycles, the mean of a cycle.
 
-    ``unet`` and ``call`` are on the meta device, where nothing is computed.
+    ``model`` and ``call`` are on the meta device, where nothing is computed.
     """
 
     def count(of: Candidate, steps: int) -> int:
         counter = flop_counter()
-        with run_of_steps(unet, call, of, steps) as step, sdpa_kernel(SDPBackend.MATH), counter:
+        with run_of_steps(model, call, of, steps) as step, sdpa_kernel(SDPBackend.MATH), counter:
             for _ in range(steps):
                 step()
         return int(counter.get_total_flops())

@@ -32,7 +32,7 @@ class Merging(Candidate):
     @contextmanager
     def applied(self, pipe: Any, seed: int = 0) -> Iterator[None]:
         """Merge tokens. ToMe draws its destinations in every layer of every step, from ``seed``."""
-        tomesd, unet = optional("tomesd", "peers"), pipe.unet
+        tomesd, unet = optional("tomesd", "peers"), _unet_of(pipe, "tomesd")
         everything = self.tome.merge == "everything"
         downsample = 1 if self.tome.levels == "highest" else 8
         more = {"merge_crossattn": everything, "merge_mlp": everything}
@@ -87,6 +87,7 @@ class Caching(Candidate):
     @contextmanager
     def applied(self, pipe: Any, seed: int = 0) -> Iterator[None]:
         """Cache. The package wraps ``forward`` of the U-Net's parts, and looks the step up in the scheduler."""
+        _unet_of(pipe, "DeepCache")
         before = {name: "forward" in vars(module) for name, module in pipe.unet.named_modules()}
         helper = optional("DeepCache", "peers").DeepCacheSDHelper(pipe=pipe)
         helper.set_params(cache_interval=self.interval, cache_branch_id=self.branch)
@@ -102,6 +103,12 @@ class Caching(Candidate):
     def as_dict(self) -> dict[str, Any]:
         """Return the setting."""
         return {"kind": "caching", **asdict(self)}
+
+
+def _unet_of(pipe: Any, peer: str) -> Any:
+    if getattr(pipe, "unet", None) is None:
+        raise ValueError(f"{peer} works on U-Nets only, and this pipeline has a transformer")
+    return pipe.unet
 
 
 def _spare_early(unet: UNet2DConditionModel, tome: ToMe) -> Any:
