@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,7 +108,7 @@ def test_no_operation_is_left_that_onnx_and_others_lack(case: Case) -> None:
 def test_step_timestep_and_memory_are_inputs_of_the_graph() -> None:
     program, nothing = exported(MATCHED)
     module, unet = program.module(), small_unet()
-    first, memory = module(**arguments(unet, 0, nothing))
+    _, memory = module(**arguments(unet, 0, nothing))
     call = arguments(unet, 1, memory)
     there = module(**call)[0]
     changes = ({"step": torch.tensor(8)}, {"timestep": torch.tensor(5.0)}, {"memory": nothing})
@@ -146,6 +147,7 @@ def test_onnx_gives_what_the_model_gives(case: Case, tmp_path: Path) -> None:
     check(case, graph, nothing, share=2e-5)
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a compiler of C++")
 @pytest.mark.parametrize("case", [MATCHED, NORMAL], ids=["matched", "AT-EDM"])
 def test_aotinductor_gives_what_the_model_gives(case: Case, tmp_path: Path) -> None:
     program, nothing = exported(case, one_block=True)
@@ -237,7 +239,10 @@ def test_the_model_works_on_as_if_its_phase_had_never_been_fixed(disturb: str) -
             with pytest.raises(RuntimeError):
                 phase(**(call | {"sample": torch.zeros(2, 5, 16, 16)}))
         assert torch.equal(run(unet, timestep), run(undisturbed, timestep))
-    assert snapshot(unet) == before
+    if disturb != "export":  # torch.export leaves marks of its own on modules
+        assert snapshot(unet) == before
+    assert unet._atedm.fixed is None
+    assert type(unet._atedm.step) is Tensor  # none of those of a trace, which have no values
     atedm.remove(unet)
     assert torch.equal(run(unet), run(small_unet()))
 
@@ -252,11 +257,11 @@ def test_what_has_no_phases_or_not_that_one_is_refused() -> None:
         FixedPhase(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="did you mean 'early'"):
         FixedPhase(patched(AtEdm()), "erly")
-    with pytest.raises(ValueError, match="Matched pruning has no early steps.*'normal'"):
+    with pytest.raises(ValueError, match=r"Matched pruning has no early steps.*'normal'"):
         FixedPhase(patched(Matched()), "early")
-    with pytest.raises(ValueError, match="AT-EDM has no early steps.*'normal'"):
+    with pytest.raises(ValueError, match=r"AT-EDM has no early steps.*'normal'"):
         FixedPhase(patched(AtEdm(spare=None)), "early")
-    with pytest.raises(ValueError, match="AT-EDM has no normal steps.*'early'"):
+    with pytest.raises(ValueError, match=r"AT-EDM has no normal steps.*'early'"):
         FixedPhase(patched(AtEdm(spare=Early(share=1.0))))
     phase = FixedPhase(patched(AtEdm()))
     atedm.remove(phase.model)

@@ -21,8 +21,8 @@ def check_room(method: Method, grids: Mapping[Place, tuple[int, int]], protect: 
         protect: (H, W) zeros and ones over the image.
 
     Raises:
-        ValueError: If one does; the message names a rate that leaves enough in all of them. Or if a graph is being made,
-            in which the region cannot be read.
+        ValueError: If one does; the message names a rate that leaves enough in all of them. Or if a graph is being
+            made, in which the region cannot be read.
     """
     if is_exporting():
         raise ValueError(
