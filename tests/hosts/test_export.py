@@ -304,4 +304,4 @@ def test_a_protected_region_is_looked_at_before_the_graph_is_made() -> None:
         expected = phase(**call)[0]
         module = torch.export.export(phase, (), call, strict=False).module()
         torch.testing.assert_close(module(**call)[0], expected, rtol=1e-5, atol=1e-5)
-    assert distance(expected, FixedPhase(patched(AtEdm(spare=None)))(**call)[0]) > 0.01
+        assert distance(expected, FixedPhase(patched(AtEdm(spare=None)))(**call)[0]) > 0.01
