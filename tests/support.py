@@ -399,6 +399,7 @@ def table() -> str:
         "[Images](../../tests/hosts/test_unet_images.py): GLIGEN and ControlNet residuals.",
         "[Steps](../../tests/hosts/test_unet_steps.py): every scheduler of diffusers.",
         "[`torch.compile`](../../tests/hosts/test_unet_compile.py): the whole model, or its blocks.",
+        "[Export](../../tests/hosts/test_export.py): `torch.export`, AOTInductor, ONNX.",
         "[Refusals](../../tests/hosts/test_unet_refusals.py), with the reason: U-Nets without cross-attention blocks,",
         "attention masks over tokens, AT-EDM on SD 1.x and 2.x.",
         "",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from atedm.app.models import load_pipeline
     from atedm.costs.report import CostReport, cost
     from atedm.costs.tome import ToMe
+    from atedm.export import FixedPhase
     from atedm.hosts.state import Observation
     from atedm.method.at_edm import AtEdm, ToRefill
     from atedm.method.contract import Cut, Place, View
@@ -32,6 +33,7 @@ __all__ = [
     "CostReport",
     "Cut",
     "Early",
+    "FixedPhase",
     "Matched",
     "Observation",
     "PatchSummary",
@@ -60,6 +62,7 @@ _HOMES = {
     "CostReport": "atedm.costs.report",
     "Cut": "atedm.method.contract",
     "Early": "atedm.method.schedule",
+    "FixedPhase": "atedm.export",
     "Matched": "atedm.method.matched",
     "Observation": "atedm.hosts.state",
     "PatchSummary": "atedm.summary",

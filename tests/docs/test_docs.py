@@ -22,7 +22,7 @@ import atedm
 from atedm.cli import app
 from atedm.lab.methods.by_name import method_by_name, parse_methods
 from coco import coco_folder
-from models import sdxl_pipeline, sdxl_unet
+from models import sdxl_pipeline, sdxl_unet, small_unet
 from support import FOURTH
 from transformer_support import FLUX_TEXT, flux
 
@@ -86,11 +86,13 @@ def test_the_tutorial_runs_as_written(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def stand_ins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Small models with random weights where a page opens one from the hub, and pictures of their size."""
 
     def pipeline(name: str, **parts: Any) -> Any:
-        pipe = sdxl_pipeline(unet=_named(name), kind=parts.pop("kind", StableDiffusionXLPipeline), **_given(parts))
+        exported = request.node.callspec.params["page"].name == "export.md"  # which takes long for each block
+        unet = small_unet() if exported else _named(name)
+        pipe = sdxl_pipeline(unet=unet, kind=parts.pop("kind", StableDiffusionXLPipeline), **_given(parts))
         pipe.default_sample_size = 16
         return pipe
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import references
 from atedm.method.keep import gather_tokens, keep_count, keep_most_important
+from atedm.method.matching import dropped_tokens
 
 
 @pytest.mark.parametrize(
@@ -106,3 +107,32 @@ def test_pruning_compiles_without_graph_break_and_never_waits_for_the_device() -
     assert torch.equal(compiled(x, importance), prune(x, importance))
     # A meta tensor has no values, so whatever asks for one raises.
     assert prune(x.to("meta"), importance.to("meta")).shape == (2, 4, 4)
+
+
+class KeptAndDropped(torch.nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keep = keep_most_important(importance, self.count)
+        return keep, dropped_tokens(keep, importance.shape[1])
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(7, 3), (30, 11), (5, 5), (4, 1)])
+def test_an_exported_graph_keeps_what_is_kept_elsewhere(tokens: int, count: int) -> None:
+    module = KeptAndDropped(count)
+    graph = torch.export.export(module, (torch.rand(2, tokens),), strict=False).module()
+    values = st.sampled_from([0.0, -0.0, 0.25, 0.5, 1.0, math.inf, -math.inf]) | st.floats(0, 1, width=32)
+    row = st.lists(values | st.just(math.nan), min_size=tokens, max_size=tokens)
+
+    @settings(max_examples=80, deadline=None, derandomize=True)
+    @given(rows=st.lists(row, min_size=2, max_size=2))
+    def compare(rows: list[list[float]]) -> None:
+        importance = torch.tensor(rows)
+        # In a graph what is not a number counts as infinity, elsewhere as more.
+        counted = torch.where(importance.isnan(), torch.inf, importance)
+        for found, expected in zip(graph(importance), module(counted), strict=True):
+            assert torch.equal(found, expected)
+
+    compare()

@@ -224,7 +224,11 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
     state: UnetState = unet._atedm
     with PATCHING:
         state.caller.begin()
-    position, follows = state.run.locate(given["timestep"])
+    if state.fixed is None:
+        position, follows = state.run.locate(given["timestep"])
+        state.early, state.step = state.method.is_early(position.share), torch.tensor(position.step, device="cpu")
+    else:
+        (state.early, state.step), follows = state.fixed, True
     for name in state.spans:
         block = unet.get_submodule(name)
         refuse_at_call(name, block)
@@ -233,8 +237,6 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
         block._atedm.is_dense = strange is not None
         if strange is not None:
             _say_once(name, strange)
-    state.step = torch.tensor(position.step, device="cpu")
-    state.early = state.method.is_early(position.share)
     sample = given.get("sample")
     if state.protect is not None and isinstance(sample, Tensor):
         state.protect = state.protect.to(sample.device)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from atedm.method.contract import Method, Place
+from atedm.method.keep import is_exporting
 from atedm.method.protection import protected_tokens
 
 
@@ -20,8 +21,14 @@ def check_room(method: Method, grids: Mapping[Place, tuple[int, int]], protect: 
         protect: (H, W) zeros and ones over the image.
 
     Raises:
-        ValueError: If one does; the message names a rate that leaves enough in all of them.
+        ValueError: If one does; the message names a rate that leaves enough in all of them. Or if a graph is being
+            made, in which the region cannot be read.
     """
+    if is_exporting():
+        raise ValueError(
+            "a region is protected, and whether it leaves room is not known for this size of latents; "
+            "call the atedm.FixedPhase once with its inputs before torch.export.export"
+        )
     lacking, highest = "", 1.0  # the first span that lacks room, and what the rate may be multiplied by for all
     for place, grid in grids.items():
         tokens = grid[0] * grid[1]

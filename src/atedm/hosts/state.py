@@ -46,6 +46,8 @@ class ModelState:
     early: bool = False
     #: Index of the denoising step. A tensor of the host, because `torch.compile` takes an int here for a constant.
     step: Tensor = field(default_factory=partial(torch.tensor, 0, device="cpu"))
+    #: (early, step) in a call of `atedm.FixedPhase`; None where the timestep says both.
+    fixed: tuple[bool, Tensor] | None = None
     observers: list[Callable[[Observation], None]] = field(default_factory=list)
     #: What is never dropped, (H, W) of zeros and ones over the image.
     protect: Tensor | None = None

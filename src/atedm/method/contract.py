@@ -92,7 +92,7 @@ class View:
     size: tuple[int, int]
     #: K, how many tokens will go on.
     count: int
-    #: Index of the denoising step, from 0. A tensor without dimensions where the model may be compiled.
+    #: Index of the denoising step, from 0. A tensor without dimensions where the model may be compiled or exported.
     step: int | Tensor
     #: Tokens at the point of pruning, (B, N, C), any floating dtype.
     tokens: Tensor

@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+"""Whether a graph is made by `torch.export`; torch 2.6 does not tell that from other compilation."""
+
 
 def keep_count(tokens: int, pruning_rate: float) -> int:
     """How many of ``tokens`` stay at a pruning rate: ``tokens - floor(pruning_rate * tokens)``.
@@ -51,8 +54,30 @@ def keep_most_important(importance: Tensor, count: int, *, one_set: bool = False
     batch = importance.shape[0]
     if one_set and batch > 1:
         importance = importance.float().mean(0, keepdim=True)
+    if is_exporting():
+        return true_places(_is_among_largest(importance, count), count).expand(batch, -1)
     order = importance.argsort(dim=-1, descending=True, stable=True)
     return order[:, :count].sort(dim=-1).values.expand(batch, -1)
+
+
+def _is_among_largest(importance: Tensor, count: int) -> Tensor:
+    """Which (B, N) are the ``count`` largest, as `keep_most_important` says, by operations that runtimes have.
+
+    ONNX and TensorRT have ``topk``, but no stable sort. Which of equal values ``topk`` takes has no say here. What is
+    not a number counts as infinity.
+    """
+    importance = importance.masked_fill(importance.isnan(), torch.inf)
+    last = importance.topk(count, dim=-1).values[:, -1:]
+    larger, equal = importance > last, importance == last
+    room = count - larger.sum(-1, keepdim=True)
+    return larger | (equal & (equal.cumsum(-1) <= room))
+
+
+def true_places(chosen: Tensor, count: int) -> Tensor:
+    """Places (B, K) int64, ascending, of the ``count`` entries of each row of ``chosen`` (B, N) that are true."""
+    number = chosen.shape[-1]
+    place = torch.where(chosen, torch.arange(number, device=chosen.device), number)
+    return place.topk(count, dim=-1, largest=False, sorted=True).values
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:

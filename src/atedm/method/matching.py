@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from atedm.method.attention_map import without_autocast
-from atedm.method.keep import gather_tokens
+from atedm.method.keep import gather_tokens, is_exporting, true_places
 
 _CHUNK = 2**22
 """Entries of a product of tokens that are held at once: 16 MiB in float32."""
@@ -126,6 +126,8 @@ def dropped_tokens(keep: Tensor, tokens: int) -> Tensor:
         (B, N - K) int64, each row ascending.
     """
     is_kept = torch.zeros(keep.shape[0], tokens, dtype=torch.int8, device=keep.device).scatter(1, keep, 1)
+    if is_exporting():
+        return true_places(is_kept == 0, tokens - keep.shape[1])
     return is_kept.argsort(dim=-1, stable=True)[:, : tokens - keep.shape[1]]
 
 
