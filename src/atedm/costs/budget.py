@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from atedm.costs.architectures import Architecture, architecture
-from atedm.costs.counting import count_macs
+from atedm.costs.counting import count_dense
 from atedm.costs.spans import CONVENTIONS, SpanShape, mean_macs, span_shape, step_macs
 from atedm.costs.tome import ToMe, tome_mean_macs
 from atedm.hosts.unet_spans import choose_spans, find_spans
@@ -158,4 +158,4 @@ def _profile(config: str, latents: tuple[int, int], words: int) -> Profile:
     arch = Architecture("", json.loads(config), (latents[1], latents[0]), 1, False, words)
     unet = arch.on_meta()
     shapes = tuple(span_shape(unet, place, latents, words) for place, _ in find_spans(unet).values())
-    return Profile(shapes, count_macs(unet, arch.call()).rest)
+    return Profile(shapes, count_dense(arch).rest)

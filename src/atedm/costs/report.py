@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from diffusers import UNet2DConditionModel
 
 from atedm.costs.architectures import Architecture, architecture
-from atedm.costs.counting import Counted, count_macs, kinds_of_step
+from atedm.costs.counting import Counted, count_dense, count_macs, kinds_of_step
 from atedm.costs.spans import CONVENTIONS, Macs, SpanShape, early_steps, span_macs, span_run_macs, span_shape
 from atedm.costs.tome import ToMe, tome_macs, tome_mean_macs, tome_step_macs
 from atedm.hosts.diffusers_unet import attach, detach
@@ -213,7 +213,7 @@ def cost(
         choose_spans(find_spans(unet), method)
         early = early_steps(method, steps)
         spans = tuple(_pruned(shape, method, images, steps) for shape in shapes)
-    dense = count_macs(unet, arch.call(size))
+    dense = count_dense(arch, size)
     report = CostReport(arch.name, method, size, batch, guidance, steps, early, spans, _stages(dense, images))
     _check_against_torch(report, unet, arch, dense.total, images)
     return report
