@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 import atedm
-from atedm.tiny.autoencoder import build_autoencoder
+from atedm.tiny.pictures.autoencoder import build_autoencoder
 from atedm.tiny.text import WIDTH, build_text_encoders, build_tokenizer
 
 TEXT_WIDTH = 2 * WIDTH

@@ -151,15 +151,9 @@ def test_what_takes_more_memory_than_there_is_ends_in_one_line(run: Run, monkeyp
     ],
 )
 def test_what_the_user_got_wrong_ends_in_one_line_and_status_2(
-    run: Run, arguments: tuple[str, ...], message: str, tmp_path: Path
+    refused: Callable[..., None], arguments: tuple[str, ...], message: str
 ) -> None:
-    done = run(*arguments)
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("atedm: ")
-    assert message in last
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").rglob("*.png"))
+    refused(*arguments, message=message)
 
 
 def test_a_name_that_is_no_choice_is_told_with_the_choices(run: Run) -> None:

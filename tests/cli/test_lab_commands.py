@@ -126,15 +126,9 @@ def test_scaling_counts_every_model_at_every_size(run: Run, tmp_path: Path) -> N
     ],
 )
 def test_what_the_user_got_wrong_ends_in_one_line_and_status_2(
-    run: Run, arguments: tuple[str, ...], message: str, tmp_path: Path
+    refused: Callable[..., None], arguments: tuple[str, ...], message: str
 ) -> None:
-    done = run(*arguments)
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("atedm: ")
-    assert message in last
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").rglob("*.png"))
+    refused(*arguments, message=message)
 
 
 def test_a_choice_that_there_is_not_is_refused_with_those_there_are(run: Run) -> None:

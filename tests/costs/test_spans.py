@@ -124,11 +124,32 @@ def test_functions_of_one_s_own_are_counted_by_running_them() -> None:
     product = AtEdm(rank=lambda view: (view.tokens @ view.tokens.mT).sum(-1), refill=lambda given: given.before)
     assert span_macs(shape, product).overhead == n * n * c
 
-    def needs_values(view: Any) -> Any:
-        return view.tokens.sum(-1) * float(view.tokens.max())
 
-    silent = AtEdm(rank=needs_values, refill=lambda given: given.before)
-    assert span_macs(shape, silent).overhead == 0
+@pytest.mark.parametrize("field", ["rank", "refill"])
+def test_what_cannot_be_counted_is_left_out_and_named_once(field: str, caplog: pytest.LogCaptureFixture) -> None:
+    def needs_values(given: Any) -> Any:
+        tokens = given.tokens if field == "rank" else given.before
+        return (tokens.sum(-1) if field == "rank" else tokens) * float(tokens.max())
+
+    needs_values.__qualname__ = f"a_{field}_of_values"
+    shapes = [shape for shape in shapes_at(sdxl_unet(), (16, 16)) if shape.place.layers > 1]
+    free = {"rank": lambda view: view.tokens.sum(-1), "refill": lambda given: given.before}
+    method = AtEdm(**{**free, field: needs_values})
+    with caplog.at_level("WARNING", "atedm"):
+        assert {span_macs(shape, method).overhead for shape in shapes} == {0}
+    assert len({shape.channels for shape in shapes}) > 1  # several blocks, one warning
+    (said,) = caplog.messages
+    assert f"a_{field}_of_values needs the values of tokens, so its cost" in said
+
+
+@pytest.mark.parametrize("field", ["rank", "refill"])
+def test_what_comes_before_it_is_counted(field: str) -> None:
+    def needs_values(given: Any) -> Any:
+        raise NotImplementedError
+
+    shape = shapes_at(sdxl_unet(), (16, 16))[-1]
+    projected = span_macs(shape, AtEdm()).overhead
+    assert 0 < span_macs(shape, AtEdm(**{field: needs_values})).overhead <= projected
 
 
 # --- ToMe -------------------------------------------------------------------------------------------------------------

@@ -54,13 +54,13 @@ def test_a_run_counted_on_the_pipeline_costs_what_the_report_says() -> None:
 
     def count(candidate: Candidate) -> int:
         call = {"prompt": "a red circle", "guidance_scale": 3.0, "width": 64, "height": 64}
-        return counted_run(pipe, candidate, call, 4)
+        return counted_run(pipe, candidate, call, 2)
 
-    report = cost(pipe, "paper", size=(64, 64), steps=4, guidance=True)
-    assert count(Dense()) == 4 * report.figures().dense
-    assert count(Pruning(METHODS["paper"])) == 4 * report.figures().mean
+    report = cost(pipe, "paper", size=(64, 64), steps=2, guidance=True)
+    assert count(Dense()) == 2 * report.figures().dense
+    assert count(Pruning(METHODS["paper"])) == 2 * report.figures().mean
     for tome in (ToMe(0.5), ToMe(0.3, "self-attention"), ToMe(0.5, early_share=0.3)):
-        assert count(Merging(tome)) == 4 * report.with_tome(tome).mean
+        assert count(Merging(tome)) == 2 * report.with_tome(tome).mean
     assert count(Caching(2)) < 0.6 * count(Dense())
 
 

@@ -1,6 +1,5 @@
 import math
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 import references
 from atedm.method import attention_map as module
 from atedm.method.attention_map import attention_maps, maps_in_turn, mean_attention_map, without_autocast
+from one_map import watch_maps
 
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 5, 4), (2, 2, 7, 3, 5), (3, 1, 4, 9, 2)]  # batch, heads, queries, keys, width
 
@@ -92,21 +92,9 @@ def test_one_map_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     previous = weakref.ref(next(maps))
     assert previous() is None, "the iterator itself holds on to a map"
 
-    yielded = 0
-
-    def watched(q: Tensor, k: Tensor, scale: float) -> Iterator[Tensor]:
-        nonlocal yielded
-        for q_head, k_head in zip(q.unbind(1), k.unbind(1), strict=True):
-            a = next(attention_maps(q_head[:, None], k_head[:, None], scale))
-            reference = weakref.ref(a)
-            yield a
-            del a
-            assert reference() is None, "the previous map is alive while the next one is made"
-            yielded += 1
-
-    monkeypatch.setattr(module, "maps_in_turn", watched)
+    freed = watch_maps(monkeypatch, module)
     mean_attention_map(q, k, 0.5)
-    assert yielded == 4
+    assert freed == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("block", [1, 300, 2**23])

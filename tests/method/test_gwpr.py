@@ -3,9 +3,6 @@
 What it does with the mappings of cross-attention is in tests/lab/ablation/test_mappings.py.
 """
 
-import weakref
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,8 +11,9 @@ from torch import Tensor
 
 import references
 from atedm.method import gwpr as module
-from atedm.method.attention_map import attention_maps, mean_attention_map
+from atedm.method.attention_map import mean_attention_map
 from atedm.method.gwpr import gwpr, normalise, rank_by_attention, root_mean_square, self_attention
+from one_map import watch_maps
 
 SIZES = [1, 5, 8]  # tokens
 
@@ -157,22 +155,10 @@ def test_rank_of_bfloat16_is_near_that_of_float32() -> None:
 
 
 def test_rank_holds_one_map_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = 0
-
-    def watched(q: Tensor, k: Tensor, scale: float) -> Iterator[Tensor]:
-        nonlocal seen
-        for q_head, k_head in zip(q.unbind(1), k.unbind(1), strict=True):
-            a = next(attention_maps(q_head[:, None], k_head[:, None], scale))
-            reference = weakref.ref(a)
-            yield a
-            del a
-            assert reference() is None, "the previous map is alive while the next one is made"
-            seen += 1
-
-    monkeypatch.setattr(module, "maps_in_turn", watched)
+    freed = watch_maps(monkeypatch, module)
     with torch.no_grad():
         rank_by_attention(*queries_and_keys(2, 3, 6, 6, 4), 0.5)
-    assert seen == 3
+    assert freed == [0, 1, 2]
 
 
 def test_rank_gradients_match_finite_differences() -> None:

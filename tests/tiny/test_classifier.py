@@ -10,7 +10,8 @@ import torch
 
 from atedm.app.models import load_pipeline
 from atedm.tiny import weights_folder
-from atedm.tiny.classifier import Judgement, accuracy, canonical, judge, load_classifier, save_classifier
+from atedm.tiny.classifier import canonical, judge, load_classifier, save_classifier
+from atedm.tiny.pictures.judge import Judgement, accuracy
 from atedm.tiny.scenes import Scene, held_out_scenes, render_batch
 
 
@@ -66,7 +67,7 @@ def test_accuracy_is_the_share_right() -> None:
 @torch.inference_mode()
 def test_the_shipped_judge_reads_held_out_scenes_through_the_shipped_autoencoder() -> None:
     model = load_classifier(weights_folder() / "classifier.safetensors")
-    scenes = held_out_scenes(120, seed=5)
+    scenes = held_out_scenes(60, seed=5)
     images = render_batch(scenes, np.random.default_rng(5))
     vae = load_pipeline("tiny", device="cpu").vae
     rebuilt = torch.cat([vae.decode(vae.encode(c * 2 - 1).latents).sample / 2 + 0.5 for c in images.split(30)])

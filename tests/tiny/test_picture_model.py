@@ -189,7 +189,7 @@ def test_a_run_is_distilled_and_assembled_into_a_pipeline(tmp_path: Path, atlas:
     pixels = (atlas.levels[0] * 255).to(torch.uint8)
     save_file({"pictures": pixels}, run / "objects" / f"objects-{len(OBJECTS)}.safetensors")
     build_autoencoder().save_pretrained(run / "vae")
-    denoiser = Denoiser(build_tokenizer(run / "tokenizer"), compiled=False)
+    denoiser = Denoiser(build_text_encoders(build_tokenizer(run / "tokenizer")), build_unet(), compiled=False)
     save_state(run, denoiser, copy.deepcopy(denoiser), [], seen=1)
     app = typer.Typer()
     app.command()(distill)

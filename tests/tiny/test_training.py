@@ -18,7 +18,8 @@ from atedm.app.models import load_pipeline
 from atedm.tiny import weights_folder
 from atedm.tiny.assemble import pipeline_from_run
 from atedm.tiny.autoencoder import train_autoencoder
-from atedm.tiny.classifier import accuracy, judge, load_classifier
+from atedm.tiny.classifier import judge, load_classifier
+from atedm.tiny.pictures.judge import accuracy
 from atedm.tiny.scenes import Scene, held_out_scenes
 from atedm.tiny.text import build_tokenizer
 
@@ -70,17 +71,17 @@ def psnr(images: Tensor, reference: Tensor) -> list[float]:
 def test_it_draws_what_held_out_captions_say_dense_and_pruned() -> None:
     pipe = load_pipeline("tiny", device="cpu")
     reader = load_classifier(weights_folder() / "classifier.safetensors")
-    scenes = held_out_scenes(8, seed=1)
-    dense = drawn(pipe, scenes, 12)
+    scenes = held_out_scenes(6, seed=1)
+    dense = drawn(pipe, scenes, 6)
     shares = accuracy([judge(asked, seen) for asked, seen in zip(scenes, reader.read(dense), strict=True)])
     del shares["all"]
     assert min(shares.values()) >= 0.9, shares
     for method in ("dagger", "matched"):
         with atedm.pruned(pipe, method):
-            pruned = drawn(pipe, scenes, 12)
+            pruned = drawn(pipe, scenes, 6)
         assert 15 < float(np.mean(psnr(pruned, dense))) < 60
         right = [judge(asked, seen).all_right for asked, seen in zip(scenes, reader.read(pruned), strict=False)]
-        assert sum(right) >= 6
+        assert sum(right) >= 5
 
 
 def test_images_do_not_depend_on_how_they_are_batched() -> None:
@@ -125,7 +126,7 @@ def test_the_recipe_trains_resumes_and_assembles(tmp_path: Path) -> None:
     run = tmp_path / "run"
     build_tokenizer(run / "tokenizer")
     lines: list[str] = []
-    train_autoencoder(4.0, batch=4, report=lines.append).save_pretrained(run / "vae")
+    train_autoencoder(1.0, batch=4, scenes=32, report=lines.append).save_pretrained(run / "vae")
     assert "scaling factor" in lines[-1]
     app = typer.Typer()
     app.command()(train)

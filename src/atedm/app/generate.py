@@ -48,7 +48,7 @@ def generate(
     on and lists those made so far, so a run that was stopped can be made again from it.
 
     Args:
-        pipe: A text-to-image pipeline with a U-Net, not patched.
+        pipe: A text-to-image pipeline with a model that can be pruned, not patched.
         request: What to make.
         out: The folder. Images of an earlier run in it are removed as soon as there is one of this run.
         compare: Make each image dense too, and by ``request.other``, and draw all of them in ``comparison.png``.
@@ -58,7 +58,7 @@ def generate(
         watch: Given every image as soon as it is made.
 
     Raises:
-        TypeError: If the pipeline has no U-Net.
+        TypeError: If the pipeline has no such model.
         FileNotFoundError: If the mask of ``request.protect`` does not exist.
         ValueError: If there is nothing to prune, or the mask is no picture or protects more than is kept.
     """

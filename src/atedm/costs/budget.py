@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from atedm.costs.architectures import Architecture, architecture
-from atedm.costs.counting import count_macs
+from atedm.costs.counting import count_dense
 from atedm.costs.spans import CONVENTIONS, SpanShape, mean_macs, span_shape, step_macs
 from atedm.costs.tome import ToMe, refuse_tome, tome_mean_macs
 from atedm.costs.transformers import profile_transformer
@@ -165,4 +165,4 @@ def _profile(config: str, grid: tuple[int, int], words: int) -> Profile:
         counted = profile_transformer(model, arch.config, grid, words)
         return Profile(counted.shapes, sum(counted.rest.values()))
     shapes = tuple(span_shape(model, place, grid, words) for place, _ in find_spans(model).values())
-    return Profile(shapes, count_macs(model, arch.call()).rest)
+    return Profile(shapes, count_dense(arch).rest)

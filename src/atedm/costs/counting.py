@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from atedm.costs.architectures import run_once
+from atedm.costs.architectures import Architecture, run_once
 from atedm.costs.flops import flop_counter
 from atedm.hosts.runs import step_position
 from atedm.hosts.unet_spans import find_spans
@@ -75,3 +77,14 @@ def count_macs(unet: UNet2DConditionModel, call: Mapping[str, Any], timestep: in
         stages={stage: by_module.get(stage, 0) for stage in stages},
         resnets={stage: resnets(stage) for stage in stages},
     )
+
+
+def count_dense(arch: Architecture, size: tuple[int, int] | None = None) -> Counted:
+    """Count one call of an unpruned U-Net at ``size`` (width, height) in pixels; the same one is counted once."""
+    return _count_dense(json.dumps(arch.config, sort_keys=True, default=str), arch.latents(size), arch.words)
+
+
+@functools.lru_cache(maxsize=32)
+def _count_dense(config: str, latents: tuple[int, int], words: int) -> Counted:
+    arch = Architecture("", json.loads(config), (latents[1], latents[0]), 1, False, words)
+    return count_macs(arch.on_meta(), arch.call())

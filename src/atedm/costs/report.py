@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from atedm.costs.architectures import Architecture, architecture
-from atedm.costs.counting import LATE, Counted, count_macs, kinds_of_step
+from atedm.costs.counting import LATE, Counted, count_dense, count_macs, kinds_of_step
 from atedm.costs.spans import CONVENTIONS, Macs, SpanShape, early_steps, span_macs, span_run_macs, span_shape
 from atedm.costs.tome import ToMe, refuse_tome, tome_macs, tome_mean_macs, tome_step_macs
 from atedm.costs.transformers import count_blocks, profile_transformer
@@ -227,7 +227,7 @@ def _counted(
         return counted.shapes, tuple(StageCost(name, 0, macs * images) for name, macs in counted.rest.items())
     places = [place for place, _ in find_spans(model).values()]
     shapes = [span_shape(model, place, arch.latents(size), arch.words) for place in places]
-    return shapes, _stages(count_macs(model, arch.call(size)), images)
+    return shapes, _stages(count_dense(arch, size), images)
 
 
 def _pruned(shape: SpanShape, method: Method, images: int, steps: int) -> SpanCost:
@@ -268,7 +268,8 @@ def _check_against_torch(report: CostReport, model: Any, arch: Architecture, ima
         total = count_blocks(model, call)[0] if arch.is_transformer else count_macs(model, call, timestep).total
         return total * images
 
-    found = {"dense": count(LATE)}
+    dense = count_blocks(model, call)[0] if arch.is_transformer else count_dense(arch, report.size).total
+    found = {"dense": dense * images}
     if not isinstance(report.method, ToMe):
         kinds = {"normal_step": LATE} if arch.is_transformer else kinds_of_step(report.method)
         attach(model, report.method)

@@ -9,6 +9,7 @@ torch, by running the method on tokens without values.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from torch.nn import functional
 from atedm.costs.architectures import WORDS
 from atedm.costs.flops import flop_counter
 from atedm.method.contract import Memory, Method, Place, QueriesAndKeys, View
+from atedm.method.places import function_name
 
 #: How MACs are counted: see `Macs`.
 CONVENTIONS = ("exact", "paper")
@@ -158,7 +160,7 @@ def mean_macs(shapes: Sequence[SpanShape], method: Method | None, steps: int, co
 def drop_macs(method: Method, shape: SpanShape, kept: int) -> int:
     """MACs that dropping and refilling add in one span, counted by torch on tokens without values.
 
-    Functions of the user's own that need values cannot be counted this way, and count as nothing.
+    Functions of the user's own that need values cannot be counted this way: they are left out, and a warning says so.
     """
     return meta_overhead(replace(method, rate=0.0), shape, kept, tokens=shape.tokens)  # type: ignore[type-var]
 
@@ -176,14 +178,25 @@ def meta_overhead(method: Method, shape: SpanShape, kept: int, *, tokens: int) -
 @functools.lru_cache(maxsize=4096)
 def _meta_overhead(method: Method, shape: SpanShape, kept: int, tokens: int) -> int:
     with torch.no_grad(), flop_counter() as counter:
+        function = getattr(method, "rank", None)
         try:
             cut = method.drop(_meta_view(shape, kept, tokens, remembers=method.remembers))
+            function = getattr(method, "refill", None)
             cut.refill(cut.tokens)
-        except (RuntimeError, NotImplementedError):
-            if getattr(method, "rank", None) is None and getattr(method, "refill", None) is None:
+        except (RuntimeError, NotImplementedError) as error:
+            if not callable(function):
                 raise
-            return 0
+            _say_once(function_name(function), str(error).partition("\n")[0])
     return int(counter.get_total_flops()) // 2
+
+
+@functools.cache
+def _say_once(function: str, reason: str) -> None:
+    logging.getLogger("atedm").warning(
+        "%s needs the values of tokens, so its cost and that of what comes after it is left out (%s).",
+        function,
+        reason,
+    )
 
 
 def _meta_view(shape: SpanShape, kept: int, number: int, *, remembers: bool) -> View:

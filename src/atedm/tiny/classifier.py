@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from atedm.tiny.pictures.judge import Judgement
 from atedm.tiny.scenes import (
     BACKGROUNDS,
     CANVAS,
@@ -91,18 +91,6 @@ def canonical(scene: Scene) -> Scene:
     return scene
 
 
-class Judgement(NamedTuple):
-    """How much of one caption a picture shows: per attribute, how many were right and how many there were."""
-
-    right: dict[str, int]
-    asked: dict[str, int]
-
-    @property
-    def all_right(self) -> bool:
-        """Whether everything the caption says is there."""
-        return self.right == self.asked
-
-
 def judge(asked: Scene, seen: Scene) -> Judgement:
     """Compare what a caption asked for with what a picture shows.
 
@@ -125,17 +113,6 @@ def judge(asked: Scene, seen: Scene) -> Judgement:
     }
     asked_for = {"count": 1, "colour": count, "shape": count, "relation": count - 1, "background": 1, "texture": 1}
     return Judgement(right, asked_for)
-
-
-def accuracy(judgements: Sequence[Judgement]) -> dict[str, float]:
-    """Share right of each attribute over all captions, and of captions right in everything ("all")."""
-    if not judgements:
-        raise ValueError("no judgements to average")
-    shares = {
-        name: sum(j.right[name] for j in judgements) / max(1, sum(j.asked[name] for j in judgements))
-        for name in ATTRIBUTES
-    }
-    return {**shares, "all": sum(j.all_right for j in judgements) / len(judgements)}
 
 
 def train_classifier(

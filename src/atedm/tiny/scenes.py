@@ -7,12 +7,13 @@ every picture can be judged.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from atedm.words import check_name
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -38,8 +39,6 @@ _OFFSET = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0
 
 CANVAS = 128
 """Width and height, in pixels, of a scene of two objects."""
-SMALL_CANVAS = 64
-"""Width and height, in pixels, of a scene of one object drawn at the same scale: cheap to train on first."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,12 @@ class Scene:
         if (self.relation is None) != (len(self.objects) == 1):
             raise ValueError("two objects need a relation, and one object has none")
         for colour, shape in self.objects:
-            _known("colour", colour, COLOURS)
-            _known("shape", shape, SHAPES)
-        _known("background", self.background, BACKGROUNDS)
-        _known("texture", self.texture, TEXTURES)
+            check_name("colour", colour, COLOURS)
+            check_name("shape", shape, SHAPES)
+        check_name("background", self.background, BACKGROUNDS)
+        check_name("texture", self.texture, TEXTURES)
         if self.relation is not None:
-            _known("relation", self.relation, RELATIONS)
+            check_name("relation", self.relation, RELATIONS)
 
     @property
     def subject(self) -> str:
@@ -81,11 +80,6 @@ class Scene:
     def held_out(self) -> bool:
         """Whether this caption is kept from training (one in twenty, by a checksum of the caption)."""
         return zlib.crc32(self.caption.encode()) % 20 == 0
-
-
-def _known(what: str, word: str, words: Collection[str]) -> None:
-    if word not in words:
-        raise ValueError(f"unknown {what} {word!r}; known are {', '.join(words)}")
 
 
 def sample_scene(rng: np.random.Generator, objects: int | None = None, held_out: bool = False) -> Scene:

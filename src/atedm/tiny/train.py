@@ -22,59 +22,22 @@ import torch
 import torch.distributed as dist
 import typer
 from diffusers import AutoencoderTiny
-from diffusers.models.attention_processor import Attention
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPTokenizer
 
 from atedm.tiny.autoencoder import train_autoencoder
 from atedm.tiny.dataset import encode_scenes
+from atedm.tiny.pictures.checkpoint import NAME, load_state, save_state
+from atedm.tiny.pictures.denoiser import Denoiser
+from atedm.tiny.pictures.unet import build_scheduler
 from atedm.tiny.scenes import CANVAS
 from atedm.tiny.text import build_text_encoders, build_tokenizer
-from atedm.tiny.training_state import NAME, load_state, save_state
-from atedm.tiny.unet import build_scheduler, build_unet
+from atedm.tiny.unet import build_unet
 
 CAPTION_DROPOUT = 0.1
 AVERAGE_DECAY = 0.99
 """Of the averaged weights, a step: a memory of a hundred steps. A thousand lag far behind in sittings this short."""
-
-
-class Denoiser(nn.Module):
-    """The text encoders and the U-Net as one module to train: token ids and noisy latents in, v out."""
-
-    def __init__(self, tokenizer: Any, compiled: bool = True) -> None:
-        super().__init__()
-        self.text_encoder, self.text_encoder_2 = build_text_encoders(tokenizer)
-        self.unet = build_unet()
-        self.unet.set_attn_processor(_PlainAttention())
-        if compiled:
-            self.unet.compile_repeated_blocks()
-
-    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, keep_caption: Tensor, size: int) -> Tensor:
-        """Predict v for ``noisy`` (B, 4, h, w); rows where ``keep_caption`` (B,) is 0 see no caption."""
-        words = self.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
-        second = self.text_encoder_2(ids, output_hidden_states=True)
-        words = torch.cat([words, second.hidden_states[-2]], dim=-1) * keep_caption[:, None, None]
-        pooled = second.text_embeds * keep_caption[:, None]
-        time_ids = torch.tensor([size, size, 0, 0, size, size], device=noisy.device).expand(len(noisy), 6)
-        added = {"text_embeds": pooled, "time_ids": time_ids}
-        return self.unet(noisy, timesteps, words, added_cond_kwargs=added, return_dict=False)[0]  # type: ignore[no-any-return]
-
-
-class _PlainAttention:
-    """Softmax attention written out: on CPUs its backward pass in bfloat16 is several times faster than fused ones."""
-
-    def __call__(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
-    ) -> Tensor:
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for project, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
-        )
-        attention_map = (q * attn.scale @ k.transpose(-1, -2)).softmax(-1).to(v.dtype)
-        return attn.to_out[0]((attention_map @ v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 def train(
@@ -112,18 +75,13 @@ def train(
     data = encode_scenes(autoencoder, tokenizer, scenes, canvas, 1000 * seed + rank, run / "cache")
 
     torch.manual_seed(seed)
-    model = Denoiser(tokenizer, compiled=not eager).to(device)
+    model = Denoiser(build_text_encoders(tokenizer), build_unet(), compiled=not eager).to(device)
     if start_from is not None and not (run / NAME).exists():
-        _load_parts(model, start_from)
+        model.load_parts(start_from)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    seen = load_state(run, model, average, optimizer)
-    # The last layer of the first encoder is never read, as in SDXL.
-    trained: nn.Module = (
-        DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
-        if world > 1
-        else model
-    )
+    seen = load_state(run, model, average, [optimizer])
+    trained: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     torch.manual_seed(hash((seed, rank, seen)) % 2**31)
     alphas = build_scheduler().alphas_cumprod.to(device)
     weights = _row_weights(data.ids, tokenizer, reversed_share)
@@ -164,9 +122,9 @@ def train(
             )
             total, shown = 0.0, time.monotonic()
         if rank == 0 and steps % 500 == 0:
-            save_state(run, model, average, optimizer, seen)
+            save_state(run, model, average, [optimizer], seen)
     if rank == 0:
-        save_state(run, model, average, optimizer, seen)
+        save_state(run, model, average, [optimizer], seen)
         sitting = {"canvas": canvas, "minutes": minutes, "steps": steps, "batch": batch * world, "lr": lr, "seen": seen}
         with (run / "sittings.jsonl").open("a") as log:
             log.write(json.dumps(sitting) + "\n")
@@ -202,15 +160,6 @@ def _prepare(run: Path, autoencoder_minutes: float, seed: int, start_from: Path 
         else:
             train_autoencoder(60 * autoencoder_minutes, seed=seed).save_pretrained(partial)
         partial.replace(run / part)
-
-
-def _load_parts(model: Denoiser, folder: Path) -> None:
-    for part, file in (
-        ("text_encoder", "model.safetensors"),
-        ("text_encoder_2", "model.safetensors"),
-        ("unet", "diffusion_pytorch_model.safetensors"),
-    ):
-        getattr(model, part).load_state_dict(load_file(folder / part / file))
 
 
 if __name__ == "__main__":

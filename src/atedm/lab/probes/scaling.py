@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from atedm.costs.architectures import architecture
-from atedm.costs.counting import count_macs
+from atedm.costs.counting import count_dense
 from atedm.costs.spans import span_shape, step_macs
 from atedm.hosts.unet_spans import choose_spans, find_spans
 from atedm.lab.progress import Progress, silent
@@ -69,7 +69,7 @@ def scaling(models: Sequence[str], sides: Sequence[int], method: Method, *, prog
             has_something = False
         for side in sides:
             progress(f"{arch.name} at {side} px", len(points), len(architectures) * len(sides))
-            counted = count_macs(unet, arch.call((side, side)))
+            counted = count_dense(arch, (side, side))
             shapes = [span_shape(unet, place, arch.latents((side, side)), arch.words) for place, _ in spans.values()]
             resnet = sum(counted.resnets.values())
             attention, other = counted.total - counted.rest, counted.rest - resnet

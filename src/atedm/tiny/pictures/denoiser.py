@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file
 from torch import Tensor, nn
-
-from atedm.tiny.pictures.text import build_text_encoders
-from atedm.tiny.pictures.unet import build_unet
 
 PARTS = {
     "text_encoder": "model.safetensors",
@@ -24,10 +23,10 @@ PARTS = {
 class Denoiser(nn.Module):
     """The text encoders and the U-Net: token ids and noisy latents in, v out."""
 
-    def __init__(self, tokenizer: Any, compiled: bool = True) -> None:
+    def __init__(self, text_encoders: Sequence[nn.Module], unet: UNet2DConditionModel, compiled: bool = True) -> None:
         super().__init__()
-        self.text_encoder, self.text_encoder_2 = build_text_encoders(tokenizer)
-        self.unet = build_unet()
+        self.text_encoder, self.text_encoder_2 = text_encoders
+        self.unet = unet
         for name, parameter in self.named_parameters():
             # SDXL reads the last layer but one of both encoders, and only the second's pooled caption.
             if name.startswith(("text_encoder.encoder.layers.2", "text_encoder.final_layer_norm")) or name.startswith(

@@ -29,7 +29,8 @@ from atedm.tiny.pictures.data import ScenePool
 from atedm.tiny.pictures.denoiser import Denoiser
 from atedm.tiny.pictures.download import load_atlas
 from atedm.tiny.pictures.scenes import CANVAS
-from atedm.tiny.pictures.unet import build_scheduler
+from atedm.tiny.pictures.text import build_text_encoders
+from atedm.tiny.pictures.unet import build_scheduler, build_unet
 
 STATE = "distillation.safetensors"
 FOLDER = "lora"
@@ -62,7 +63,8 @@ def distill(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     autoencoder = AutoencoderTiny.from_pretrained(run / "vae").to(device)
-    teacher = Denoiser(tokenizer, compiled=not eager).to(device).eval().requires_grad_(False)
+    teacher = Denoiser(build_text_encoders(tokenizer), build_unet(), compiled=not eager).to(device)
+    teacher.eval().requires_grad_(False)
     teacher.load_state_dict(averaged_weights(run))
     student = copy.deepcopy(teacher)
     student.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=_TARGETS, init_lora_weights=True))

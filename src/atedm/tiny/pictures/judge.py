@@ -142,6 +142,17 @@ def judge(asked: Scene, seen: Reading) -> Judgement:
     )
 
 
+def accuracy(judgements: Sequence[Judgement]) -> dict[str, float]:
+    """Share right of each attribute over all captions, and of captions right in everything ("all")."""
+    if not judgements:
+        raise ValueError("no judgements to average")
+    shares = {
+        name: sum(one.right[name] for one in judgements) / max(1, sum(one.asked[name] for one in judgements))
+        for name in judgements[0].right
+    }
+    return {**shares, "all": sum(one.all_right for one in judgements) / len(judgements)}
+
+
 def targets_of(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     """Return the right classes of each scene: "objects" (B, 3) and (B,) of each of `HEADS`; -1 where there is none."""
     rows = {name: row for row, name in enumerate(_NAMES)}

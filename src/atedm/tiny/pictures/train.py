@@ -34,8 +34,8 @@ from atedm.tiny.pictures.denoiser import Denoiser
 from atedm.tiny.pictures.download import load_atlas
 from atedm.tiny.pictures.samples import draw_samples
 from atedm.tiny.pictures.scenes import CANVAS
-from atedm.tiny.pictures.text import build_tokenizer
-from atedm.tiny.pictures.unet import build_scheduler
+from atedm.tiny.pictures.text import build_text_encoders, build_tokenizer
+from atedm.tiny.pictures.unet import build_scheduler, build_unet
 
 CAPTION_DROPOUT = 0.1
 AVERAGE_DECAY = 0.995
@@ -78,7 +78,7 @@ def train(
     autoencoder = AutoencoderTiny.from_pretrained(run / "vae").to(device)
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     torch.manual_seed(seed)
-    model = Denoiser(tokenizer, compiled=not eager).to(device)
+    model = Denoiser(build_text_encoders(tokenizer), build_unet(), compiled=not eager).to(device)
     if start_from is not None and not (run / NAME).exists():
         model.load_parts(start_from)
     average = copy.deepcopy(model).eval().requires_grad_(False)

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from atedm.files import written_whole
+from atedm.tiny.pictures.autoencoder import rebuilt
 from atedm.tiny.pictures.download import load_atlas
-from atedm.tiny.pictures.judge import HEADS, SceneReader, judge, save_judge, targets_of
+from atedm.tiny.pictures.judge import HEADS, SceneReader, accuracy, judge, save_judge, targets_of
 from atedm.tiny.pictures.rendering import Atlas, render
 from atedm.tiny.pictures.scenes import CANVAS, held_out_scenes, sample_scene
 
@@ -83,28 +84,24 @@ def train_judge(
                 save_file(model.state_dict(), partial)
     with written_whole(partial_file) as partial:
         save_file(model.state_dict(), partial)
-    for what, rebuilt in (("rendered", 0.0), ("through the autoencoder", 1.0)):
-        shares = held_out_accuracy(model.eval(), atlas, autoencoder, rebuilt)
+    for what, through in (("rendered", False), ("through the autoencoder", True)):
+        shares = held_out_accuracy(model.eval(), atlas, autoencoder, through)
         print(what, ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     save_judge(model.cpu(), run / JUDGE)
 
 
 def held_out_accuracy(
-    model: SceneReader, atlas: Atlas, autoencoder: AutoencoderTiny, rebuilt: float, count: int = 512
+    model: SceneReader, atlas: Atlas, autoencoder: AutoencoderTiny, through: bool, count: int = 512
 ) -> dict[str, float]:
-    """Share of what held-out scenes show that the judge reads right, by attribute."""
+    """Share of what held-out scenes show that the judge reads right: see `accuracy`."""
     rng = np.random.default_rng(5)
     judgements = []
     for start in range(0, count, 32):
         scenes = held_out_scenes(count, 5)[start : start + 32]
         images = render(scenes, atlas, rng).images
-        images = _rebuilt(autoencoder, images) if rebuilt else images
+        images = rebuilt(autoencoder, images) if through else images
         judgements += [judge(scene, seen) for scene, seen in zip(scenes, model.read(images), strict=True)]
-    names = judgements[0].right
-    return {
-        name: sum(one.right[name] for one in judgements) / max(1, sum(one.asked[name] for one in judgements))
-        for name in names
-    }
+    return accuracy(judgements)
 
 
 def _scenes(
@@ -113,16 +110,8 @@ def _scenes(
     scenes = [sample_scene(rng) for _ in range(batch)]
     images = render(scenes, atlas, rng, CANVAS).images
     half = batch // 2
-    images = torch.cat([_rebuilt(autoencoder, images[:half]), images[half:]])
+    images = torch.cat([rebuilt(autoencoder, images[:half]), images[half:]])
     return images, {name: target.to(atlas.device) for name, target in targets_of(scenes).items()}
-
-
-@torch.no_grad()
-def _rebuilt(autoencoder: AutoencoderTiny, images: Tensor) -> Tensor:
-    with torch.autocast(images.device.type, torch.bfloat16):
-        latents = autoencoder.encode(images * 2 - 1).latents
-        decoded: Tensor = autoencoder.decode(latents + 0.05 * torch.randn_like(latents)).sample
-    return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
 
 if __name__ == "__main__":

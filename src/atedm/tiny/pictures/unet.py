@@ -8,27 +8,41 @@ from atedm.tiny.pictures.text import WIDTH
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Build the untrained U-Net, 10.5 M parameters.
+    """Build the untrained U-Net, 10.5 M parameters: A4 and A8 for SDXL's A2 and A10.
 
-    As in SDXL the first level has no attention, the second has blocks of a few layers (here A4 for SDXL's A2), the
-    third and the middle deep ones (A8 for A10), with linear projections and size conditioning (``text_time``). At
-    256 px the levels have 4096, 1024 and 256 tokens.
+    At 256 px the levels have 4096, 1024 and 256 tokens.
+    """
+    return small_sdxl(sample_size=64, channels=(32, 64, 80), layers=(1, 4, 8), heads=(1, 2, 2), text_width=WIDTH)
+
+
+def small_sdxl(
+    *,
+    sample_size: int,
+    channels: tuple[int, int, int],
+    layers: tuple[int, int, int],
+    heads: tuple[int, int, int],
+    text_width: int,
+) -> UNet2DConditionModel:
+    """Build an untrained U-Net of three levels.
+
+    As in SDXL the first level has no attention, the second has blocks of a few layers, the third and the middle deep
+    ones, with linear projections and size conditioning (``text_time``).
     """
     return UNet2DConditionModel(
-        sample_size=64,
+        sample_size=sample_size,
         in_channels=4,
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 64, 80),
-        transformer_layers_per_block=(1, 4, 8),
-        attention_head_dim=(1, 2, 2),
+        block_out_channels=channels,
+        transformer_layers_per_block=layers,
+        attention_head_dim=heads,
         norm_num_groups=16,
-        cross_attention_dim=2 * WIDTH,
+        cross_attention_dim=2 * text_width,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=16,
-        projection_class_embeddings_input_dim=6 * 16 + WIDTH,
+        projection_class_embeddings_input_dim=6 * 16 + text_width,
     )
 
 

@@ -1,0 +1,63 @@
+"""A training run as an ordinary diffusers pipeline, and the folder of half-precision weights that ships."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTokenizer
+
+from atedm.tiny.pictures.checkpoint import averaged_weights, part_of
+from atedm.tiny.pictures.unet import build_scheduler
+
+
+def open_run(
+    run: Path, build_text_encoders: Callable[[CLIPTokenizer], Sequence[Any]], unet: UNet2DConditionModel
+) -> StableDiffusionXLPipeline:
+    """Open the averaged weights of a training run as a float32 pipeline.
+
+    Args:
+        run: Its folder.
+        build_text_encoders: Gives the two untrained encoders of a tokenizer.
+        unet: Untrained.
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
+    parts = dict(zip(("text_encoder", "text_encoder_2"), build_text_encoders(tokenizer), strict=True)) | {"unet": unet}
+    averaged = averaged_weights(run)
+    for name, part in parts.items():
+        part.load_state_dict(part_of(averaged, name))
+        part.eval()
+    return StableDiffusionXLPipeline(
+        vae=AutoencoderTiny.from_pretrained(run / "vae"),
+        tokenizer=tokenizer,
+        tokenizer_2=CLIPTokenizer.from_pretrained(run / "tokenizer"),
+        scheduler=build_scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+        **parts,
+    )
+
+
+def save_half(pipe: StableDiffusionXLPipeline, run: Path, folder: Path) -> None:
+    """Write the pipeline of a run with float16 weights that open as float32 unless a dtype is asked for."""
+    for tokenizer in ("tokenizer", "tokenizer_2"):  # older transformers read these two, newer ones tokenizer.json
+        (folder / tokenizer).mkdir(parents=True, exist_ok=True)
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copyfile(run / "tokenizer" / name, folder / tokenizer / name)
+    pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    for part in ("text_encoder", "text_encoder_2"):
+        _edit_config(folder / part, set_to={"dtype": "float32"}, drop=("torch_dtype", "_name_or_path"))
+    # AutoencoderTiny writes block_out_channels itself and then warns of it when it is read back.
+    _edit_config(folder / "vae", drop=("block_out_channels", "_name_or_path"))
+    _edit_config(folder / "unet", drop=("_name_or_path",))
+
+
+def _edit_config(part: Path, set_to: dict[str, Any] | None = None, drop: tuple[str, ...] = ()) -> None:
+    file = part / "config.json"
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key not in drop}
+    file.write_text(json.dumps(config | (set_to or {}), indent=2, sort_keys=True) + "\n")
