@@ -166,7 +166,7 @@ def before_transformer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def after_transformer(model: Any, *_: Any) -> None:
     """Let other threads call the model. A forward hook that is called after an exception as well."""
-    if is_attached(model):
+    if is_attached(model) and model._atedm.caller.is_this_thread:
         for name in model._atedm.spans:
             _span(model, name).end_call()
         model._atedm.caller.end()

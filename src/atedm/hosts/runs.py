@@ -146,9 +146,14 @@ class Caller:
                 "or give each its own: copy.deepcopy(pipe.unet), before or after atedm.apply"
             )
 
+    @property
+    def is_this_thread(self) -> bool:
+        """Whether the call is this thread's. Hooks tell the end of a refused call too."""
+        return self.thread == threading.get_ident()
+
     def end(self) -> None:
-        """Leave the call, if it is this thread's: hooks tell the end of a refused call too."""
-        if self.thread == threading.get_ident():
+        """Leave the call, if it is this thread's."""
+        if self.is_this_thread:
             self.thread = None
 
     def __getstate__(self) -> dict[str, Any]:
