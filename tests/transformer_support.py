@@ -11,7 +11,9 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from models import tokenizer
 from transformers_of import TEXT, transformer
 
 Made = tuple[Any, Callable[[], Tensor]]
@@ -177,6 +179,26 @@ def cog_video() -> Made:
     pipe = pipeline("CogVideoXPipeline", transformer("CogVideoXTransformer3DModel", sample_frames=5), vae=None)
     pipe.scheduler = diffusers.CogVideoXDDIMScheduler()
     return drawing(pipe, **GUIDED, num_frames=5)
+
+
+def whole_stable_diffusion_3() -> Any:
+    """SD 3 with text encoders and tokenizers, so that it can be saved and opened like any."""
+    words = tokenizer()
+    shape = {"vocab_size": len(words), "hidden_size": 6, "projection_dim": 6, "num_attention_heads": 2}
+    ends = {f"{end}_token_id": getattr(words, f"{end}_token_id") for end in ("bos", "eos", "pad")}
+    config = CLIPTextConfig(**shape, **ends, intermediate_size=12, num_hidden_layers=2, max_position_embeddings=20)
+    torch.manual_seed(0)
+    t5 = T5EncoderModel(T5Config(vocab_size=len(words), d_model=12, d_kv=6, d_ff=12, num_layers=1, num_heads=2))
+    return pipeline(
+        "StableDiffusion3Pipeline",
+        transformer("SD3Transformer2DModel"),
+        text_encoder=CLIPTextModelWithProjection(config).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(config).eval(),
+        text_encoder_3=t5.eval(),
+        tokenizer=words,
+        tokenizer_2=words,
+        tokenizer_3=words,
+    )
 
 
 #: What users call it, the pipeline, and a note.
