@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -28,23 +28,25 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1] / "src")
 
 import torch
-from torch import Tensor
 
-from atedm.costs.architectures import Architecture, architecture
+from atedm.costs.architectures import Architecture, architecture, run_once
 from atedm.costs.budget import fit_to_budget, run_cost
 from atedm.costs.tome import ToMe
+from atedm.costs.transformer_calls import timestep_of
+from atedm.hosts.diffusers_dit import known_family
 from atedm.lab.ablation import variant_of
 from atedm.lab.ablation.map_modes import scores_by
 from atedm.lab.methods.candidates import Candidate, Dense, Pruning
 from atedm.lab.methods.peers import Caching, Merging
 from atedm.lab.random_unet import random_unet
 from atedm.lab.shared_weights import copy_with_shared_weights
+from atedm.method.at_edm import AtEdm
 from atedm.method.contract import Place, QueriesAndKeys, View
 from atedm.method.cover import lattice, representative
 from atedm.method.keep import keep_most_important
 from atedm.method.map_scores import scores_of_map, scores_of_rows
 from atedm.method.matching import match_by_features
-from atedm.method.presets import METHODS
+from atedm.method.presets import METHODS, TRANSFORMER_METHODS
 from atedm.method.recovery import group_sizes, mean_by_source, update_of_match
 
 PLACE = Place("down", 2, 0, 1, 2, "span")
@@ -145,7 +147,7 @@ def candidates(model: str, size: tuple[int, int]) -> dict[str, Candidate]:
 
 def time_steps(
     arch: Architecture,
-    unet: Any,
+    model: Any,
     size: tuple[int, int],
     batch: int,
     dtype: torch.dtype,
@@ -153,20 +155,16 @@ def time_steps(
     timed: dict[str, Candidate],
 ) -> dict[str, Any]:
     """Time a late step by every candidate in turns: eager, and replayed as a CUDA graph where that can be."""
-    device = unet.device
-    call = arch.call(size, 2 * batch, device=device, dtype=dtype)  # with guidance
-    sample, others = call.pop("sample"), call
+    device = model.device
+    call = arch.call(size, (1 + arch.guidance) * batch, device=device, dtype=dtype)
     rows: dict[str, Any] = {}
     with ExitStack() as stack, torch.no_grad():
         turns: dict[str, Callable[[], object]] = {}
         for name, candidate in timed.items():
-            timesteps = torch.linspace(999, 0, 2000, device=device)[1500:]
-            left = iter(itertools.cycle(timesteps))
-            copied = copy_with_shared_weights(unet)
+            copied = copy_with_shared_weights(model)
             try:
-                pipe = SimpleNamespace(unet=copied, scheduler=SimpleNamespace(timesteps=timesteps))
+                pipe, act = _run_of(arch, copied, call)
                 stack.enter_context(candidate.applied(pipe))
-                act = partial(_step, copied, sample, left, others)
                 for _ in range(3):
                     act()
                 rows[name] = {"peak, MiB": _peak(act, device), "launches": _launches(act, device)}
@@ -190,8 +188,18 @@ def time_steps(
     return rows
 
 
-def _step(unet: Any, sample: Tensor, left: Iterator[Tensor], others: dict[str, Any]) -> object:
-    return unet(sample, next(left), **others)
+def _run_of(arch: Architecture, model: Any, call: dict[str, Any]) -> tuple[Any, Callable[[], object]]:
+    """What stands in for a pipeline, and what takes the next late step of its run."""
+    steps = torch.linspace(0.999, 0, 2000, device=model.device)[1500:]  # elements of a list, which nobody has to read
+    if not arch.is_transformer:
+        timesteps = 1000 * steps
+        left = iter(itertools.cycle(timesteps))
+        pipe = SimpleNamespace(unet=model, scheduler=SimpleNamespace(timesteps=timesteps))
+        return pipe, lambda: run_once(model, call, next(left))  # type: ignore[arg-type]
+    name = known_family(model).timestep
+    factor = timestep_of(arch.config["_class_name"], 1.0)
+    left = iter(itertools.cycle(factor * steps))
+    return SimpleNamespace(transformer=model), lambda: model(**call | {name: next(left).expand(call[name].shape)})
 
 
 def _twice(act: Callable[[], object]) -> None:
@@ -283,6 +291,22 @@ def time_parts(device: torch.device, dtype: torch.dtype, channels: int, side: in
     return found
 
 
+def time_flux(device: torch.device, small: bool) -> dict[str, Any]:
+    """Time late steps of FLUX.1 at its real size, 24 GB of random weights; narrow and short in a rehearsal."""
+    arch = architecture("flux")
+    if small:
+        narrow = {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 4, 8], "num_layers": 3}
+        arch = replace(arch, config=arch.config | narrow | {"num_single_layers": 3}, default_size=(128, 128))
+    dtype = torch.float32 if small else torch.bfloat16
+    timed: dict[str, Candidate] = {
+        "dense": Dense(),
+        "matched, 40 % kept": Pruning(TRANSFORMER_METHODS["matched"]),
+        "matched, 37 % kept": Pruning(replace(TRANSFORMER_METHODS["matched"], rate=0.63)),  # type: ignore[type-var]
+        "AT-EDM, 37 % kept": Pruning(AtEdm(spare=None)),
+    }
+    return time_steps(arch, random_unet(arch, dtype, device), arch.default_size, 1, dtype, 2 if small else 7, timed)
+
+
 # --- All of it --------------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +367,10 @@ def main() -> None:
         keep("steps", steps)
         print(name, json.dumps(steps[name]), flush=True)
         del unet
+    if time.monotonic() - began < asked.seconds:
+        name = "FLUX.1, narrow, float32, 128 px, batch 1" if asked.small else "FLUX.1, bfloat16, 1024 px, batch 1"
+        steps[name] = time_flux(device, asked.small)
+        keep("steps", steps)
     for name, rows in steps.items():
         print(f"\n{name}, {report['device']}\n| method | eager | graph | peak, MiB | launches |\n|---|---|---|---|---|")
         for method, row in rows.items():

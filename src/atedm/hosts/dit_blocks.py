@@ -41,6 +41,8 @@ class SpanState:
     before: Tensor | None = None
     attention: QueriesAndKeys | None = None
     cut: Cut | None = None
+    #: Tables of the call by name: as they were handed over, and the rows of the tokens that are left.
+    rows: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def begin_call(self, grid: Grid, memory: Memory, *, is_dense: bool) -> None:
         """Forget the last call, ended or not, and learn of the next."""
@@ -50,6 +52,7 @@ class SpanState:
     def end_call(self) -> None:
         """Let go of the tensors of a call."""
         self.before = self.attention = self.cut = None
+        self.rows = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model starts with nothing.
@@ -129,8 +132,13 @@ def run_pruned(state: BlockState, block: Callable[..., Any], given: dict[str, An
         hidden = cut.tokens if state.index == dense else hidden
     given[kind.image] = hidden
     for table in kind.tables:
-        if given.get(table.name) is not None:
-            given[table.name] = rows_of(table, given[table.name], cut.keep, span.grid.tokens, text, kind.attends[0])
+        value = given.get(table.name)
+        if value is None:
+            continue
+        if table.name not in span.rows or span.rows[table.name][0] is not value:  # the same for all blocks, as a rule
+            rows = rows_of(table, value, cut.keep, span.grid.tokens, text, kind.attends[0])
+            span.rows[table.name] = (value, rows)
+        given[table.name] = span.rows[table.name][1]
     with _attention(kind, text, kept, cut.weights) as seen:
         returned = block(**given)
     _first(seen)
