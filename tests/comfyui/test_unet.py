@@ -117,14 +117,16 @@ def test_images_of_different_sizes_in_turn(running: Any) -> None:
 
 
 def test_each_image_of_a_batch_is_its_own(running: Any) -> None:
+    SHELF["sdxl"] = small.sdxl(dtype=torch.float64)  # or rounding grows over the steps, pruned or not
     batch = draw(running, workflow(pruned={}, batch=2))
     assert batch.shape[0] == 2
     assert not torch.equal(batch[0], batch[1])
     # The first of a batch has the noise of an image alone.
-    torch.testing.assert_close(draw(running, workflow(pruned={}))[0], batch[0], rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(draw(running, workflow(pruned={}))[0], batch[0], rtol=1e-4, atol=1e-3)
 
 
 def test_conditions_together_and_apart_draw_the_same(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    SHELF["sdxl"] = small.sdxl(dtype=torch.float64)
     SHELF["negative"] = small.conditioning(2)  # of one length, so that they go into one batch
     seen, _ = seen_tokens(SHELF["sdxl"])
     together = draw(running, workflow(pruned={}))
@@ -134,7 +136,7 @@ def test_conditions_together_and_apart_draw_the_same(running: Any, monkeypatch: 
     seen.clear()
     apart = draw(engine.Engine(), workflow(pruned={}))
     assert len(seen) == 2 * calls
-    torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "dpmpp_sde", "dpm_2_ancestral", "uni_pc", "lcm"])

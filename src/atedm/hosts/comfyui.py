@@ -128,8 +128,7 @@ def _find_spans(model: Any, pruning: Pruning) -> list[Span]:
 def _choose(spans: Iterable[Span], method: Method) -> list[Span]:
     """Return the spans in which ``method`` has something to prune, whatever its rate."""
     spans = list(spans)
-    inner: Any = getattr(method, "method", method)
-    half: Method = replace(inner, rate=0.5)
+    half: Method = replace(method, rate=0.5)  # type: ignore[type-var]
     chosen = [span for span in spans if half.count(span.place, 1024) < 1024]
     if not chosen:
         depth = max((span.place.layers for span in spans), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,16 +30,17 @@ class EarlyStrength:
     strength: float
     #: Share of the run that is early.
     share: float = 0.3
+    #: Share of the tokens dropped in steps that are not early; not a number takes the method's.
+    rate: float = math.nan
 
     def __post_init__(self) -> None:
-        """Check both numbers."""
+        """Check the numbers, and let the method have the rate."""
         check_share("strength", self.strength)
         check_share("share", self.share)
-
-    @property
-    def rate(self) -> float:
-        """The rate of the method, as in steps that are not early."""
-        return self.method.rate
+        if math.isnan(self.rate):
+            object.__setattr__(self, "rate", self.method.rate)
+        else:
+            object.__setattr__(self, "method", replace(self.method, rate=self.rate))  # type: ignore[type-var]
 
     @property
     def name(self) -> str:
