@@ -119,13 +119,7 @@ class UNetModel(nn.Module):
         transformer_options: dict[str, Any] = {},  # noqa: B006
         **kwargs: Any,
     ) -> Tensor:
-        wrappers = all_wrappers("diffusion_model", transformer_options)
-        return WrapperExecutor(self._forward, self, wrappers)(x, timesteps, context, y, control, transformer_options)  # type: ignore[no-any-return]
-
-    def _forward(
-        self, x: Tensor, timesteps: Any, context: Any, y: Any, control: Any, options: dict[str, Any]
-    ) -> Tensor:
-        skips = []
+        options, skips = transformer_options, []
         for number, block in enumerate(self.input_blocks):
             options["block"] = ("input", number)
             x = _through(block, x, context, options)
@@ -171,6 +165,31 @@ class BaseModel(nn.Module):
         super().__init__()
         self.diffusion_model = network
         self.model_sampling = ModelSampling()
+
+    def apply_model(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] = {},  # noqa: B006
+        **kwargs: Any,
+    ) -> Tensor:
+        executor = WrapperExecutor(self._apply_model, self, all_wrappers("apply_model", transformer_options))
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)  # type: ignore[no-any-return]
+
+    def _apply_model(
+        self, x: Tensor, t: Tensor, c_concat: Any, c_crossattn: Any, control: Any, transformer_options: dict[str, Any]
+    ) -> Tensor:
+        out: Tensor = self.diffusion_model(
+            x / (1 + t.view(-1, 1, 1, 1)),
+            t,
+            context=c_crossattn,
+            control=control,
+            transformer_options=transformer_options,
+        )
+        return out
 
 
 def get_attr(owner: Any, path: str) -> Any:
@@ -245,7 +264,7 @@ class Guider:
         self.model_patcher, self.contexts, self.together = model_patcher, contexts, together
         self.model_options = copy.deepcopy(model_patcher.model_options)
         self.model_options["transformer_options"]["wrappers"] = model_patcher.wrappers
-        self.sigmas_called: list[float] = []
+        self.control: dict[str, Any] | None = None
 
     def sample(self, noise: Tensor, sigmas: Tensor) -> Tensor:
         wrappers = all_wrappers("outer_sample", self.model_options["transformer_options"])
@@ -273,9 +292,12 @@ class Guider:
             options |= {"cond_or_uncond": batch, "uuids": [self.uuids[sign] for sign in batch], "sigmas": sigma.view(1)}
             options["sample_sigmas"] = sigmas
             contexts = torch.cat([self.contexts[sign].expand(len(x), -1, -1) for sign in batch])
-            network = self.model_patcher.model.diffusion_model
-            out = network(
-                torch.cat([x] * len(batch)) / (1 + sigma), sigma.view(1), context=contexts, transformer_options=options
+            out = self.model_patcher.model.apply_model(
+                torch.cat([x] * len(batch)),
+                sigma.view(1),
+                c_crossattn=contexts,
+                control=self.control,
+                transformer_options=options,
             )
             total += sum(out.chunk(len(batch)))
         return total / len(signs)

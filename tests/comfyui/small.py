@@ -80,6 +80,78 @@ def sd1(seed: int = 0) -> ModelPatcher:
     return patcher(model)
 
 
+def flux(seed: int = 0, **changes: Any) -> ModelPatcher:
+    """FLUX's shape: blocks that hold prompt and image apart, then blocks that hold them as one."""
+    settings = {
+        "image_model": "flux",
+        "in_channels": 16,
+        "out_channels": 16,
+        "vec_in_dim": POOLED,
+        "context_in_dim": WORDS,
+        "hidden_size": 48,
+        "mlp_ratio": 2.0,
+        "num_heads": 2,
+        "depth": 4,
+        "depth_single_blocks": 5,
+        "axes_dim": [4, 10, 10],
+        "theta": 10000,
+        "patch_size": 2,
+        "qkv_bias": True,
+        "guidance_embed": True,
+        "dtype": torch.float32,
+    }
+    return _transformer(comfy.supported_models.Flux(settings | changes), seed)
+
+
+def sd3(seed: int = 0, **changes: Any) -> ModelPatcher:
+    """SD3.5-medium's shape: some blocks attend within the image, too."""
+    context_embedder = {"target": "torch.nn.Linear", "params": {"in_features": WORDS, "out_features": 64 * 4}}
+    settings = {
+        "in_channels": 16,
+        "patch_size": 2,
+        "depth": 4,
+        "input_size": None,
+        "num_patches": 32 * 32,
+        "pos_embed_max_size": 32,
+        "pos_embed_scaling_factor": None,
+        "adm_in_channels": POOLED,
+        "context_size": WORDS,
+        "context_embedder_config": context_embedder,
+        "qk_norm": "rms",
+        "x_block_self_attn_layers": [0, 1],
+        "dtype": torch.float32,
+    }
+    return _transformer(comfy.supported_models.SD3(settings | changes), seed)
+
+
+def qwen(seed: int = 0, **changes: Any) -> ModelPatcher:
+    """Qwen-Image's shape."""
+    settings = {
+        "image_model": "qwen_image",
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": 5,
+        "attention_head_dim": 24,
+        "num_attention_heads": 2,
+        "joint_attention_dim": WORDS,
+        "axes_dims_rope": (4, 10, 10),
+        "dtype": torch.float32,
+    }
+    return _transformer(comfy.supported_models.QwenImage(settings | changes), seed)
+
+
+def _transformer(config: Any, seed: int) -> ModelPatcher:
+    torch.manual_seed(seed)
+    model = config.get_model({}, device="cpu")
+    torch.manual_seed(seed)
+    for parameter in model.diffusion_model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        else:
+            nn.init.normal_(parameter, 1.0, 0.1)
+    return patcher(model)
+
+
 def strong(network: nn.Module) -> None:
     """Draw weights: sharp attention and strong blocks, so that which tokens are dropped shows in the output."""
     for name, parameter in network.named_parameters():
@@ -175,7 +247,7 @@ def workflow(
         "positive": {"class_type": "TestCONDITIONING", "inputs": {"name": "positive"}},
         "negative": {"class_type": "TestCONDITIONING", "inputs": {"name": "negative"}},
         "empty": {
-            "class_type": "EmptyLatentImage",
+            "class_type": "EmptySD3LatentImage" if model in ("flux", "sd3", "qwen") else "EmptyLatentImage",
             "inputs": {"width": size[1], "height": size[0], "batch_size": batch},
         },
         "sampler": {
@@ -207,5 +279,6 @@ def draw(running: engine.Engine, prompt: dict[str, Any]) -> Tensor:
     """Run a workflow that must succeed, and give what it took."""
     TAKEN.pop("out", None)
     said = running.run(prompt)
-    assert said[-1][0] == "execution_success", said[-1]
+    event, what = said[-1]
+    assert event == "execution_success", what.get("exception_message", event)
     return TAKEN["out"]

@@ -303,6 +303,7 @@ def test_the_stand_in_has_the_signatures_of_the_application() -> None:
             (getattr(standin.ModelPatcher, name), getattr(comfy.model_patcher.ModelPatcher, name))
             for name in ("clone", "add_object_patch", "get_model_object", "set_attachments", "get_attachment")
         ),
+        (standin.BaseModel.apply_model, comfy.model_base.BaseModel.apply_model),
         (standin.ModelPatcher.add_wrapper_with_key, comfy.model_patcher.ModelPatcher.add_wrapper_with_key),
     ]
     for ours, theirs in pairs:
@@ -311,4 +312,4 @@ def test_the_stand_in_has_the_signatures_of_the_application() -> None:
     outer = inspect.signature(comfy.samplers.CFGGuider.outer_sample).parameters
     assert [*outer][:5] == ["self", "noise", "latent_image", "sampler", "sigmas"]
     assert comfy.patcher_extension.WrappersMP.OUTER_SAMPLE == "outer_sample"
-    assert comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL == "diffusion_model"
+    assert comfy.patcher_extension.WrappersMP.APPLY_MODEL == "apply_model"

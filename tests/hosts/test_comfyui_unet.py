@@ -110,8 +110,8 @@ def test_pruning_of_copies_is_dense() -> None:
         options: dict[str, Any] = {"wrappers": guider.model_patcher.wrappers if lay else {}, "sigmas": torch.ones(1)}
         options |= {"cond_or_uncond": [0], "block": ("input", 3)}
         guider.model_patcher.patch_model()
-        wrappers = standin.all_wrappers("diffusion_model", options)
-        standin.WrapperExecutor(call, None, wrappers)(None, None, None, None, None, options)
+        wrappers = standin.all_wrappers("apply_model", options)
+        standin.WrapperExecutor(call, None, wrappers)(x, None, None, None, None, options)
         guider.model_patcher.unpatch_model()
     assert span.transformer_blocks[0].seen == [48, 12]
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)

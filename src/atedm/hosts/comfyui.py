@@ -43,6 +43,10 @@ class Call:
     #: How many conditions the batch holds, and which of them is asked for rather than turned away from.
     conditions: int = 1
     wanted: int = 0
+    #: (height, width) of the latents.
+    latents: tuple[int, int] = (0, 0)
+    #: How many tokens the prompt has, where they run beside the image's; None until a block was handed them.
+    words: int | None = None
 
     def count(self, place: Place, tokens: int) -> int:
         """Tokens of a span that go on in this call."""
@@ -109,20 +113,27 @@ def prune(model: Any, method: Method) -> Any:
         span.lay_on(clone)
     clone.set_attachments(KEY, pruning)
     clone.add_wrapper_with_key("outer_sample", KEY, _around_run(pruning))
-    clone.add_wrapper_with_key("diffusion_model", KEY, _around_call(pruning))
+    clone.add_wrapper_with_key("apply_model", KEY, _around_call(pruning))
     return clone
 
 
 def _find_spans(model: Any, pruning: Pruning) -> list[Span]:
-    from atedm.hosts.comfyui_unet import find_spans, is_unet
+    from atedm.hosts import comfyui_transformers, comfyui_unet
 
-    network = model.get_model_object("diffusion_model")
-    if is_unet(network):
-        return list(find_spans(network, pruning.method.dense_layers))
-    raise ValueError(
-        f"found a {type(network).__name__}; token pruning works on the U-Nets of SD 1.5, SD 2 and SDXL, and on what is "
-        "made of them"
-    )
+    network, method = model.get_model_object("diffusion_model"), pruning.method
+    if comfyui_unet.is_unet(network):
+        return list(comfyui_unet.find_spans(network, method.dense_layers))
+    if not comfyui_transformers.is_transformer(network):
+        raise ValueError(
+            f"found a {type(network).__name__}; token pruning works on the U-Nets of SD 1.5, SD 2 and SDXL, on FLUX, "
+            "SD3 and Qwen-Image, and on what is made of them"
+        )
+    if method.dense_layers:
+        raise ValueError(
+            f"{method.name} ranks tokens by the attention of U-Nets, and this is a {type(network).__name__}; the "
+            "method 'matched' works here"
+        )
+    return list(comfyui_transformers.find_spans(network))
 
 
 def _choose(spans: Iterable[Span], method: Method) -> list[Span]:
@@ -180,6 +191,7 @@ def _around_call(pruning: Pruning) -> Any:
             early=pruning.method.is_early(run.share),
             conditions=len(signs),
             wanted=signs.index(0) if 0 in signs else 0,
+            latents=tuple(args[0].shape[-2:]),
         )
         control = next((table for table in tables if table is not options), None)
         for span in pruning.spans:
