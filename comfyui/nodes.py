@@ -39,7 +39,7 @@ class Number:
 
 METHOD_TOOLTIP = (
     "Matched pruning is closest to the unpruned image at every cost, and works on every model here. AT-EDM is the "
-    "method of the paper (CVPR 2024); it needs blocks of two layers or more, which SDXL has and SD 1.5 has not."
+    "method of the paper (CVPR 2024); it is for SDXL, whose attention blocks have two layers or more."
 )
 RATE = Number(
     0.5, 0.0, 0.9, 0.01, "Share of the tokens that are dropped: the one slider. 0 changes nothing, more is cheaper."
@@ -66,7 +66,7 @@ PRUNING_DESCRIPTION = (
 KEPT_DESCRIPTION = (
     "Shows which tokens the sampler that came before kept: bright ones stayed, dark ones were dropped and refilled."
 )
-MODEL_TOOLTIP = "SDXL or SD 1.5."
+MODEL_TOOLTIP = "SDXL, SD 1.5, SD 2, FLUX, SD3 or Qwen-Image."
 PRUNED_TOOLTIP = "The model from the token pruning node."
 SAMPLES_TOOLTIP = "What the sampler gave. It is only waited for, so that there is something to show."
 IMAGE_TOOLTIP = "If given, the picture is laid under the tokens."
