@@ -144,6 +144,30 @@ def test_samplers(running: Any, sampler: str) -> None:
     assert draw(running, workflow(pruned={}, sampler_name=sampler, scheduler="karras")).isfinite().all()
 
 
+def test_beside_freeu_areas_and_inpainting_all_blocks_are_pruned(
+    running: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = workflow(pruned={}, size=(128, 192))
+    freeu = {"model": ["model", 0], "b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}
+    prompt["freeu"] = {"class_type": "FreeU_V2", "inputs": freeu}
+    prompt["pruned"]["inputs"]["model"] = ["freeu", 0]
+    area = {"conditioning": ["negative", 0], "width": 96, "height": 64, "x": 32, "y": 64, "strength": 1.0}
+    prompt["area"] = {"class_type": "ConditioningSetArea", "inputs": area}
+    both = {"conditioning_1": ["positive", 0], "conditioning_2": ["area", 0]}
+    prompt["both"] = {"class_type": "ConditioningCombine", "inputs": both}
+    prompt["sampler"]["inputs"]["positive"] = ["both", 0]
+    prompt["mask"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 192, "height": 64}}
+    prompt["inpaint"] = {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["empty", 0], "mask": ["mask", 0]}}
+    prompt["sampler"]["inputs"]["latent_image"] = ["inpaint", 0]
+    seen, _ = seen_tokens(SHELF["sdxl"])
+    with caplog.at_level(logging.WARNING, "atedm"):
+        first = draw(running, prompt)
+    assert first.isfinite().all()
+    assert not [record for record in caplog.records if record.name == "atedm"]
+    assert not {96, 24} & set(seen)
+    assert torch.equal(draw(engine.Engine(), prompt), first)
+
+
 def test_image_to_image_prunes_as_late_steps_do(running: Any) -> None:
     seen, _ = seen_tokens(SHELF["sdxl"])
     draw(running, workflow(pruned={"early_strength": 0.0}, denoise=0.5, steps=2))
