@@ -6,6 +6,7 @@ Nothing of it is in this repository. ``COMFYUI_PATH`` says where a checkout is; 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ if PATH is None:
     pytest.skip(WITHOUT, allow_module_level=True)
 sys.path.insert(0, PATH)
 
-import utils.install_util  # noqa: E402, F401 - before another module of that name is found
+import utils.extra_config  # noqa: E402, F401 - before another module of that name is found
 from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True
@@ -29,8 +30,19 @@ args.cpu = True
 import execution  # noqa: E402
 import nodes  # noqa: E402
 
-asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
-assert asyncio.run(nodes.load_custom_node(str(ROOT / "comfyui"))), "the nodes of this repository did not load"
+
+def at_once(found: Any) -> Any:
+    """What a function of ComfyUI gives, which older releases give at once and newer ones when awaited."""
+    return asyncio.run(found) if inspect.isawaitable(found) else found
+
+
+def _known(function: Any, **options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in inspect.signature(function).parameters}
+
+
+_without = _known(nodes.init_extra_nodes, init_custom_nodes=False, init_api_nodes=False)
+at_once(nodes.init_extra_nodes(**_without))
+assert at_once(nodes.load_custom_node(str(ROOT / "comfyui"))), "the nodes of this repository did not load"
 
 
 class Server:
@@ -52,11 +64,12 @@ class Engine:
 
     def __init__(self) -> None:
         self.server = Server()
-        self.executor = execution.PromptExecutor(self.server, cache_type=execution.CacheType.CLASSIC)
+        self.executor = execution.PromptExecutor(self.server)
 
     def run(self, prompt: dict[str, Any]) -> list[tuple[str, Any]]:
         """Run a workflow in the format of the API, and give what the executor said."""
-        valid, error, outputs, node_errors = asyncio.run(execution.validate_prompt("1", prompt, None))
+        known = _known(execution.validate_prompt, prompt_id="1", prompt=prompt, partial_execution_list=None)
+        valid, error, outputs, node_errors = at_once(execution.validate_prompt(**known))
         assert valid, (error, node_errors)
         self.executor.execute(prompt, "1", {}, outputs)
         return self.executor.status_messages

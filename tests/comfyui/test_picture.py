@@ -1,17 +1,17 @@
+# ruff: noqa: I001
 """The model that ships draws the same picture in ComfyUI as in diffusers, dense and pruned."""
+
+import engine  # first: it skips these where there is no application, and brings it up where there is
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import shipped
+import torch
 
-engine = pytest.importorskip("engine", exc_type=ImportError)  # says why it skips
-
-import shipped  # noqa: E402
-import torch  # noqa: E402
-
-import atedm  # noqa: E402
-from atedm.method.early_strength import EarlyStrength  # noqa: E402
+import atedm
+from atedm.method.early_strength import EarlyStrength
 
 CASES = {
     "dense": (None, None),

@@ -1,24 +1,24 @@
+# ruff: noqa: I001
 """FLUX, SD3 and Qwen-Image in the real application: workflows through its executor, with the node and without."""
+
+import engine  # first: it skips these where there is no application, and brings it up where there is
 
 import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any
 
+import comfy.controlnet
+import comfy.ldm.flux.layers as layers
+import comfy.ldm.flux.model
+import comfy.model_management as management
 import pytest
+import small
+import torch
+from small import SHELF, TAKEN, draw, workflow
 
-engine = pytest.importorskip("engine", exc_type=ImportError)  # says why it skips
-
-import comfy.controlnet  # noqa: E402
-import comfy.ldm.flux.layers as layers  # noqa: E402
-import comfy.ldm.flux.model  # noqa: E402
-import comfy.model_management as management  # noqa: E402
-import small  # noqa: E402
-import torch  # noqa: E402
-from small import SHELF, TAKEN, draw, workflow  # noqa: E402
-
-import comfyui_standin_flux as standin  # noqa: E402
-from atedm.hosts.comfyui import pruning_of  # noqa: E402
+import comfyui_standin_flux as standin
+from atedm.hosts.comfyui import pruning_of
 
 MODELS = pytest.mark.parametrize("model", ["flux", "sd3", "qwen"])
 

@@ -1,4 +1,7 @@
+# ruff: noqa: I001
 """U-Nets in the real application: workflows through its executor, with the node and without."""
+
+import engine  # first: it skips these where there is no application, and brings it up where there is
 
 import copy
 import inspect
@@ -6,25 +9,22 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.ldm.modules.attention as attention
+import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+import comfy.model_management as management
+import comfy.model_patcher
+import comfy.patcher_extension
+import folder_paths
 import pytest
+import small
+import torch
+from safetensors.torch import save_file
+from small import SHELF, TAKEN, draw, workflow
 
-engine = pytest.importorskip("engine", exc_type=ImportError)  # says why it skips
-
-import comfy.cldm.cldm  # noqa: E402
-import comfy.controlnet  # noqa: E402
-import comfy.ldm.modules.attention as attention  # noqa: E402
-import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel  # noqa: E402
-import comfy.model_management as management  # noqa: E402
-import comfy.model_patcher  # noqa: E402
-import comfy.patcher_extension  # noqa: E402
-import folder_paths  # noqa: E402
-import small  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from small import SHELF, TAKEN, draw, workflow  # noqa: E402
-
-import comfyui_standin as standin  # noqa: E402
-from atedm.hosts.comfyui import pruning_of  # noqa: E402
+import comfyui_standin as standin
+from atedm.hosts.comfyui import pruning_of
 
 MODELS = pytest.mark.parametrize("model", ["sdxl", "sd1"])
 METHODS = pytest.mark.parametrize("method", ["matched", "AT-EDM", "AT-EDM for few steps"])
