@@ -1,5 +1,7 @@
 """The folder that ComfyUI installs, built and loaded where nothing else of the project is."""
 
+import importlib.util
+import json
 import subprocess
 import sys
 import zipfile
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import atedm
 
@@ -69,3 +72,29 @@ print(line)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "input_blocks.3.1: 8×8 tokens, 61 % of them kept, 2 steps"
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_example_workflows_hold_what_the_nodes_take_and_their_pictures_carry_them(name: str) -> None:
+    file = ROOT / "comfyui" / "example_workflows" / f"token_pruning_{name}.json"
+    workflow: dict[str, Any] = json.loads(file.read_text())
+    with Image.open(file.with_suffix(".png")) as picture:
+        assert json.loads(picture.info["workflow"]) == workflow
+    spec = importlib.util.spec_from_file_location("nodes_of_comfyui", ROOT / "comfyui" / "nodes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    nodes = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = nodes
+    spec.loader.exec_module(nodes)
+    of_kind = {node["type"]: node for node in workflow["nodes"]}
+    assert [entry["name"] for entry in of_kind["AtedmTokenPruning"]["inputs"]] == [
+        "model",
+        "method",
+        "rate",
+        "early_strength",
+    ]
+    method, rate, early_strength = of_kind["AtedmTokenPruning"]["widgets_values"]
+    assert method in nodes.METHODS
+    assert nodes.RATE.least <= rate <= nodes.RATE.most
+    assert nodes.EARLY.least <= early_strength <= nodes.EARLY.most
+    assert of_kind["AtedmKeptTokens"]["widgets_values"] == [nodes.BLOCK.default, nodes.STEP.default]
