@@ -17,7 +17,9 @@ import comfy.model_management as management
 import comfy.model_patcher
 import comfy.patcher_extension
 import folder_paths
+import nodes
 import pytest
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 import small
 import torch
 from safetensors.torch import save_file
@@ -166,6 +168,32 @@ def test_beside_freeu_areas_and_inpainting_all_blocks_are_pruned(
     assert not [record for record in caplog.records if record.name == "atedm"]
     assert not {96, 24} & set(seen)
     assert torch.equal(draw(engine.Engine(), prompt), first)
+
+
+class Compile:
+    """As the node that compiles a model, with a compiler that changes no number and takes little time."""
+
+    FUNCTION, CATEGORY, RETURN_TYPES = "execute", "test", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}}
+
+    def execute(self, model: Any) -> tuple[Any]:
+        clone = model.clone()
+        set_torch_compile_wrapper(model=clone, backend="eager")
+        return (clone,)
+
+
+def test_a_compiled_model_draws_the_same(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Compile", Compile)
+    shape = {"transformer_depth": [0, 0, 0, 0, 0, 2], "transformer_depth_output": [0] * 9}
+    SHELF["sdxl"] = small.sdxl(dtype=torch.float64, **shape, transformer_depth_middle=0)
+    prompt = workflow(pruned={}, steps=2)
+    plain = draw(running, prompt)
+    prompt["compile"] = {"class_type": "Compile", "inputs": {"model": ["pruned", 0]}}
+    prompt["sampler"]["inputs"]["model"] = ["compile", 0]
+    torch.testing.assert_close(draw(running, prompt), plain, rtol=1e-5, atol=1e-5)
 
 
 def test_image_to_image_prunes_as_late_steps_do(running: Any) -> None:

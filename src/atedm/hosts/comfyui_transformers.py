@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, compiler
 
 from atedm.method.contract import Cut, Memory, Place, View
 from atedm.method.keep import gather_tokens
@@ -120,6 +120,9 @@ class TransformerSpan:
             return "another node replaces some of its blocks"
         return None
 
+    # Methods and their state are left out of `torch.compile`, which would compile them again at every step.
+
+    @compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, args: dict[str, Any]) -> dict[str, Any]:
         """Drop tokens before the first block: give what the block is handed in place of ``args``."""
         self.active = None
@@ -167,6 +170,7 @@ class TransformerSpan:
         # Blocks may add to their input in place, and the method reads what it gave later.
         return args | {"img": torch.cat([prompt, cut.tokens], 1) if words else cut.tokens.clone()}
 
+    @compiler.disable  # type: ignore[untyped-decorator]
     def hand(self, active: Active, args: dict[str, Any]) -> dict[str, Any]:
         """Give what a block is handed in place of ``args``, besides the tokens."""
         more: dict[str, Any] = {}
@@ -181,6 +185,7 @@ class TransformerSpan:
             more["transformer_options"] = options | {_OVERRIDE: _weighted(active, options.get(_OVERRIDE))}
         return args | more
 
+    @compiler.disable  # type: ignore[untyped-decorator]
     def refill(self, active: Active, out: dict[str, Any]) -> dict[str, Any]:
         """Give all tokens after the last block."""
         words = active.words if self.kind == _KINDS[1] else 0
@@ -207,7 +212,7 @@ def _block(span: TransformerSpan, index: int, before: Callable[..., Any] | None)
             out = span.refill(active, out)
         return out
 
-    return patch
+    return compiler.disable(patch, recursive=False)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _weighted(active: Active, before: Callable[..., Tensor] | None) -> Callable[..., Tensor]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, float32, nn
+from torch import Tensor, compiler, float32, nn
 
 from atedm.method.contract import Cut, Memory, Place, QueriesAndKeys, View
 
@@ -68,8 +68,10 @@ def find_spans(unet: Any, dense_layers: int) -> Iterator[UnetSpan]:
 
 
 def _is_known(module: Any) -> bool:
-    """Whether it is an attention block over one image, each layer with self- and cross-attention."""
-    return type(module).__name__ == _BLOCK and all(
+    """Whether it is an attention block over one image with layers, each with self- and cross-attention."""
+    if type(module).__name__ != _BLOCK or not len(module.transformer_blocks):  # some small models have empty ones
+        return False
+    return all(
         getattr(layer, "attn2", None) is not None and not getattr(layer, "disable_self_attn", False)
         for layer in module.transformer_blocks
     )
@@ -141,6 +143,10 @@ class UnetSpan:
             return "another node has laid its patch over this one; put token pruning after it"
         return None
 
+    # Methods and their state are left out of `torch.compile`, which would compile them again at every step; layers and
+    # what they are made of are not.
+
+    @compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, tokens: Tensor, options: Mapping[str, Any]) -> None:
         """Start on the tokens (B, N, C) that the first layer is handed."""
         self.active = None
@@ -158,6 +164,7 @@ class UnetSpan:
         start = tokens.clone() if self.dense_layers else tokens
         self.active = Active(self.call, (height, width), count, start, self.call.memory(self.place))
 
+    @compiler.disable  # type: ignore[untyped-decorator]
     def drop(self, active: Active, tokens: Tensor, context: Tensor | None) -> Tensor:
         """Drop some of the tokens (B, N, C) and give what the layers go on with, (B, K, C)."""
         layer = self.module.transformer_blocks[0]
@@ -175,6 +182,7 @@ class UnetSpan:
         )
         return active.cut.tokens.clone()
 
+    @compiler.disable  # type: ignore[untyped-decorator]
     def refill(self, active: Active, tokens: Tensor) -> Tensor:
         """Give all tokens (B, N, C) from the kept ones (B, K, C) after the last layer."""
         assert active.cut is not None
@@ -209,7 +217,7 @@ def _layer(span: UnetSpan, index: int, original: Callable[..., Tensor]) -> Calla
             x = span.refill(active, x)
         return x
 
-    return forward
+    return compiler.disable(forward, recursive=False)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _self_attention(span: UnetSpan, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
