@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from shutil import copyfile, which
+from shutil import which
 from typing import Any
 
 import workflows
@@ -119,11 +119,13 @@ def carry(file: Path, workflow: dict[str, Any]) -> None:
     info = PngInfo()
     info.add_text("workflow", json.dumps(workflow))
     with Image.open(file) as picture:
-        picture.convert("RGB").quantize(128).save(file, pnginfo=info, optimize=True)
+        plain = picture.convert("RGB")
+    plain.quantize(128).save(file, pnginfo=info, optimize=True)
+    plain.resize((plain.width // 2, plain.height // 2)).save(file.with_suffix(".jpg"), quality=80)  # in the menu
 
 
 def run_shipped(page: Page, base: Path) -> None:
-    """Draw with the model that ships, and keep the graph, the picture and its tokens."""
+    """Draw with the model that ships, and keep the graph with its picture and the kept tokens."""
     lay_out(page, workflows.SHIPPED, workflows.SHIPPED_PLACES)
     page.evaluate("() => window.app.queuePrompt(0)")
     for _ in range(180):
@@ -134,8 +136,6 @@ def run_shipped(page: Page, base: Path) -> None:
         raise SystemExit((base / "log.txt").read_text())
     page.wait_for_timeout(3000)
     show(page, IMAGES / "comfyui-graph.png")
-    (drawn,) = (base / "output").glob("pruned*.png")
-    copyfile(drawn, IMAGES / "comfyui-drawn.png")
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ NAME = "atedm-token-pruning"
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("nodes")
-    subprocess.run([sys.executable, ROOT / ".ci" / "nodes", out], check=True, capture_output=True)
+    subprocess.run([sys.executable, ROOT / ".ci" / "nodes", "--zip", out], check=True, capture_output=True)
     return out
 
 
