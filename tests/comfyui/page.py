@@ -154,7 +154,7 @@ def main() -> None:
             for name in ("SDXL", "FLUX"):
                 workflow = lay_out(page, getattr(workflows, name), getattr(workflows, f"{name}_PLACES"))
                 file = EXAMPLES / f"token_pruning_{name.lower()}"
-                file.with_suffix(".json").write_text(json.dumps(workflow, indent=1) + "\n")
+                file.with_suffix(".json").write_text(json.dumps(workflow) + "\n")
                 show(page, file.with_suffix(".png"))
                 carry(file.with_suffix(".png"), workflow)
             run_shipped(page, base)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import engine  # brings up ComfyUI, so that what follows can be imported
 import comfy.model_management as management
 import comfy.supported_models
 import nodes
+from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.model_patcher import ModelPatcher
 
 WORDS, POOLED = 48, 24
@@ -231,6 +233,26 @@ class Take:
 for kind in ("MODEL", "CONDITIONING", "CONTROL_NET", "SIGMAS", "LATENT"):
     nodes.NODE_CLASS_MAPPINGS[f"Test{kind}"] = _giving(kind)
 nodes.NODE_CLASS_MAPPINGS["TestTake"] = Take
+
+
+def unets_on_the_shelf() -> Iterator[None]:
+    """Lay U-Nets and prompts on the shelf for a test, and put all away after it."""
+    SHELF.clear()
+    SHELF.update(sdxl=sdxl(), sd1=sd1(), positive=conditioning(1), negative=conditioning(2, words=9))
+    torch.set_num_threads(1)
+    yield
+    SHELF.clear()
+    TAKEN.clear()
+    management.unload_all_models()
+
+
+def seen_tokens(model: ModelPatcher) -> list[int]:
+    """How many tokens the feed-forward of each layer of a U-Net will have seen."""
+    seen: list[int] = []
+    for module in model.model.modules():
+        if isinstance(module, BasicTransformerBlock):
+            module.ff.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    return seen
 
 
 def workflow(
