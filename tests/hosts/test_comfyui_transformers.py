@@ -3,12 +3,12 @@
 import logging
 from typing import Any
 
-import comfyui_standin_flux as flux
 import pytest
 import torch
 from torch import Tensor
 
 import comfyui_standin as standin
+import comfyui_standin_flux as flux
 from atedm.hosts.comfyui import prune, pruning_of
 from atedm.hosts.comfyui_transformers import find_spans, gather_places
 from atedm.method.at_edm import AtEdm
@@ -135,6 +135,28 @@ def test_blocks_that_another_node_replaces_are_dense(before: bool, caplog: pytes
         "Token pruning: double_blocks.1-2 is left dense, because another node replaces some of its blocks"
     ]
     assert torch.equal(draw(patcher), dense)
+
+
+def test_where_attention_cannot_be_weighted_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As SD3 in old releases, whose blocks are handed neither a mask nor options."""
+    run = flux._run
+
+    def plain(block: Any, replaced: Any, args: dict[str, Any]) -> Any:
+        def few(args: dict[str, Any], extra: dict[str, Any]) -> Any:
+            known = {name: args[name] for name in args if name not in ("attn_mask", "transformer_options")}
+            return replaced(known, {"original_block": lambda given: extra["original_block"](args | given)})
+
+        return run(block, replaced and few, args)
+
+    monkeypatch.setattr(flux, "_run", plain)
+    patcher = model()
+    with caplog.at_level(logging.WARNING):
+        assert draw(prune(patcher, Matched(0.5))).isfinite().all()
+    assert patcher.model.diffusion_model.single_blocks[1].seen[-1] == 17
+    assert len(caplog.records) == 1
+    assert "cannot weight tokens" in caplog.records[0].message
 
 
 def test_methods_that_read_attention_are_refused() -> None:

@@ -180,8 +180,7 @@ class TransformerSpan:
             more["pe"] = active.rotary
         if active.bias is not None and "attn_mask" in args:
             more["attn_mask"], active.is_weighted = active.bias.unsqueeze(1), True
-        elif active.bias is not None:
-            options = args["transformer_options"]
+        elif active.bias is not None and (options := args.get("transformer_options")) is not None:
             more["transformer_options"] = options | {_OVERRIDE: _weighted(active, options.get(_OVERRIDE))}
         return args | more
 
