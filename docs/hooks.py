@@ -9,7 +9,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = re.compile(r"\]\(((?:\.\./)+)((?:src|tests|benchmarks|\.github)/[^)#]+)\)")
+OUTSIDE = re.compile(r"\]\(((?:\.\./)+)((?:src|tests|benchmarks|comfyui|\.github)/[^)#]+)\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
