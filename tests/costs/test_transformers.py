@@ -1,5 +1,7 @@
 """What transformers cost: by formula what torch counts, dense and pruned."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,6 +13,7 @@ from atedm.costs.budget import CostOutOfReach, fit_to_budget, profile_of, run_co
 from atedm.costs.flops import flop_counter
 from atedm.costs.report import cost
 from atedm.costs.tome import ToMe
+from atedm.method.presets import TRANSFORMER_METHODS
 from transformers_of import CONFIGS, transformer
 
 NAMES = ("flux", "sd35-large", "sd35-medium", "qwen-image", "z-image", "pixart-sigma")
@@ -50,14 +53,22 @@ def test_a_call_with_values_costs_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_models_by_name_cost_what_a_budget_says(name: str) -> None:
-    from atedm.method.presets import TRANSFORMER_METHODS
-
     matched = TRANSFORMER_METHODS["matched"]
     fitted = fit_to_budget(name, matched, share=0.6, steps=4)
     assert run_cost(name, fitted, steps=4) == pytest.approx(0.6, abs=1e-3)
     assert run_cost(name, fitted, steps=4) <= 0.6
     with pytest.raises(CostOutOfReach, match="pruning reaches down to"):
         fit_to_budget(name, matched, share=0.2, steps=4)  # a quarter of four steps is dense
+
+
+def test_the_figures_of_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "cost.md").read_text()
+    matched = TRANSFORMER_METHODS["matched"]
+    for name in NAMES:
+        arch = architecture(name)
+        dense = profile_of(arch).dense() * (1 + arch.guidance) / 1e12
+        shares = " | ".join(f"{run_cost(name, matched, steps=steps):.3f}" for steps in (28, 4))
+        assert f"| `{name}` | {dense:.1f} | {shares} |" in page
 
 
 def test_the_size_of_flux_is_the_published_one() -> None:
