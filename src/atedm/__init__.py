@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from atedm.method.presets import METHODS
     from atedm.method.schedule import Early
     from atedm.patch import apply, is_applied, observed, pruned, remove
+    from atedm.plans.plan import Plan, read_plan
     from atedm.record import Recording, recorded
     from atedm.summary import PatchSummary
+    from atedm.tuning.tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "Observation",
     "PatchSummary",
     "Place",
+    "Plan",
     "Recording",
     "ToMe",
     "ToRefill",
@@ -49,8 +52,10 @@ __all__ = [
     "observed",
     "only_second_level",
     "pruned",
+    "read_plan",
     "recorded",
     "remove",
+    "tune",
 ]
 
 # diffusers takes seconds to import, so nothing of it is touched before it is asked for.
@@ -64,6 +69,7 @@ _HOMES = {
     "Observation": "atedm.hosts.diffusers_unet",
     "PatchSummary": "atedm.summary",
     "Place": "atedm.method.contract",
+    "Plan": "atedm.plans.plan",
     "Recording": "atedm.record",
     "ToMe": "atedm.costs.tome",
     "ToRefill": "atedm.method.at_edm",
@@ -77,8 +83,10 @@ _HOMES = {
     "observed": "atedm.patch",
     "only_second_level": "atedm.method.places",
     "pruned": "atedm.patch",
+    "read_plan": "atedm.plans.plan",
     "recorded": "atedm.record",
     "remove": "atedm.patch",
+    "tune": "atedm.tuning.tune",
 }
 
 

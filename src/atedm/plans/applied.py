@@ -1,0 +1,136 @@
+"""Put a plan on a pipeline, and take it off again."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from atedm.hosts.diffusers_unet import attach, detach, refuse_attached
+from atedm.hosts.unet_spans import find_unet
+from atedm.method.matched import Matched
+from atedm.plans.caching import deep_cached
+from atedm.plans.fingerprint import checksum, refuse_other_model
+from atedm.plans.plan import Plan, read_plan
+from atedm.plans.schedulers import scheduler_named
+from atedm.summary import PatchSummary
+
+ADAPTER = "atedm_plan"
+"""Name of the adapter that a plan's LoRA becomes."""
+
+_APPLIED: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
+"""What undoes the plan of each U-Net."""
+
+
+@dataclass(frozen=True)
+class PlanSummary(PatchSummary):
+    """What `atedm.apply` did by a plan. Where that prunes nothing, ``method`` is `Matched(rate=0)`, which keeps all."""
+
+    plan: Plan
+
+    def __str__(self) -> str:
+        """Show the blocks, and what is left to the caller."""
+        plan, lines = self.plan, []
+        if self.pruned:
+            lines.append(super().__str__().rpartition(f"{len(self.shapes)} blocks are pruned.")[0].rstrip())
+            lines[-1] += f" {len(self.shapes)} blocks are pruned."
+        lines.append(f"By the plan: {plan.what()}.")
+        asked = [f"num_inference_steps={plan.steps}"]
+        if plan.guidance is not None:
+            asked.append(f"guidance_scale={plan.guidance:g}")
+        lines.append(f"Call the pipeline with {', '.join(asked)}.")
+        if is_found := plan.found.get("cost"):
+            distance = plan.found.get("distance")
+            lines.append(
+                f"Measured: {is_found:.1%} of the dense arithmetic"
+                + (f", {distance:.1f} dB from the dense images." if distance is not None else ".")
+            )
+        return "\n".join(lines)
+
+
+def as_plan(value: object) -> Plan | None:
+    """Return the plan that ``value`` is or names (a path, or a string that ends in ".json"), or None."""
+    if isinstance(value, Plan):
+        return value
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith(".json")):
+        return read_plan(Path(value))
+    return None
+
+
+def apply_plan(target: Any, plan: Plan, mask: Tensor | None = None) -> PlanSummary:
+    """Set a pipeline up by a plan: its method, cache, scheduler and LoRA. The steps are the caller's to ask for.
+
+    Args:
+        target: A pipeline; a U-Net where the plan only prunes.
+        plan: What to do.
+        mask: (H, W) zeros and ones over the image: what is never dropped.
+
+    Raises:
+        FileNotFoundError: If the plan's LoRA is not there.
+        ImportError: If the plan needs a package that is missing.
+        TypeError: If there is no U-Net, or the plan needs the pipeline of one.
+        ValueError: If the plan is for another model, or cannot be applied to this one. Nothing has been changed then.
+    """
+    unet = find_unet(target)
+    refuse_attached(unet)
+    if is_planned(unet):
+        raise ValueError("this U-Net has a plan already; call atedm.remove(...) first, then apply the other one")
+    refuse_other_model(plan.model, target)
+    needs_pipe = [name for name in ("scheduler", "cache", "lora") if getattr(plan, name) is not None]
+    if needs_pipe and getattr(target, "unet", None) is not unet:
+        raise TypeError(f"this plan has a {needs_pipe[0]}, which is set on a whole pipeline, not compiled: give that")
+    with ExitStack() as undo:
+        if plan.lora_folder is not None:
+            _load_lora(target, plan, undo)
+        if plan.scheduler is not None:
+            undo.callback(setattr, target, "scheduler", target.scheduler)
+            target.scheduler = scheduler_named(plan.scheduler, target)
+        if plan.method is not None:
+            attach(unet, plan.method, mask)
+            undo.callback(detach, unet)
+        if plan.cache is not None:
+            undo.enter_context(deep_cached(target, plan.full_steps, plan.cache.branch))
+        method = Matched(rate=0.0) if plan.method is None else plan.method
+        pruned = frozenset() if plan.method is None else frozenset(unet._atedm.spans)
+        base = PatchSummary.of(target, method, pruned)
+        summary = PlanSummary(base.method, base.shapes, base.pruned, base._architecture, plan)
+        _APPLIED[unet] = undo.pop_all()
+    return summary
+
+
+def is_planned(unet: nn.Module) -> bool:
+    """Whether a plan is applied to a U-Net."""
+    return unet in _APPLIED
+
+
+def remove_plan(unet: nn.Module) -> None:
+    """Undo `apply_plan`.
+
+    Raises:
+        KeyError: If there is no plan.
+        RuntimeError: If another thread is in the middle of a step of the U-Net.
+    """
+    if (state := vars(unet).get("_atedm")) is not None:
+        state.caller.refuse_others()
+    _APPLIED.pop(unet).close()
+
+
+def _load_lora(pipe: Any, plan: Plan, undo: ExitStack) -> None:
+    folder = plan.lora_folder
+    assert folder is not None
+    if not folder.is_dir() or not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"the LoRA of this plan is not at {str(folder)!r}; train it by `atedm finetune`")
+    weights = plan.found.get("weights")
+    if weights is not None and weights != checksum(pipe.unet):
+        raise ValueError("the LoRA of this plan was trained for other weights; train one for these by `atedm finetune`")
+    try:
+        pipe.load_lora_weights(folder, adapter_name=ADAPTER)
+    except Exception as error:  # diffusers and peft raise many kinds
+        raise ValueError(f"cannot load the LoRA at {str(folder)!r}: {str(error).splitlines()[0]}") from error
+    others = [name for name in getattr(pipe.unet, "peft_config", {}) if name != ADAPTER]
+    undo.callback(pipe.delete_adapters, ADAPTER) if others else undo.callback(pipe.unload_lora_weights)
