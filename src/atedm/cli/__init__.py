@@ -13,6 +13,7 @@ from atedm.cli.cost import cost
 from atedm.cli.evaluate import evaluate
 from atedm.cli.generate import generate
 from atedm.cli.lab import lab
+from atedm.cli.tune import tune
 from atedm.cli.web import web
 
 app = typer.Typer(
@@ -44,6 +45,7 @@ app.command()(web)
 app.command()(cost)
 app.command()(bench)
 app.command()(evaluate)
+app.command()(tune)
 app.add_typer(lab, name="lab")
 
 

@@ -118,6 +118,11 @@ class Plan:
         """Where its LoRA is."""
         return None if self.lora is None else (self.folder or Path()) / self.lora
 
+    def moved(self) -> Plan:
+        """Return the plan with the whole path of its LoRA, so that it can be written to another folder."""
+        folder = self.lora_folder
+        return self if folder is None else dataclasses.replace(self, lora=str(folder.resolve()))
+
     def what(self) -> str:
         """Say in a few words what it does."""
         parts = [f"{self.steps} step{'s' * (self.steps != 1)}"]
@@ -165,12 +170,21 @@ def read_plan(file: Path | str) -> Plan:
         raise FileNotFoundError(f"no plan at {str(file)!r}; `atedm tune` writes one")
     values = read_json(file, advice="give the plan.json that `atedm tune` wrote")
     try:
-        return dataclasses.replace(_plan_of(values), folder=file.parent)
+        return dataclasses.replace(plan_from_dict(values), folder=file.parent)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is no plan that can be used: {error}") from error
 
 
-def _plan_of(values: dict[str, Any]) -> Plan:
+def plan_from_dict(content: object) -> Plan:
+    """Read back what `Plan.as_dict` gave. Nothing is imported that it names.
+
+    Raises:
+        TypeError: If a value is of another kind than it should be.
+        ValueError: If a field is unknown or missing, or a value is wrong.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"a plan must be fields by name, not {content!r}")
+    values = dict(content)
     if values.pop("plan", None) != FORMAT:
         raise ValueError(f'"plan" must be {FORMAT}, the format that this atedm reads')
     known = {one.name for one in dataclasses.fields(Plan)} - {"folder"}
