@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ from atedm.plans.plan import Plan
 
 HIGHEST_RATE = 0.99
 """That a search goes up to."""
-_HALVINGS = 24
+_HALVINGS = 20
 """Of the range of rates: six digits and more."""
 
 
@@ -55,14 +57,16 @@ class Arithmetic:
     def share(self, plan: Plan, dense_steps: int) -> float:
         """Sum up the steps of the run, each by what runs in it."""
         full, total = set(plan.full_steps()), 0
-        for step in range(plan.steps):
-            early = plan.method is not None and plan.method.is_early(step / plan.steps)
-            if step in full:
-                total += self.profile.rest + _spans(self.profile, plan.method, early)
-            else:
+        kinds = Counter(
+            (step in full, plan.method is not None and plan.method.is_early(step / plan.steps))
+            for step in range(plan.steps)
+        )
+        for (is_full, early), count in kinds.items():
+            rest, names = self.profile.rest, None
+            if not is_full:
                 assert plan.cache is not None
                 rest, names = self.cached[plan.cache.branch]
-                total += rest + _spans(self.profile, plan.method, early, names)
+            total += count * (rest + _spans(self.profile, plan.method, early, names))
         return total / (dense_steps * self.profile.dense())
 
     def step(self, method: Method) -> float:
@@ -123,6 +127,17 @@ class Times:
         return cls(arithmetic, float(values["outside"]), float(values["dense"]), cached, pruned)
 
 
+def keeps(plan: Plan, costs: RunCosts, budget: float, dense_steps: int) -> bool:
+    """Whether a run by a plan costs ``budget`` or less without pruning, or at the highest rate of its method."""
+    ends = (0.0, HIGHEST_RATE) if plan.method is not None else (0.0,)
+    return any(costs.share(_at(plan, rate), dense_steps) <= budget for rate in ends)
+
+
+def _at(plan: Plan, rate: float) -> Plan:
+    method = None if rate == 0 else dataclasses.replace(plan.method, rate=rate)  # type: ignore[type-var]
+    return dataclasses.replace(plan, method=method)
+
+
 def fit_rate(plan: Plan, costs: RunCosts, budget: float, dense_steps: int) -> Plan:
     """Return ``plan`` with the least rate of its method at which a run costs ``budget`` or less.
 
@@ -132,22 +147,18 @@ def fit_rate(plan: Plan, costs: RunCosts, budget: float, dense_steps: int) -> Pl
         CostOutOfReach: If no rate up to `HIGHEST_RATE` keeps to the budget.
     """
 
-    def at(rate: float) -> Plan:
-        method = None if rate == 0 else dataclasses.replace(plan.method, rate=rate)  # type: ignore[type-var]
-        return dataclasses.replace(plan, method=method)
-
     def fits(rate: float) -> bool:
-        return costs.share(at(rate), dense_steps) <= budget
+        return costs.share(_at(plan, rate), dense_steps) <= budget
 
     if fits(0.0):
-        return at(0.0)
+        return _at(plan, 0.0)
     if plan.method is None or not fits(HIGHEST_RATE):
         raise CostOutOfReach(f"{plan.what()} costs more than {budget:.3f} at any rate")
     low, high = 0.0, HIGHEST_RATE
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return at(round(high, 6) if fits(round(high, 6)) else high)
+    return _at(plan, math.ceil(high * 1e6) / 1e6)
 
 
 def most_steps(fits: Callable[[int], bool], most: int) -> int:

@@ -13,7 +13,7 @@ from atedm.method.matched import Matched
 from atedm.method.presets import METHODS
 from atedm.plans.plan import Cache, Plan
 from atedm.plans.schedulers import SCHEDULERS
-from atedm.tuning.costs import RunCosts, fit_rate, most_steps
+from atedm.tuning.costs import RunCosts, fit_rate, keeps, most_steps
 
 OWN = "own"
 """The model's own scheduler."""
@@ -88,11 +88,7 @@ class Space:
 
     def keeps(self, plan: Plan) -> bool:
         """Whether a plan keeps to the budget at some rate."""
-        try:
-            self.fitted(plan)
-        except OutOfSpace:
-            return False
-        return True
+        return keeps(plan, self.costs, self.budget, self.dense_steps)
 
     def fitted(self, plan: Plan) -> Plan:
         """Solve the rate of a plan for the budget.
