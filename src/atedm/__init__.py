@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from atedm.plans.plan import Plan, read_plan
     from atedm.record import Recording, recorded
     from atedm.summary import PatchSummary
+    from atedm.tuning.finetune import finetune
     from atedm.tuning.tune import tune
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "apply",
     "cost",
     "everywhere",
+    "finetune",
     "is_applied",
     "load_pipeline",
     "not_second_level",
@@ -77,6 +79,7 @@ _HOMES = {
     "apply": "atedm.patch",
     "cost": "atedm.costs.report",
     "everywhere": "atedm.method.places",
+    "finetune": "atedm.tuning.finetune",
     "is_applied": "atedm.patch",
     "load_pipeline": "atedm.app.models",
     "not_second_level": "atedm.method.places",

@@ -11,6 +11,7 @@ import typer
 from atedm.cli.bench import bench
 from atedm.cli.cost import cost
 from atedm.cli.evaluate import evaluate
+from atedm.cli.finetune import finetune
 from atedm.cli.generate import generate
 from atedm.cli.lab import lab
 from atedm.cli.tune import tune
@@ -46,6 +47,7 @@ app.command()(cost)
 app.command()(bench)
 app.command()(evaluate)
 app.command()(tune)
+app.command()(finetune)
 app.add_typer(lab, name="lab")
 
 

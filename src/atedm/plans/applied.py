@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from atedm.hosts.diffusers_unet import attach, detach, refuse_attached
@@ -128,9 +130,32 @@ def _load_lora(pipe: Any, plan: Plan, undo: ExitStack) -> None:
     weights = plan.found.get("weights")
     if weights is not None and weights != checksum(pipe.unet):
         raise ValueError("the LoRA of this plan was trained for other weights; train one for these by `atedm finetune`")
+    if getattr(pipe.unet, "peft_config", None):
+        raise ValueError(
+            "this pipeline has LoRAs of its own beside which the plan's was not trained; call pipe.unload_lora_weights()"
+        )
+    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in _linear(pipe.unet)}
+    undo.callback(_restore, pipe.unet, before)
     try:
+        # Into the weights: beside them it would be computed in every step.
         pipe.load_lora_weights(folder, adapter_name=ADAPTER)
+        pipe.fuse_lora(components=["unet"])
     except Exception as error:  # diffusers and peft raise many kinds
-        raise ValueError(f"cannot load the LoRA at {str(folder)!r}: {str(error).splitlines()[0]}") from error
-    others = [name for name in getattr(pipe.unet, "peft_config", {}) if name != ADAPTER]
-    undo.callback(pipe.delete_adapters, ADAPTER) if others else undo.callback(pipe.unload_lora_weights)
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot load the LoRA at {str(folder)!r}: {line}") from error
+    finally:
+        if getattr(pipe.unet, "peft_config", None):
+            pipe.unload_lora_weights()
+
+
+def _linear(unet: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the weights that a LoRA may change."""
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, module.weight
+
+
+@torch.no_grad()
+def _restore(unet: nn.Module, before: Mapping[str, Tensor]) -> None:
+    for name, parameter in _linear(unet):
+        parameter.copy_(before[name])

@@ -1,0 +1,77 @@
+"""`atedm finetune`: a LoRA that wins back what a plan's pruning lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atedm.cli import lab_options as shared
+from atedm.cli.options import DeviceOption, at_least_one
+
+
+def finetune(
+    model: Annotated[str, typer.Argument(help="The model that the plan is for, as `atedm tune` takes it.")] = "tiny",
+    plan: Annotated[Path, typer.Option(help="A plan.json.")] = Path("out/tune/plan.json"),
+    device: DeviceOption = None,
+    dtype: shared.DtypeOption = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .txt file of a prompt a line, or a .csv file: a few hundred. By default a set of ours.",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    runs: Annotated[
+        int,
+        typer.Option(
+            help="Dense runs to learn from, one prompt each.", rich_help_panel="Training", callback=at_least_one
+        ),
+    ] = 500,
+    rank: Annotated[int, typer.Option(help="Of the LoRA.", rich_help_panel="Training", callback=at_least_one)] = 16,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.", rich_help_panel="Training")] = 1e-3,
+    checkpointing: Annotated[
+        bool,
+        typer.Option("--checkpointing", help="Take less memory and a third more time.", rich_help_panel="Training"),
+    ] = False,
+    seed: shared.SeedOption = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder; a training that was stopped goes on there.", rich_help_panel="Output")
+    ] = Path("out/finetune"),
+) -> None:
+    """Train a LoRA by which the pruned model predicts what its own dense self predicts.
+
+    It needs no data but prompts: the model draws them dense and learns from that, one run at a time. It writes `lora/`
+    in diffusers' format and a `plan.json` that names it. The same command goes on where it was stopped. GPUs and
+    machines share the work by `accelerate launch -m atedm finetune ...`.
+
+    Examples:
+    `atedm finetune tiny --plan out/tune/plan.json`
+
+    `atedm evaluate "dense,out/tune/plan.json,out/finetune/plan.json"`
+    """
+    from atedm.lab.evaluation.prompts import read_prompts
+    from atedm.lab.evaluation.sharing import shared_work
+    from atedm.lab.extra import optional
+    from atedm.plans.plan import read_plan
+    from atedm.tuning.finetune import Training
+    from atedm.tuning.finetune import finetune as train
+    from atedm.tuning.prompts import tuning_prompts
+
+    optional("peft", "tune")
+    found = read_plan(plan)
+    training = Training(runs, rank, learning_rate, seed, checkpointing)
+    if prompts is None:
+        texts = tuning_prompts(model, runs)
+    else:
+        texts = [prompt.text for prompt in read_prompts(str(prompts))]
+    state = shared_work(device)
+    pipe = shared.open_pipeline(model, device or str(state.device), dtype)
+    with shared.progress_bar(quiet=not state.is_main_process) as tell:
+        trained = train(pipe, found, texts, training, out, state=state, progress=tell)
+    if state.is_main_process:
+        tenth = max(1, len(trained.losses) // 10)
+        first, last = (sum(part) / tenth for part in (trained.losses[:tenth], trained.losses[-tenth:]))
+        typer.echo(f"error of a step, share of the output's square: {first:.2e} at first, {last:.2e} at the end")
+        typer.echo(str(trained.file))
