@@ -62,10 +62,7 @@ def finetune(
     optional("peft", "tune")
     found = read_plan(plan)
     training = Training(runs, rank, learning_rate, seed, checkpointing)
-    if prompts is None:
-        texts = tuning_prompts(model, runs)
-    else:
-        texts = [prompt.text for prompt in read_prompts(str(prompts))]
+    texts = [one.text for one in read_prompts(str(prompts))] if prompts is not None else tuning_prompts(model, runs)
     state = shared_work(device)
     pipe = shared.open_pipeline(model, device or str(state.device), dtype)
     with shared.progress_bar(quiet=not state.is_main_process) as tell:

@@ -132,7 +132,7 @@ def _load_lora(pipe: Any, plan: Plan, undo: ExitStack) -> None:
         raise ValueError("the LoRA of this plan was trained for other weights; train one for these by `atedm finetune`")
     if getattr(pipe.unet, "peft_config", None):
         raise ValueError(
-            "this pipeline has LoRAs of its own beside which the plan's was not trained; call pipe.unload_lora_weights()"
+            "this pipeline has LoRAs of its own beside which the plan's was not trained; unload them first"
         )
     before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in _linear(pipe.unet)}
     undo.callback(_restore, pipe.unet, before)
@@ -148,7 +148,7 @@ def _load_lora(pipe: Any, plan: Plan, undo: ExitStack) -> None:
             pipe.unload_lora_weights()
 
 
-def _linear(unet: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _linear(unet: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights that a LoRA may change."""
     for name, module in unet.named_modules():
         if isinstance(module, nn.Linear):

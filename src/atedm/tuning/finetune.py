@@ -177,7 +177,7 @@ def _one_run(pipe: Any, unet: Any, plan: Plan, prompt: str, seed: int) -> float:
             said = unet(*arguments, **options)[0].float()
             error = functional.mse_loss(said, expected.float())
             loss = error / expected.float().square().mean()
-            (loss / len(calls)).backward()
+            (loss / len(calls)).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach()) / len(calls)
     return total
 
@@ -281,8 +281,7 @@ def _resumed(file: Path, parameters: list[nn.Parameter], optimizer: Any) -> list
 
 
 def _save_lora(pipe: Any, unet: Any, folder: Path) -> None:
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    layers = get_peft_model_state_dict(unet)
     pipe.save_lora_weights(folder, unet_lora_layers={name: one.contiguous() for name, one in layers.items()})
