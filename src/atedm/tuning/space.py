@@ -59,7 +59,8 @@ class Space:
             values["level_2"] = trial.suggest_float("level_2", 0.5, 1.0, step=0.1)
             values["own_update"] = trial.suggest_float("own_update", 0.1, 0.9, step=0.2)
             values["cover"] = trial.suggest_float("cover", 0.3, 0.7, step=0.1)
-        return values
+        # 0.30000000000000004 is no value to write down.
+        return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
 
     def plan(self, values: Values) -> Plan:
         """Return the plan at a point: at ``pruned`` 0 as many steps as the budget has without pruning, at 1 as many as
