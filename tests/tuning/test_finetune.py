@@ -16,10 +16,12 @@ from torch.nn import functional
 
 import atedm
 from atedm.app.models import load_pipeline
+from atedm.costs.architectures import architecture
 from atedm.hosts.unet_spans import find_spans
 from atedm.plans.fingerprint import fingerprint
 from atedm.plans.plan import Cache, Plan, read_plan, save_plan
 from atedm.tuning.finetune import Training, finetune
+from atedm.tuning.memory import _held, training_needs
 from models import sdxl_pipeline, sdxl_unet, snapshot
 
 PROMPTS = ["a red circle", "a blue ring"]
@@ -175,3 +177,19 @@ def test_other_settings_in_the_same_folder_are_refused(pipe: Any, plan: Plan, tm
 def test_training_checks_its_values(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         Training(**changes)
+
+
+def test_what_a_step_holds_is_counted_without_values() -> None:
+    arch = architecture("tiny")
+    on_meta = _held(arch.on_meta().train(), arch.call((64, 64), 2))
+    here = arch.on_meta().train().to_empty(device="cpu")
+    assert _held(here, arch.call((64, 64), 2, device="cpu")) == on_meta
+    assert on_meta[0] > on_meta[1] > 0
+
+
+def test_checkpointing_and_16_bits_take_less() -> None:
+    arch = architecture("tiny")
+    whole, again = (training_needs(arch, Training(checkpointing=on), torch.float32) for on in (False, True))
+    assert again.activations < 0.3 * whole.activations
+    assert training_needs(arch, Training(rank=8), torch.bfloat16).lora * 2 == whole.lora
+    assert training_needs(arch, Training(), torch.bfloat16).weights * 2 == whole.weights

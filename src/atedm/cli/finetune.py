@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from atedm.cli import lab_options as shared
 from atedm.cli.options import DeviceOption, at_least_one
+
+if TYPE_CHECKING:
+    from atedm.tuning.finetune import Training
 
 
 def finetune(
@@ -36,6 +39,12 @@ def finetune(
         typer.Option("--checkpointing", help="Take less memory and a third more time.", rich_help_panel="Training"),
     ] = False,
     seed: shared.SeedOption = 0,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory", help="Print what training MODEL takes, also **sdxl** or **sd15**, and stop. Needs no weights."
+        ),
+    ] = False,
     out: Annotated[
         Path, typer.Option(help="Folder; a training that was stopped goes on there.", rich_help_panel="Output")
     ] = Path("out/finetune"),
@@ -49,6 +58,8 @@ def finetune(
     Examples:
     `atedm finetune tiny --plan out/tune/plan.json`
 
+    `atedm finetune sdxl --memory --dtype bfloat16 --checkpointing`
+
     `atedm evaluate "dense,out/tune/plan.json,out/finetune/plan.json"`
     """
     from atedm.lab.evaluation.prompts import read_prompts
@@ -60,6 +71,9 @@ def finetune(
     from atedm.tuning.prompts import tuning_prompts
 
     optional("peft", "tune")
+    if memory:
+        typer.echo(needs_of(model, Training(runs, rank, learning_rate, seed, checkpointing), dtype))
+        return
     found = read_plan(plan)
     training = Training(runs, rank, learning_rate, seed, checkpointing)
     texts = [one.text for one in read_prompts(str(prompts))] if prompts is not None else tuning_prompts(model, runs)
@@ -72,3 +86,22 @@ def finetune(
         first, last = (sum(part) / tenth for part in (trained.losses[:tenth], trained.losses[-tenth:]))
         typer.echo(f"error of a step, share of the output's square: {first:.2e} at first, {last:.2e} at the end")
         typer.echo(str(trained.file))
+
+
+def needs_of(model: str, training: Training, dtype: shared.Dtype | None) -> str:
+    """Say in a line what training a model takes."""
+    import torch
+
+    from atedm.costs.architectures import architecture
+    from atedm.tuning.memory import training_needs
+
+    precision = torch.float32 if dtype is None else getattr(torch, dtype.value)
+    arch = architecture(model)
+    needs = training_needs(arch, training, precision)
+    parts = (needs.weights, needs.lora, needs.activations, needs.total)
+    weights, lora, activations, total = (f"{part / 1e9:.2f} GB" for part in parts)
+    width, height = arch.default_size
+    return (
+        f"{model} at {width} x {height}: {total}, of which U-Net {weights}, LoRA of rank {training.rank} with its "
+        f"optimiser {lora}, activations {activations} if no token were dropped"
+    )
