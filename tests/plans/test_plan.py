@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,20 @@ def test_a_plan_for_another_model_is_refused_by_what_differs(plan: Plan) -> None
     with pytest.raises(ValueError, match=r"this plan is for another model: its .* is .*, here it is"):
         atedm.apply(other, plan)
     assert snapshot(other.unet) == before
+
+
+def test_a_pipeline_with_a_plan_is_freed_and_its_copies_are_their_own(plan: Plan) -> None:
+    other = load_pipeline("tiny", device="cpu")
+    atedm.apply(other, dataclasses.replace(plan, cache=None))
+    again = copy.deepcopy(other.unet)
+    assert atedm.is_applied(again)
+    atedm.remove(again)
+    assert not atedm.is_applied(again)
+    assert atedm.is_applied(other)
+    freed = weakref.ref(other.unet)
+    del other
+    gc.collect()
+    assert freed() is None
 
 
 def test_a_unet_alone_takes_a_plan_that_only_prunes(pipe: Any, plan: Plan) -> None:

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,15 @@ from atedm.summary import PatchSummary
 ADAPTER = "atedm_plan"
 """Name of the adapter that a plan's LoRA becomes."""
 
-_APPLIED: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
-"""What undoes the plan of each U-Net."""
+
+class _Applied:
+    """What undoes a plan; it sits on the U-Net. A copy of a U-Net, pickled or not, has nothing to undo."""
+
+    def __init__(self, undo: ExitStack | None = None) -> None:
+        self.undo = undo
+
+    def __reduce__(self) -> tuple[type[_Applied], tuple[()]]:
+        return _Applied, ()
 
 
 @dataclass(frozen=True)
@@ -101,13 +107,14 @@ def apply_plan(target: Any, plan: Plan, mask: Tensor | None = None) -> PlanSumma
         pruned = frozenset() if plan.method is None else frozenset(unet._atedm.spans)
         base = PatchSummary.of(target, method, pruned)
         summary = PlanSummary(base.method, base.shapes, base.pruned, base._architecture, plan)
-        _APPLIED[unet] = undo.pop_all()
+        unet._atedm_plan = _Applied(undo.pop_all())
     return summary
 
 
 def is_planned(unet: nn.Module) -> bool:
     """Whether a plan is applied to a U-Net."""
-    return unet in _APPLIED
+    applied: _Applied | None = vars(unet).get("_atedm_plan")
+    return applied is not None and applied.undo is not None
 
 
 def remove_plan(unet: nn.Module) -> None:
@@ -119,7 +126,9 @@ def remove_plan(unet: nn.Module) -> None:
     """
     if (state := vars(unet).get("_atedm")) is not None:
         state.caller.refuse_others()
-    _APPLIED.pop(unet).close()
+    applied: _Applied = vars(unet).pop("_atedm_plan")
+    if applied.undo is not None:
+        applied.undo.close()
 
 
 def _load_lora(pipe: Any, plan: Plan, undo: ExitStack) -> None:

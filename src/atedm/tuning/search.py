@@ -148,10 +148,11 @@ class Search:
             sampler=optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=8),
             pruner=optuna.pruners.PercentilePruner(_SHARE_THAT_GOES_ON, n_startup_trials=4),
         )
-        for single in self.tried.values():
-            if single.plan.method is None and single.plan.cache is None:
-                study.enqueue_trial({"scheduler": single.plan.scheduler or OWN, "cached": 0.0, "pruned": 0.0})
-        for values in self.space.starts():
+        fewer = [one for one in self.tried.values() if one.plan.method is None and one.plan.cache is None]
+        leading = max(fewer, key=lambda one: one.distance).plan.scheduler if fewer else None
+        for single in fewer:
+            study.enqueue_trial({"scheduler": single.plan.scheduler or OWN, "cached": 0.0, "pruned": 0.0})
+        for values in self.space.starts(leading or OWN):
             study.enqueue_trial(values)
         for number in range(_MOST_TRIALS):
             trial = study.ask()

@@ -124,10 +124,10 @@ class Space:
             except (OutOfSpace, ValueError):
                 continue
 
-    def starts(self) -> Iterator[Values]:
-        """Yield points that are good on the model that ships, where the search begins."""
+    def starts(self, scheduler: str) -> Iterator[Values]:
+        """Yield points that are good on the model that ships, where the search begins, with the scheduler that leads."""
         usual = {"bend": 1.0, "branch": self.branches[0], "level_2": 0.8, "own_update": 0.5, "cover": 0.4}
-        for cached, pruned, bend in ((0.0, 0.375, 1.0), (0.3, 0.0, 1.0), (0.3, 0.375, 1.4), (0.4, 0.25, 1.0)):
+        for cached, pruned, bend in ((0.0, 0.125, 1.0), (0.0, 0.25, 1.0), (0.0, 0.375, 1.0), (0.3, 0.375, 1.4)):
             if cached and not self.caches:
                 continue
-            yield {**usual, "scheduler": OWN, "cached": cached, "pruned": pruned, "bend": bend}
+            yield {**usual, "scheduler": scheduler, "cached": cached, "pruned": pruned, "bend": bend}

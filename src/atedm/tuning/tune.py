@@ -26,7 +26,7 @@ from atedm.plans.fingerprint import checksum, fingerprint
 from atedm.plans.plan import Plan, save_plan
 from atedm.suits import suits
 from atedm.tuning.costs import Arithmetic, RunCosts, Times
-from atedm.tuning.drawing import Easel
+from atedm.tuning.drawing import Easel, key_of
 from atedm.tuning.page import write_page
 from atedm.tuning.prompts import tuning_prompts
 from atedm.tuning.search import Search, Tried, with_record
@@ -248,7 +248,7 @@ def _costs(
 
 
 def _key(tried: Tried) -> str:
-    return tried.name
+    return key_of(tried.plan)
 
 
 def _timed(easel: Easel, finalists: Sequence[Tried], out: Path, told: Callable[[], None]) -> dict[str, list[float]]:
