@@ -185,31 +185,32 @@ def test_a_search_that_was_stopped_gives_the_best_so_far_and_goes_on(pipe: Any, 
 
 
 def test_a_search_that_was_killed_ends_as_it_would_have(tiny: Any, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("\n".join(SMALL["prompts"]))
+    (tmp_path / "prompts.txt").write_text(SMALL["prompts"][0])
+    small = SMALL | {"steps": 4, "prompts": SMALL["prompts"][:1]}
     command = [
-        *(sys.executable, "-m", "atedm", "tune", "tiny", "--of", "arithmetic", "--steps", "5", "--budget", "0.6"),
-        *("--images", "14", "--prompts", "prompts.txt", "--device", "cpu", "--out", "killed"),
+        *(sys.executable, "-m", "atedm", "tune", "tiny", "--of", "arithmetic", "--steps", "4", "--budget", "0.6"),
+        *("--images", "8", "--prompts", "prompts.txt", "--device", "cpu", "--out", "killed"),
     ]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     images = tmp_path / "killed" / "images"
     until = time.monotonic() + 120
-    while len(list(images.glob("*/*.png"))) < 5 and time.monotonic() < until and process.poll() is None:
+    while len(list(images.glob("*/*.png"))) < 3 and time.monotonic() < until and process.poll() is None:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "plan.html").exists()
-    again = atedm.tune(tiny, 0.6, **SMALL, images=14, out=tmp_path / "killed")
-    whole = atedm.tune(tiny, 0.6, **SMALL, images=14, out=tmp_path / "whole")
+    again = atedm.tune(tiny, 0.6, **small, images=8, out=tmp_path / "killed")
+    whole = atedm.tune(tiny, 0.6, **small, images=8, out=tmp_path / "whole")
     assert same(again.plan, whole.plan)
 
 
 def test_a_budget_of_time_measures_steps_once(pipe: Any, tmp_path: Path) -> None:
-    first = atedm.tune(pipe, 0.7, **SMALL | {"of": "time"}, images=14, out=tmp_path)
+    first = atedm.tune(pipe, 0.7, **SMALL | {"of": "time"}, images=24, out=tmp_path)
     times = json.loads((tmp_path / "times.json").read_text())
     assert times["dense"] > times["cached"]["0"] > 0
     assert len(times["pruned"]) == 4
     assert first.plan.found["of"] == "time"
-    again = atedm.tune(pipe, 0.7, **SMALL | {"of": "time"}, images=14, out=tmp_path)
+    again = atedm.tune(pipe, 0.7, **SMALL | {"of": "time"}, images=24, out=tmp_path)
     assert again.plan == first.plan
     assert json.loads((tmp_path / "times.json").read_text()) == times
 

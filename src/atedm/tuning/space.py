@@ -125,7 +125,7 @@ class Space:
                 continue
 
     def starts(self, scheduler: str) -> Iterator[Values]:
-        """Yield points that are good on the model that ships, where the search begins, with the scheduler that leads."""
+        """Yield points that are good on the model that ships, to begin with, by the scheduler that leads."""
         usual = {"bend": 1.0, "branch": self.branches[0], "level_2": 0.8, "own_update": 0.5, "cover": 0.4}
         for cached, pruned, bend in ((0.0, 0.125, 1.0), (0.0, 0.25, 1.0), (0.0, 0.375, 1.0), (0.3, 0.375, 1.4)):
             if cached and not self.caches:
