@@ -71,6 +71,8 @@ def test_what_is_written_is_read_back(plan: Plan, tmp_path: Path) -> None:
         ({"size": [128]}, "size must be"),
         ({"size": 128}, "size must be"),
         ({"lora": 3}, "lora must be"),
+        ({"found": {"dense_steps": "20"}}, "dense_steps of found must be a whole number"),
+        ({"found": {"cost": "half"}}, "cost of found must be a number"),
         ({"model": "tiny"}, "model must be fields by name"),
     ],
 )

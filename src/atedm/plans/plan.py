@@ -102,6 +102,12 @@ class Plan:
                 raise ValueError(f"size must be (width, height) in pixels, not {self.size!r}")
             for name, side in zip(("width", "height"), self.size, strict=True):
                 check_whole(name, side, least=8)
+        for name in ("dense_steps", "weights"):
+            if name in self.found:
+                check_whole(f"{name} of found", self.found[name], least=name == "dense_steps")
+        for name in ("cost", "distance"):
+            if name in self.found and not is_number(self.found[name]):
+                raise ValueError(f"{name} of found must be a number, not {self.found[name]!r}")
         if self.lora is not None and (not isinstance(self.lora, str) or not self.lora):
             raise ValueError(f"lora must be the name of a folder, not {self.lora!r}")
 
