@@ -111,7 +111,25 @@ def test_a_plan_does_what_its_parts_do_one_by_one(pipe: Any, plan: Plan) -> None
     assert torch.equal(ours, theirs)
 
 
-def test_the_cache_is_new_in_every_run(pipe: Any, plan: Plan) -> None:
+def test_a_forecast_lies_on_the_line_through_the_last_two_outputs(pipe: Any, plan: Plan) -> None:
+    calls: list[torch.Tensor] = []
+    hook = pipe.unet.register_forward_hook(lambda _, __, output: calls.append(output[0].clone()))
+    inner: list[int] = []
+    middle = pipe.unet.mid_block.register_forward_hook(lambda *_: inner.append(len(calls)))
+    only = dataclasses.replace(plan, scheduler=None, method=None, cache=Cache(3, 1.0, None))
+    with atedm.pruned(pipe, only):
+        latents(pipe, 6)
+    hook.remove()
+    middle.remove()
+    assert inner == [0, 2, 4]
+    assert torch.equal(calls[1], calls[0])
+    assert torch.allclose(calls[3], calls[2] + (calls[2] - calls[0]) / 2, atol=1e-6)
+    assert torch.allclose(calls[5], calls[4] + (calls[4] - calls[2]) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("branch", [0, 1, None])
+def test_the_cache_is_new_in_every_run(pipe: Any, plan: Plan, branch: int | None) -> None:
+    plan = dataclasses.replace(plan, cache=Cache(4, 1.4, branch))
     with atedm.pruned(pipe, plan):
         first, other, again = latents(pipe, 6), latents(pipe, 9), latents(pipe, 6)
     assert torch.equal(first, again)

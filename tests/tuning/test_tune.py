@@ -59,6 +59,7 @@ def dense(pipe: Any) -> Plan:
     [
         {"steps": 5},
         {"cache": Cache(3)},
+        {"cache": Cache(4, 1.2, None), "method": METHODS["matched"]},
         {"cache": Cache(3, 2.0, 1), "steps": 7},
         {"method": METHODS["matched"], "steps": 6, "cache": Cache(4, 0.7)},
         {"method": METHODS["paper"], "cache": Cache(5, 1.0, 1)},
@@ -75,7 +76,7 @@ def test_arithmetic_is_what_torch_counts_on_a_run(
 
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.7])
 def test_every_point_keeps_to_the_budget_and_uses_it(arithmetic: Arithmetic, dense: Plan, budget: float) -> None:
-    space = Space(dataclasses.replace(dense, steps=20), arithmetic, budget, (0, 1))
+    space = Space(dataclasses.replace(dense, steps=20), arithmetic, budget, (0, 1, None))
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     pruned = 0
     for _ in range(6):
@@ -93,9 +94,16 @@ def test_every_point_keeps_to_the_budget_and_uses_it(arithmetic: Arithmetic, den
 
 
 def test_single_techniques_keep_to_the_budget_and_are_single(arithmetic: Arithmetic, dense: Plan) -> None:
-    space = Space(dataclasses.replace(dense, steps=20), arithmetic, 0.7, (0, 1))
+    space = Space(dataclasses.replace(dense, steps=20), arithmetic, 0.7, (0, 1, None))
     singles = dict(space.singles())
-    assert {"fewer steps", "fewer steps, dpm++", "fewer steps, unipc", "DeepCache", "matched"} <= singles.keys()
+    assert {
+        "fewer steps",
+        "fewer steps, dpm++",
+        "fewer steps, unipc",
+        "DeepCache",
+        "forecast",
+        "matched",
+    } <= singles.keys()
     assert singles["fewer steps"].steps == 14
     for plan in singles.values():
         assert arithmetic.share(plan, 20) <= 0.7

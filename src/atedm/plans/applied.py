@@ -17,6 +17,7 @@ from atedm.hosts.unet_spans import find_unet
 from atedm.method.matched import Matched
 from atedm.plans.caching import deep_cached
 from atedm.plans.fingerprint import checksum, refuse_other_model
+from atedm.plans.forecasting import forecast
 from atedm.plans.plan import Plan, read_plan
 from atedm.plans.schedulers import scheduler_named
 from atedm.summary import PatchSummary
@@ -102,7 +103,10 @@ def apply_plan(target: Any, plan: Plan, mask: Tensor | None = None) -> PlanSumma
             attach(unet, plan.method, mask)
             undo.callback(detach, unet)
         if plan.cache is not None:
-            undo.enter_context(deep_cached(target, plan.full_steps, plan.cache.branch))
+            branch = plan.cache.branch
+            undo.enter_context(
+                forecast(target, plan.full_steps) if branch is None else deep_cached(target, plan.full_steps, branch)
+            )
         method = Matched(rate=0.0) if plan.method is None else plan.method
         pruned = frozenset() if plan.method is None else frozenset(unet._atedm.spans)
         base = PatchSummary.of(target, method, pruned)

@@ -20,23 +20,26 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Cache:
-    """DeepCache: only some steps run the whole U-Net, and the others take its deep features from the last of those.
+    """Only some steps run the whole U-Net. The others take its deep features from the last of those (DeepCache), or
+    its output from the line through the last two (a forecast, which costs nothing).
 
     Raises:
         ValueError: If a value is out of its range.
-    """
+    """  # noqa: D205
 
     #: Steps that run the whole U-Net, of the steps of the plan.
     full: int
     #: Where they lie: at 1 evenly, above 1 closer together at the start of the run, below 1 at its end.
     bend: float = 1.0
-    #: Which skip connection is the last to be computed in the other steps, counted from the shallowest.
-    branch: int = 0
+    #: Which skip connection is the last to be computed in the other steps, counted from the shallowest; None is a
+    #: forecast.
+    branch: int | None = 0
 
     def __post_init__(self) -> None:
         """Check every value."""
         check_whole("full", self.full)
-        check_whole("branch", self.branch, least=0)
+        if self.branch is not None:
+            check_whole("branch", self.branch, least=0)
         if not is_number(self.bend) or not 0.25 <= self.bend <= 4:
             raise ValueError(f"bend must be from 0.25 to 4, not {self.bend!r}")
 
@@ -135,7 +138,8 @@ class Plan:
         if self.scheduler is not None:
             parts.append(f"scheduler {self.scheduler}")
         if self.cache is not None:
-            parts.append(f"{self.cache.full} of them whole, the others by DeepCache")
+            others = "forecast" if self.cache.branch is None else "by DeepCache"
+            parts.append(f"{self.cache.full} of them whole, the others {others}")
         if self.method is not None:
             parts.append(f"{self.method.name} at a rate of {self.method.rate:.3g}")
         if self.lora is not None:

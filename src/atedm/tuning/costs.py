@@ -50,9 +50,9 @@ class Arithmetic:
     of: str = "arithmetic"
 
     @classmethod
-    def counted(cls, arch: Architecture, size: tuple[int, int] | None, branches: Sequence[int]) -> Arithmetic:
+    def counted(cls, arch: Architecture, size: tuple[int, int] | None, branches: Sequence[int | None]) -> Arithmetic:
         """Count the U-Net, and a step by DeepCache for each branch, on the meta device."""
-        return cls(profile_of(arch, size), {branch: _cached_step(arch, size, branch) for branch in branches})
+        return cls(profile_of(arch, size), {one: _cached_step(arch, size, one) for one in branches if one is not None})
 
     def share(self, plan: Plan, dense_steps: int) -> float:
         """Sum up the steps of the run, each by what runs in it."""
@@ -62,10 +62,12 @@ class Arithmetic:
             for step in range(plan.steps)
         )
         for (is_full, early), count in kinds.items():
-            rest, names = self.profile.rest, None
+            rest: int = self.profile.rest
+            names: frozenset[str] | None = None
             if not is_full:
                 assert plan.cache is not None
-                rest, names = self.cached[plan.cache.branch]
+                branch = plan.cache.branch
+                rest, names = (0, frozenset()) if branch is None else self.cached[branch]
             total += count * (rest + _spans(self.profile, plan.method, early, names))
         return total / (dense_steps * self.profile.dense())
 
@@ -110,7 +112,8 @@ class Times:
         full, step = len(plan.full_steps()), self.dense
         if plan.method is not None:
             step = float(np.interp(self.arithmetic.step(plan.method), *np.array(self.pruned).T))
-        cached = 0.0 if plan.cache is None else self.cached[plan.cache.branch]
+        branch = None if plan.cache is None else plan.cache.branch
+        cached = 0.0 if branch is None else self.cached[branch]
         image = self.outside + full * step + (plan.steps - full) * cached
         return image / (self.outside + dense_steps * self.dense)
 

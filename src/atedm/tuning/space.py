@@ -36,9 +36,8 @@ class Space:
     base: Plan
     costs: RunCosts
     budget: float
-    branches: tuple[int, ...] = (0,)
-    #: Whether DeepCache may be used.
-    caches: bool = True
+    #: Branches of DeepCache that may be used, None for a forecast; empty where steps cannot be left out.
+    branches: tuple[int | None, ...] = (0, None)
 
     @property
     def dense_steps(self) -> int:
@@ -49,7 +48,7 @@ class Space:
         """Ask an Optuna trial for a point. What has no use at a point is not asked for."""
         values: Values = {
             "scheduler": trial.suggest_categorical("scheduler", [OWN, *SCHEDULERS]),
-            "cached": trial.suggest_categorical("cached", list(_CACHED if self.caches else _CACHED[:1])),
+            "cached": trial.suggest_categorical("cached", list(_CACHED if self.branches else _CACHED[:1])),
             "pruned": trial.suggest_float("pruned", 0.0, 1.0, step=0.125),
         }
         if values["cached"]:
@@ -111,11 +110,11 @@ class Space:
             if steps:
                 name = "fewer steps" + (f", {scheduler}" if scheduler else "")
                 yield name, dataclasses.replace(self.base, steps=steps, scheduler=scheduler)
-        if self.caches:
-            every = range(1, self.dense_steps)
-            cached = (dataclasses.replace(self.base, cache=Cache(self.dense_steps - n)) for n in every)
+        for technique, branch in (("DeepCache", 0), ("forecast", None)):
+            every = range(1, self.dense_steps) if branch in self.branches else ()
+            cached = (dataclasses.replace(self.base, cache=Cache(self.dense_steps - n, 1.0, branch)) for n in every)
             if found := next(filter(self.keeps, cached), None):
-                yield "DeepCache", found
+                yield technique, found
         for name in ("matched", "paper", "dagger"):
             if self.costs.of == "time" and name != "matched":
                 continue  # no step of theirs was timed
@@ -126,8 +125,8 @@ class Space:
 
     def starts(self, scheduler: str) -> Iterator[Values]:
         """Yield points that are good on the model that ships, to begin with, by the scheduler that leads."""
-        usual = {"bend": 1.0, "branch": self.branches[0], "level_2": 0.8, "own_update": 0.5, "cover": 0.4}
-        for cached, pruned, bend in ((0.0, 0.125, 1.0), (0.0, 0.25, 1.0), (0.0, 0.375, 1.0), (0.3, 0.375, 1.4)):
-            if cached and not self.caches:
-                continue
-            yield {**usual, "scheduler": scheduler, "cached": cached, "pruned": pruned, "bend": bend}
+        usual = {"bend": 1.0, "branch": None, "level_2": 0.8, "own_update": 0.5, "cover": 0.4}
+        for pruned in (0.125, 0.25):
+            yield {**usual, "scheduler": scheduler, "cached": 0.0, "pruned": pruned}
+        for cached, pruned in ((0.3, 0.5), (0.4, 0.5), (0.5, 0.0), (0.6, 0.0)) if None in self.branches else ():
+            yield {**usual, "scheduler": OWN, "cached": cached, "pruned": pruned}

@@ -17,12 +17,14 @@ STEPS = 6
 """Of a run in which they are timed, the first of which warms up."""
 
 
-def images_timed(branches: Sequence[int], dense_steps: int) -> float:
+def images_timed(branches: Sequence[int | None], dense_steps: int) -> float:
     """Return what `time_steps` takes at most, in dense images."""
     return (2 + len(RATES) + len(branches)) * STEPS / dense_steps
 
 
-def time_steps(easel: Easel, arithmetic: Arithmetic, branches: Sequence[int], told: Told = lambda: None) -> Times:
+def time_steps(
+    easel: Easel, arithmetic: Arithmetic, branches: Sequence[int | None], told: Told = lambda: None
+) -> Times:
     """Run a few steps of each kind, and take medians."""
     short = dataclasses.replace(easel.dense, steps=STEPS)
 
@@ -38,5 +40,9 @@ def time_steps(easel: Easel, arithmetic: Arithmetic, branches: Sequence[int], to
     for rate in RATES:
         method = Matched(rate=rate)
         pruned.append((arithmetic.step(method), step(dataclasses.replace(short, method=method), every)[0]))
-    cached = {branch: step(dataclasses.replace(short, cache=Cache(1, 1.0, branch)), every)[0] for branch in branches}
+    cached = {
+        branch: step(dataclasses.replace(short, cache=Cache(1, 1.0, branch)), every)[0]
+        for branch in branches
+        if branch is not None  # a forecast takes next to nothing
+    }
     return Times(arithmetic, outside, dense, cached, tuple(sorted(pruned)))

@@ -129,13 +129,13 @@ def tune(
     weights = checksum(unet)
     _claim(out, dense, prompts, seed, weights, str(unet.dtype))
     easel = Easel(pipe, prompts, dense, seed, out / "images")
-    caches, branches = _caching(pipe, steps)
-    arithmetic = Arithmetic.counted(architecture(pipe), size or native_size(pipe), branches if caches else ())
-    spent, costs = 0.0, _costs(of, easel, arithmetic, branches if caches else (), out, progress)
+    branches = _caching(pipe, steps)
+    arithmetic = Arithmetic.counted(architecture(pipe), size or native_size(pipe), branches)
+    spent, costs = 0.0, _costs(of, easel, arithmetic, branches, out, progress)
     if of == "time":
-        spent = images_timed(branches if caches else (), steps)
+        spent = images_timed(branches, steps)
     reserve = ROUNDS * (1 + FINALISTS * budget)
-    space = Space(dense, costs, budget, branches, caches)
+    space = Space(dense, costs, budget, branches)
     record = {
         "budget": budget,
         "of": of,
@@ -220,21 +220,23 @@ def _claim(out: Path, dense: Plan, prompts: Sequence[str], seed: int, weights: i
     save_json(asked, file)
 
 
-def _caching(pipe: Any, steps: int) -> tuple[bool, tuple[int, ...]]:
-    """Say whether DeepCache can be used, and at which skip connections."""
+def _caching(pipe: Any, steps: int) -> tuple[int | None, ...]:
+    """Return at which branches DeepCache can be used, and None where a step can be forecast."""
+    unet = pipe.unet
+    if steps < 4 or pipe.scheduler.order != 1:
+        return ()
     try:
         optional("DeepCache", "peers")
     except ImportError:
-        return False, (0,)
-    unet = pipe.unet
+        return (None,)
     layers = unet.config.layers_per_block
     first = layers if isinstance(layers, int) else layers[0]
-    usable = steps >= 4 and unet.mid_block is not None and bool(find_spans(unet)) and pipe.scheduler.order == 1
-    return usable, (0, 1) if first >= 2 else (0,)
+    usable = unet.mid_block is not None and bool(find_spans(unet))
+    return ((0, 1, None) if first >= 2 else (0, None)) if usable else (None,)
 
 
 def _costs(
-    of: str, easel: Easel, arithmetic: Arithmetic, branches: Sequence[int], out: Path, progress: Progress
+    of: str, easel: Easel, arithmetic: Arithmetic, branches: Sequence[int | None], out: Path, progress: Progress
 ) -> RunCosts:
     if of == "arithmetic":
         return arithmetic
