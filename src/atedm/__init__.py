@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from atedm.method.presets import METHODS
     from atedm.method.schedule import Early
     from atedm.patch import apply, is_applied, observed, pruned, remove
+    from atedm.plans.plan import Plan, read_plan
     from atedm.record import Recording, recorded
     from atedm.summary import PatchSummary
+    from atedm.tuning.finetune import finetune
+    from atedm.tuning.tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "Observation",
     "PatchSummary",
     "Place",
+    "Plan",
     "Recording",
     "ToMe",
     "ToRefill",
@@ -45,14 +49,17 @@ __all__ = [
     "apply",
     "cost",
     "everywhere",
+    "finetune",
     "is_applied",
     "load_pipeline",
     "not_second_level",
     "observed",
     "only_second_level",
     "pruned",
+    "read_plan",
     "recorded",
     "remove",
+    "tune",
 ]
 
 # diffusers takes seconds to import, so nothing of it is touched before it is asked for.
@@ -67,6 +74,7 @@ _HOMES = {
     "Observation": "atedm.hosts.state",
     "PatchSummary": "atedm.summary",
     "Place": "atedm.method.contract",
+    "Plan": "atedm.plans.plan",
     "Recording": "atedm.record",
     "ToMe": "atedm.costs.tome",
     "ToRefill": "atedm.method.at_edm",
@@ -74,14 +82,17 @@ _HOMES = {
     "apply": "atedm.patch",
     "cost": "atedm.costs.report",
     "everywhere": "atedm.method.places",
+    "finetune": "atedm.tuning.finetune",
     "is_applied": "atedm.patch",
     "load_pipeline": "atedm.app.models",
     "not_second_level": "atedm.method.places",
     "observed": "atedm.patch",
     "only_second_level": "atedm.method.places",
     "pruned": "atedm.patch",
+    "read_plan": "atedm.plans.plan",
     "recorded": "atedm.record",
     "remove": "atedm.patch",
+    "tune": "atedm.tuning.tune",
 }
 
 

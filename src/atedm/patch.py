@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from os import PathLike
+from typing import Any, overload
 
 from atedm.costs.budget import fit_to_budget
 from atedm.hosts.models import attach, detach, find_model, is_transformer
@@ -12,11 +13,27 @@ from atedm.hosts.state import Observation, is_attached, refuse_attached
 from atedm.method.contract import Method
 from atedm.method.presets import DEFAULT, method_named
 from atedm.method.protection import region
+from atedm.plans.applied import PlanSummary, apply_plan, as_plan, is_planned, remove_plan
+from atedm.plans.plan import Plan
 from atedm.summary import PatchSummary
 
 
+@overload
 def apply(
     target: Any, method: Method | str | None = None, *, budget: float | None = None, protect: Any = None
+) -> PatchSummary: ...
+
+
+@overload
+def apply(target: Any, method: Plan | PathLike[str], *, protect: Any = None) -> PlanSummary: ...
+
+
+def apply(
+    target: Any,
+    method: Method | Plan | PathLike[str] | str | None = None,
+    *,
+    budget: float | None = None,
+    protect: Any = None,
 ) -> PatchSummary:
     """Make a diffusers pipeline prune tokens while it denoises. No weights change and no image is made.
 
@@ -30,6 +47,8 @@ def apply(
             model, compiled or not. A ControlNet is pruned only if it is given itself: ``apply(pipe.controlnet)``.
         method: A `Matched` or an `AtEdm`, or the name of one: our own "matched", or the paper's "paper", "dagger" (no
             pruning at the second level) and "turbo" (for few steps). By default "matched", which the figures support.
+            Or a plan that `atedm tune` found: a `Plan`, or the path of a ``plan.json``. It sets the scheduler and the
+            cache too, and the summary says how many steps to ask for.
         budget: What a run may cost, as a share of the dense run, at the size the model was trained for; its rate takes
             the place of the method's. `atedm.costs.budget.fit_to_budget` has more choices.
         protect: A mask over the image of what is never dropped, as `atedm.method.protection.region` reads it. That many
@@ -44,12 +63,16 @@ def apply(
         ValueError: If there is nothing to prune, the model is patched already, a name is unknown, the budget cannot be
             kept, or the model is set up in a way pruning cannot honour. Nothing has been changed then.
     """
+    mask = None if protect is None else region(protect)
+    if (plan := as_plan(method)) is not None:
+        if budget is not None:
+            raise ValueError("a plan keeps to the budget it was found for; leave budget out")
+        return apply_plan(target, plan, mask)
     model = find_model(target)
     method = DEFAULT if method is None else method
     method = method_named(method, transformer=is_transformer(model)) if isinstance(method, str) else method
     if isinstance(method, type) or not isinstance(method, Method):
         raise TypeError(f"method must be a Matched, an AtEdm or a name such as 'matched', not {method!r}")
-    mask = None if protect is None else region(protect)
     refuse_attached(model)
     if budget is not None:
         method = fit_to_budget(target, method, share=budget)
@@ -65,16 +88,21 @@ def remove(target: Any) -> None:
         ValueError: If it is not patched.
         RuntimeError: If another thread is in the middle of a step of it.
     """
-    detach(find_model(target))
+    model = find_model(target)
+    remove_plan(model) if is_planned(model) else detach(model)
 
 
 @contextmanager
 def pruned(
-    target: Any, method: Method | str | None = None, *, budget: float | None = None, protect: Any = None
+    target: Any,
+    method: Method | Plan | PathLike[str] | str | None = None,
+    *,
+    budget: float | None = None,
+    protect: Any = None,
 ) -> Iterator[PatchSummary]:
     """Apply for the length of a ``with`` block, and remove even if it raises."""
     model = find_model(target)
-    summary = apply(target, method, budget=budget, protect=protect)
+    summary = apply(target, method, budget=budget, protect=protect)  # type: ignore[arg-type]
     try:
         yield summary
     finally:
@@ -108,4 +136,5 @@ def is_applied(target: Any) -> bool:
     Raises:
         TypeError: If there is no model that can be pruned.
     """
-    return is_attached(find_model(target))
+    model = find_model(target)
+    return is_attached(model) or is_planned(model)

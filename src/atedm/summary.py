@@ -67,7 +67,7 @@ class PatchSummary:
             for shape in self.shapes
             if shape.place.name in self.pruned
         ]
-        return sum(shares) / len(shares)
+        return sum(shares) / len(shares) if shares else 1.0  # nothing is pruned, nothing dropped
 
     def cost(self, steps: int = RUN_STEPS) -> float:
         """Share of the dense model's MACs that a run takes, everything counted. Counts the model, once.

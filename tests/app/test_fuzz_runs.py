@@ -10,6 +10,7 @@ import atedm
 from atedm.app.request import Request
 from atedm.app.run_file import read_run_file
 from atedm.method.presets import method_from_dict
+from atedm.plans.plan import read_plan, save_plan
 from fuzzing import NUMBERS, VALUES, bytes_of, changed, fuzzed, json_bytes
 
 METHODS = [method.as_dict() for method in atedm.METHODS.values()]
@@ -45,3 +46,22 @@ def test_fuzzed_run_files(tmp_path: Path) -> None:
 
     text = json_bytes(st.one_of(changed(run), changed({"model": "tiny", "request": request}), VALUES))
     fuzzed("run files", text | bytes_of(json.dumps(run).encode()), read)
+
+
+def test_fuzzed_plans(tmp_path: Path) -> None:
+    plan = {
+        "plan": 1, "model": {"unet": "UNet2DConditionModel"}, "steps": 9, "scheduler": "dpm++", "method": METHODS[0],
+        "cache": {"full": 4, "bend": 1.2, "branch": 1}, "guidance": 3.0, "size": [128, 128], "lora": "lora",
+        "found": {"budget": 0.5, "dense_steps": 20},
+    }  # fmt: skip
+    file = tmp_path / "plan.json"
+
+    def read(content: bytes) -> None:
+        file.write_bytes(content)
+        found = read_plan(file)
+        assert found.full_steps()[0] == 0
+        assert found.what()
+        save_plan(found, file)
+        assert read_plan(file) == found
+
+    fuzzed("plans", json_bytes(st.one_of(changed(plan), VALUES)) | bytes_of(json.dumps(plan).encode()), read)

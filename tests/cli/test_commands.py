@@ -22,7 +22,7 @@ Run = Callable[..., Any]
 def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
     shown = subprocess.run([sys.executable, "-m", "atedm", "--help"], capture_output=True, text=True, check=False)
     assert shown.returncode == 0
-    for command in ("generate", "web", "cost", "bench", "evaluate", "lab"):
+    for command in ("generate", "web", "cost", "bench", "evaluate", "tune", "finetune", "lab"):
         assert f" {command} " in shown.stdout
     heavy = ("torch", "diffusers", "matplotlib", "gradio", "PIL")
     code = f"import sys, atedm.cli; print([m for m in {heavy} if m in sys.modules])"
@@ -160,3 +160,48 @@ def test_a_name_that_is_no_choice_is_told_with_the_choices(run: Run) -> None:
     done = run("generate", "x", "--method", "papre")
     assert done.returncode == 2
     assert "'papre' is not one of" in done.stderr.replace("│", " ")
+
+
+def test_tune_finds_a_plan_that_generate_and_evaluate_take(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("a red circle\na blue ring\n")
+    done = run(
+        "tune", "tiny", "--budget", "0.6", "--of", "arithmetic", "--steps", "4", "--prompts", "mine.txt", "--images",
+        "10", "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plan = tmp_path / "out" / "tune" / "plan.json"
+    assert "out/tune/plan.json: " in done.stdout.replace("\\", "/")
+    assert (tmp_path / "out" / "tune" / "plan.html").exists()
+    found = json.loads(plan.read_text())
+    assert found["found"]["prompts"] == 2
+    done = run("generate", "a red circle", "--plan", str(plan), "--compare", "--device", "cpu", "--out", "by-plan")
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "by-plan" / "run.json").read_text())
+    assert made["request"]["steps"] == found["steps"]
+    assert made["request"]["plan"]["method"] == found["method"]
+    done = run("generate", "--again", "by-plan/run.json", "--device", "cpu", "--out", "again")
+    assert done.returncode == 0, done.stderr
+    pruned = [(tmp_path / name / "pruned-0.png").read_bytes() for name in ("by-plan", "again")]
+    assert pruned[0] == pruned[1]
+    done = run(
+        "evaluate", str(plan), "--captions", "2", "--steps", "4", "--metrics", "distance", "--device", "cpu", "--out",
+        "judged",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "plan.json" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("tune", "tiny", "--budget", "1.5"), "budget must be above 0 and below 1"),
+        (("tune", "tiny", "--prompts", "none.txt"), "no prompts at 'none.txt'"),
+        (("generate", "a", "--plan", "none.json"), "no plan at 'none.json'"),
+        (("generate", "a", "--plan", "none.json", "--rate", "0.5"), "leave out --rate"),
+        (("evaluate", "none.json"), "no plan at 'none.json'"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_in_one_line(run: Run, words: tuple[str, ...], said: str) -> None:
+    done = run(*words)
+    assert done.returncode == 2
+    assert said in done.stderr.strip().splitlines()[-1]

@@ -71,9 +71,11 @@ def generate(
     width, height = (side // pipe.vae_scale_factor for side in image_size(pipe, request))
     for kind, method in methods.items():
         if method is not None:
-            with pruned(pipe, method, protect=mask):  # before any work: refuses what cannot be pruned
-                check_protected(pipe, (height, width))
-            costs[kind] = request_cost(pipe, request, method)
+            planned = request.plan if kind == "pruned" else None
+            with pruned(pipe, planned or method, protect=mask):  # before any work: refuses what cannot be pruned
+                if mask is not None and (planned is None or planned.method is not None):
+                    check_protected(pipe, (height, width))
+            costs[kind] = request_cost(pipe, request, method) if planned is None else planned.found.get("cost", 1.0)
 
     results: list[ImageResult] = []
     comparisons: list[Comparison] = []
@@ -90,15 +92,15 @@ def generate(
             folder.save(maps_sheet(image, recording, prompt), f"maps-{index}.png")
         if compare:
             shown = [
-                PrunedImage(f"{method.name}, cost {costs[kind]:.2f}", made[kind].image, recording)
+                PrunedImage(f"{_name(request, kind, method)}, cost {costs[kind]:.2f}", made[kind].image, recording)
                 for kind, method in methods.items()
-                if method is not None and (recording := made[kind].recording) is not None
+                if method is not None and ((recording := made[kind].recording) is not None or request.plan is not None)
             ]
             comparisons.append(Comparison(prompt, made["dense"].image, tuple(shown)))
         results.append(_result(request, index, made))
         folder.save_run_file()
     if comparisons:
-        headline = f"Same noise, {request.steps} steps; cost is the share of the dense arithmetic"
+        headline = f"Same noise, {request.dense_steps} steps; cost is the share of the dense arithmetic"
         folder.save(comparison_sheet(comparisons, headline), "comparison.png")
     return results
 
@@ -120,21 +122,24 @@ def _make(
     progress: Progress | None,
 ) -> _Made:
     """Make one image, dense if there is no method."""
+    steps = request.steps if kind == "pruned" else request.dense_steps
 
     def on_step(_: Any, step: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         if progress is not None:
-            progress(f"{kind} {index}", step + 1, request.steps)
+            progress(f"{kind} {index}", step + 1, steps)
         return kwargs
 
     recording = None
+    planned = request.plan if kind == "pruned" else None
     with ExitStack() as stack:
         if method is not None:
-            stack.enter_context(pruned(pipe, method, protect=mask))
-            recording = stack.enter_context(recorded(pipe))
+            stack.enter_context(pruned(pipe, planned or method, protect=mask))
+            if planned is None or planned.method is not None:
+                recording = stack.enter_context(recorded(pipe))
         started = time.perf_counter()
         images = pipe(
             request.prompts[index],
-            num_inference_steps=request.steps,
+            num_inference_steps=steps,
             guidance_scale=request.guidance,
             width=request.width,
             height=request.height,
@@ -147,18 +152,21 @@ def _make(
 
 def _result(request: Request, index: int, made: Mapping[str, _Made], kind: str = "pruned") -> ImageResult:
     one, dense = made[kind], made.get("dense")
-    assert one.recording is not None
     return ImageResult(
         file=f"{kind}-{index}.png",
         prompt=request.prompts[index],
         seed=request.seed + index,
         seconds=round(one.seconds, 3),
-        kept_share=round(one.recording.kept_share, 4),
+        kept_share=1.0 if one.recording is None else round(one.recording.kept_share, 4),
         dense_file=None if dense is None else f"dense-{index}.png",
         dense_seconds=None if dense is None else round(dense.seconds, 3),
         psnr_to_dense=None if dense is None else min(round(psnr(one.image, dense.image), 2), 999.0),
         other=_result(request, index, made, "other") if kind == "pruned" and "other" in made else None,
     )
+
+
+def _name(request: Request, kind: str, method: Method) -> str:
+    return f"plan, {request.steps} steps" if kind == "pruned" and request.plan is not None else method.name
 
 
 def _read_mask(file: Path) -> Image.Image:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from atedm.method.contract import Method
+from atedm.method.matched import Matched
+from atedm.plans.plan import Plan
 from atedm.words import check_whole, is_number, is_whole
 
 
@@ -29,6 +32,20 @@ class Request:
     other: Method | None = None
     #: File of a picture, white where nothing is dropped.
     protect: str | None = None
+    #: Sets the method, its steps and more; then ``method`` and ``steps`` are the plan's.
+    plan: Plan | None = None
+
+    @classmethod
+    def by_plan(cls, prompts: tuple[str, ...], plan: Plan, **others: Any) -> Request:
+        """Return a request for images by a plan; ``method`` is `Matched(rate=0)` where it drops no token."""
+        method = Matched(rate=0.0) if plan.method is None else plan.method
+        return cls(prompts, method, plan.steps, plan=plan, **others)
+
+    @property
+    def dense_steps(self) -> int:
+        """Steps of a dense image beside it: as many, or those that the plan stands for."""
+        steps = None if self.plan is None else self.plan.found.get("dense_steps")
+        return self.steps if steps is None else int(steps)
 
     def __post_init__(self) -> None:
         """Check every value."""

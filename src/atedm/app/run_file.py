@@ -18,6 +18,7 @@ from atedm.files import read_json
 from atedm.hosts.models import find_model
 from atedm.method.contract import Method
 from atedm.method.presets import method_from_dict
+from atedm.plans.plan import plan_from_dict
 
 NAME = "run.json"
 MASK = "protect.png"
@@ -35,6 +36,7 @@ def run_file(pipe: Any, request: Request, model: str, cost: float, images: Seque
             **{field.name: getattr(request, field.name) for field in dataclasses.fields(request)},
             "method": request.method.as_dict(),
             "other": None if request.other is None else request.other.as_dict(),
+            "plan": None if request.plan is None else request.plan.moved().as_dict(),
         },
         "cost": round(cost, 4),
         "dtype": str(find_model(pipe).dtype).removeprefix("torch."),
@@ -71,6 +73,8 @@ def read_run_file(file: Path) -> tuple[str, Request]:
         methods: dict[str, Any] = {"method": _read_method(values.get("method"))}
         if values.get("other") is not None:
             methods["other"] = _read_method(values["other"])
+        if values.get("plan") is not None:
+            methods["plan"] = plan_from_dict(values["plan"])
         request = Request(**values | {"prompts": tuple(prompts)} | methods)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} holds no run that can be made again: {error}") from error

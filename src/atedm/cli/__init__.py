@@ -11,8 +11,10 @@ import typer
 from atedm.cli.bench import bench
 from atedm.cli.cost import cost
 from atedm.cli.evaluate import evaluate
+from atedm.cli.finetune import finetune
 from atedm.cli.generate import generate
 from atedm.cli.lab import lab
+from atedm.cli.tune import tune
 from atedm.cli.web import web
 
 app = typer.Typer(
@@ -44,6 +46,8 @@ app.command()(web)
 app.command()(cost)
 app.command()(bench)
 app.command()(evaluate)
+app.command()(tune)
+app.command()(finetune)
 app.add_typer(lab, name="lab")
 
 

@@ -15,6 +15,7 @@ from atedm.cli.options import (
     MethodNameOption,
     ModelOption,
     OutOption,
+    PlanOption,
     RateOption,
     SizeOption,
     StepsOption,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _WITH_AGAIN = ("again", "out", "device", "compare", "compare_with", "maps")
 """What may be given with ``--again``, because it is not of the run itself."""
+_OF_A_PLAN = ("--method", "--rate", "--budget", "--steps")
+"""What a plan says itself."""
 
 
 def generate(
@@ -41,6 +44,7 @@ def generate(
     method: MethodNameOption = None,
     rate: RateOption = None,
     budget: BudgetOption = None,
+    plan: PlanOption = None,
     protect: Annotated[
         Path | None, typer.Option(help="A picture, white where no token is dropped.", rich_help_panel="Pruning")
     ] = None,
@@ -91,6 +95,8 @@ def generate(
 
     `atedm generate "a fox in snow" --model stabilityai/stable-diffusion-xl-base-1.0 --compare`
 
+    `atedm generate "a red ring" --plan out/tune/plan.json --compare` makes images by a plan that `atedm tune` found.
+
     `atedm generate --again out/run.json --out out/again` makes the images of a run again.
     """
     from rich.console import Console
@@ -100,10 +106,27 @@ def generate(
     from atedm.app.models import load_pipeline, quiet_libraries
     from atedm.app.request import Request
     from atedm.app.run_file import read_run_file
+    from atedm.plans.plan import read_plan
     from atedm.suits import suits
 
     refuse_rate_and_budget(rate, budget)
-    if again is None:
+    if plan is not None and (given := [name for name in _given(context, but=()) if name in _OF_A_PLAN]):
+        raise ValueError(f"the plan says what they would say: leave out {', '.join(given)}")
+    if again is None and plan is not None:
+        found = read_plan(plan)
+        suiting = suits(model)
+        width, height = pixels(size) or found.size or (None, None)
+        scale = found.guidance if guidance is None else guidance
+        request = Request.by_plan(
+            tuple(prompts or suiting.prompts),
+            found,
+            guidance=suiting.guidance if scale is None else scale,
+            width=width,
+            height=height,
+            seed=seed,
+            protect=None if protect is None else str(protect),
+        )
+    elif again is None:
         suiting = suits(model)
         width, height = pixels(size) or (None, None)
         request = Request(
@@ -129,7 +152,7 @@ def generate(
             request = replace(request, method=method_at(name, rate, transformer=True))
         if budget is not None:
             request = within_budget(pipe, request, budget)
-        if compare and (compare_with is not None or request.other is None):
+        if compare and (compare_with is not None or (request.other is None and request.plan is None)):
             request = with_other_method(pipe, request, compare_with and compare_with.value)
     results = _make_with_progress(pipe, request, out, compare, maps, model)
     for image in results:

@@ -80,6 +80,13 @@ BudgetOption = Annotated[
         rich_help_panel="Pruning",
     ),
 ]
+PlanOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="A plan.json that `atedm tune` found: it sets the steps, the method and the rest.",
+        rich_help_panel="Pruning",
+    ),
+]
 SizeOption = Annotated[
     str | None, typer.Option(help="WxH in pixels; by default the model's own.", rich_help_panel="Image")
 ]

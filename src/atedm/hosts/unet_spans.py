@@ -13,7 +13,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from atedm.hosts.dit_families import FAMILIES
+from atedm.hosts.dit_families import FAMILIES, family_of
 from atedm.hosts.wrapped import unwrapped
 from atedm.method.contract import Method, Place
 
@@ -58,6 +58,11 @@ def find_unet(target: Any) -> UNet2DConditionModel:
     model = unwrapped(target if isinstance(target, nn.Module) else getattr(target, "unet", None))
     if isinstance(model, PRUNABLE):
         return model
+    transformer = getattr(target, "transformer", None) if model is None else model
+    if isinstance(transformer, nn.Module) and family_of(unwrapped(transformer)) is not None:
+        raise TypeError(
+            f"found a {type(unwrapped(transformer)).__name__}; this works on U-Nets only so far. atedm.apply prunes it"
+        )
     if isinstance(model, MultiControlNetModel):
         raise TypeError(
             "found a MultiControlNetModel; prune its ControlNets one by one: atedm.apply(each) for its .nets"

@@ -21,7 +21,8 @@ class PrunedImage:
     #: What to call it.
     name: str
     image: Image.Image
-    recording: Recording
+    #: None where no token was dropped.
+    recording: Recording | None
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,13 @@ def comparison_sheet(comparisons: Sequence[Comparison], headline: str = "") -> I
     return draw_sheet(rows, [row.prompt for row in comparisons], headline=headline, side=256 if largest <= 256 else 512)
 
 
-def _cells(pruned: PrunedImage, dense: Image.Image) -> tuple[Cell, Cell, Cell]:
+def _cells(pruned: PrunedImage, dense: Image.Image) -> tuple[Cell, ...]:
+    gap = Cell(difference(pruned.image, dense), f"difference x 2\n{psnr(pruned.image, dense):.1f} dB")
+    if pruned.recording is None:
+        return Cell(pruned.image, f"{pruned.name}\nall tokens kept"), gap
     return (
         Cell(pruned.image, f"{pruned.name}\n{pruned.recording.kept_share:.0%} of tokens kept on average"),
-        Cell(difference(pruned.image, dense), f"difference x 2\n{psnr(pruned.image, dense):.1f} dB"),
+        gap,
         Cell(mean_kept_overlay(pruned.image, pruned.recording), "tokens kept\nbright often, dark seldom"),
     )
 

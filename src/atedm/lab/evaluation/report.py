@@ -29,6 +29,11 @@ from atedm.lab.tables import markdown_table
 
 Table = tuple[list[str], list[list[str]]]
 """Head and rows."""
+ALT = "The first images of every method, a prompt a row"
+FOOT = (
+    "Intervals are 95 %, by bootstrap over images. Cost is the share of the dense run's multiply-accumulates of the "
+    "U-Net, counted by torch, everything that a method adds included."
+)
 
 
 def tables(outcomes: Sequence[Outcome]) -> list[Table]:
@@ -126,18 +131,25 @@ def write_report(
         save_image(chart, out / f"{name}.png")
     sheet = sheet_of(outcomes, prompts, rows)
     save_image(sheet, out / f"{name}-sheet.png")
-    save_text(_page(tables(outcomes), title, note, sheet), out / f"{name}.html")
+    save_text(page_of(tables(outcomes), title, note, [sheet]), out / f"{name}.html")
     return text
 
 
-def _page(found: Sequence[Table], title: str, note: str, sheet: Image.Image) -> str:
-    """Return one page that needs nothing else: the tables and the sheet."""
-    picture = io.BytesIO()
-    sheet.save(picture, format="PNG", optimize=True)
-    encoded = base64.b64encode(picture.getvalue()).decode()
+def page_of(found: Sequence[Table], title: str, note: str, pictures: Sequence[Image.Image], foot: str = FOOT) -> str:
+    """Return one page that needs nothing else: tables, what is said below them, and pictures."""
     return _PAGE.format(
-        title=html.escape(title), note=html.escape(note), tables="".join(map(_html_table, found)), picture=encoded
+        title=html.escape(title),
+        note=html.escape(note),
+        tables="".join(map(_html_table, found)),
+        foot=html.escape(foot),
+        pictures="\n".join(map(_html_picture, pictures)),
     )
+
+
+def _html_picture(picture: Image.Image) -> str:
+    png = io.BytesIO()
+    picture.save(png, format="PNG", optimize=True)
+    return f'<img alt="{ALT}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
 
 
 def _html_table(table: Table) -> str:
@@ -167,9 +179,8 @@ p {{ color: #65676d; }}
 <h1>{title}</h1>
 <p>{note}</p>
 {tables}
-<p>Intervals are 95 %, by bootstrap over images. Cost is the share of the dense run's multiply-accumulates of the U-Net,
-counted by torch, everything that a method adds included.</p>
-<img alt="The first images of every method, a prompt a row" src="data:image/png;base64,{picture}">
+<p>{foot}</p>
+{pictures}
 </body>
 </html>
 """

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 
 from atedm.app.models import native_size
@@ -27,6 +26,7 @@ from atedm.lab.evaluation.sharing import shared_work
 from atedm.lab.methods.candidates import Candidate, Dense
 from atedm.lab.methods.counting import counted_run
 from atedm.lab.progress import Progress, silent
+from atedm.plans.fingerprint import checksum
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,3 @@ def folder_name(method: str) -> str:
     """Return a method's name as that of a folder; names that differ in signs only are told apart by a checksum."""
     plain = re.sub(r"[^A-Za-z0-9.]+", "-", method).strip("-")
     return plain if plain == method else f"{plain}-{zlib.crc32(method.encode()) & 0xFFFF:04x}"
-
-
-def checksum(unet: torch.nn.Module) -> int:
-    """Tell one set of weights from another: a checksum of the first numbers of every parameter."""
-    total = 0
-    for name, parameter in sorted(unet.named_parameters()):
-        first = parameter.detach().flatten()[:256].float().cpu().numpy().tobytes()
-        total = zlib.crc32(name.encode() + first, total)
-    return total

@@ -16,10 +16,12 @@ from atedm.costs.tome import ToMe
 from atedm.lab.ablation import Variant, variant_of
 from atedm.lab.methods.candidates import Candidate, Dense, Pruning
 from atedm.lab.methods.peers import Caching, Merging
+from atedm.lab.methods.planned import Planned
 from atedm.lab.methods.stacked import Stacked
 from atedm.method.contract import Method
 from atedm.method.places import WHERES
 from atedm.method.presets import METHODS, method_named
+from atedm.plans.plan import read_plan
 from atedm.words import check_name
 
 NAMES = ("dense", *METHODS, "tome", "deepcache")
@@ -52,11 +54,13 @@ def method_by_name(
     right. Fields that `AtEdm` and `Matched` do not have make a `Variant`. ``cost=NAME`` in the brackets solves for the
     rate or ratio at which a run of ``model`` at ``size`` (width, height) pixels and ``steps`` costs what NAME does,
     ``cost=0.7`` for a share of the dense cost; for dense itself that is a share of the steps. What is one's own is
-    imported: ``paper[rank=MODULE:NAME]``.
+    imported: ``paper[rank=MODULE:NAME]``. The path of a ``plan.json`` is the plan in it.
 
     Raises:
         ValueError: If a name or a field is unknown, a cost cannot be had, or is given beside what is solved for it.
     """
+    if spec.strip().endswith(".json"):
+        return Planned(read_plan(spec.strip()))
     parts = _split(spec, "+")
     if len(parts) > 1:
         stack: list[Candidate] = []

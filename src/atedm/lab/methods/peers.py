@@ -15,6 +15,7 @@ from atedm.hosts.runs import step_position
 from atedm.hosts.unet_spans import find_spans
 from atedm.lab.extra import optional
 from atedm.lab.methods.candidates import Candidate
+from atedm.plans.caching import deep_cached
 from atedm.words import check_whole
 
 
@@ -86,19 +87,10 @@ class Caching(Candidate):
 
     @contextmanager
     def applied(self, pipe: Any, seed: int = 0) -> Iterator[None]:
-        """Cache. The package wraps ``forward`` of the U-Net's parts, and looks the step up in the scheduler."""
+        """Cache."""
         _unet_of(pipe, "DeepCache")
-        before = {name: "forward" in vars(module) for name, module in pipe.unet.named_modules()}
-        helper = optional("DeepCache", "peers").DeepCacheSDHelper(pipe=pipe)
-        helper.set_params(cache_interval=self.interval, cache_branch_id=self.branch)
-        helper.enable()
-        try:
+        with deep_cached(pipe, lambda steps: range(0, steps, self.interval), self.branch):
             yield
-        finally:
-            helper.disable()
-            for name, module in pipe.unet.named_modules():  # disable leaves it on every module it wrapped
-                if not before[name]:
-                    vars(module).pop("forward", None)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the setting."""
@@ -106,6 +98,7 @@ class Caching(Candidate):
 
 
 def _unet_of(pipe: Any, peer: str) -> Any:
+    """Return the U-Net of a pipeline, or raise a `ValueError` that names the peer which needs one."""
     if getattr(pipe, "unet", None) is None:
         raise ValueError(f"{peer} works on U-Nets only, and this pipeline has a transformer")
     return pipe.unet

@@ -1,0 +1,175 @@
+"""Put a plan on a pipeline, and take it off again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atedm.hosts.models import attach, detach
+from atedm.hosts.state import refuse_attached
+from atedm.hosts.unet_spans import find_unet
+from atedm.method.matched import Matched
+from atedm.plans.caching import deep_cached
+from atedm.plans.fingerprint import checksum, refuse_other_model
+from atedm.plans.forecasting import forecast
+from atedm.plans.plan import Plan, read_plan
+from atedm.plans.schedulers import scheduler_named
+from atedm.summary import PatchSummary
+
+ADAPTER = "atedm_plan"
+"""Name of the adapter that a plan's LoRA becomes."""
+
+
+class _Applied:
+    """What undoes a plan; it sits on the U-Net. A copy of a U-Net, pickled or not, has nothing to undo."""
+
+    def __init__(self, undo: ExitStack | None = None) -> None:
+        self.undo = undo
+
+    def __reduce__(self) -> tuple[type[_Applied], tuple[()]]:
+        return _Applied, ()
+
+
+@dataclass(frozen=True)
+class PlanSummary(PatchSummary):
+    """What `atedm.apply` did by a plan. Where that prunes nothing, ``method`` is `Matched(rate=0)`, which keeps all."""
+
+    plan: Plan
+
+    def __str__(self) -> str:
+        """Show the blocks, and what is left to the caller."""
+        plan, lines = self.plan, []
+        if self.pruned:
+            lines.append(super().__str__().rpartition(f"{len(self.shapes)} blocks are pruned.")[0].rstrip())
+            lines[-1] += f" {len(self.shapes)} blocks are pruned."
+        lines.append(f"By the plan: {plan.what()}.")
+        asked = [f"num_inference_steps={plan.steps}"]
+        if plan.guidance is not None:
+            asked.append(f"guidance_scale={plan.guidance:g}")
+        lines.append(f"Call the pipeline with {', '.join(asked)}.")
+        if is_found := plan.found.get("cost"):
+            distance = plan.found.get("distance")
+            lines.append(
+                f"Measured: {is_found:.1%} of the dense arithmetic"
+                + (f", {distance:.1f} dB from the dense images." if distance is not None else ".")
+            )
+        return "\n".join(lines)
+
+
+def as_plan(value: object) -> Plan | None:
+    """Return the plan that ``value`` is or names (a path, or a string that ends in ".json"), or None."""
+    if isinstance(value, Plan):
+        return value
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith(".json")):
+        return read_plan(Path(value))
+    return None
+
+
+def apply_plan(target: Any, plan: Plan, mask: Tensor | None = None) -> PlanSummary:
+    """Set a pipeline up by a plan: its method, cache, scheduler and LoRA. The steps are the caller's to ask for.
+
+    Args:
+        target: A pipeline; a U-Net where the plan only prunes.
+        plan: What to do.
+        mask: (H, W) zeros and ones over the image: what is never dropped.
+
+    Raises:
+        FileNotFoundError: If the plan's LoRA is not there.
+        ImportError: If the plan needs a package that is missing.
+        TypeError: If there is no U-Net, or the plan needs the pipeline of one.
+        ValueError: If the plan is for another model, or cannot be applied to this one. Nothing has been changed then.
+    """
+    unet = find_unet(target)
+    refuse_attached(unet)
+    if is_planned(unet):
+        raise ValueError("this U-Net has a plan already; call atedm.remove(...) first, then apply the other one")
+    refuse_other_model(plan.model, target)
+    needs_pipe = [name for name in ("scheduler", "cache", "lora") if getattr(plan, name) is not None]
+    if needs_pipe and getattr(target, "unet", None) is not unet:
+        raise TypeError(f"this plan has a {needs_pipe[0]}, which is set on a whole pipeline, not compiled: give that")
+    with ExitStack() as undo:
+        if plan.lora_folder is not None:
+            _load_lora(target, plan, undo)
+        if plan.scheduler is not None:
+            undo.callback(setattr, target, "scheduler", target.scheduler)
+            target.scheduler = scheduler_named(plan.scheduler, target)
+        if plan.method is not None:
+            attach(unet, plan.method, mask)
+            undo.callback(detach, unet)
+        if plan.cache is not None:
+            branch = plan.cache.branch
+            undo.enter_context(
+                forecast(target, plan.full_steps) if branch is None else deep_cached(target, plan.full_steps, branch)
+            )
+        method = Matched(rate=0.0) if plan.method is None else plan.method
+        pruned = frozenset() if plan.method is None else frozenset(unet._atedm.spans)
+        base = PatchSummary.of(target, method, pruned)
+        summary = PlanSummary(base.method, base.shapes, base.pruned, base._architecture, plan)
+        unet._atedm_plan = _Applied(undo.pop_all())
+    return summary
+
+
+def is_planned(unet: nn.Module) -> bool:
+    """Whether a plan is applied to a U-Net."""
+    applied: _Applied | None = vars(unet).get("_atedm_plan")
+    return applied is not None and applied.undo is not None
+
+
+def remove_plan(unet: nn.Module) -> None:
+    """Undo `apply_plan`.
+
+    Raises:
+        KeyError: If there is no plan.
+        RuntimeError: If another thread is in the middle of a step of the U-Net.
+    """
+    if (state := vars(unet).get("_atedm")) is not None:
+        state.caller.refuse_others()
+    applied: _Applied = vars(unet).pop("_atedm_plan")
+    if applied.undo is not None:
+        applied.undo.close()
+
+
+def _load_lora(pipe: Any, plan: Plan, undo: ExitStack) -> None:
+    folder = plan.lora_folder
+    assert folder is not None
+    if not folder.is_dir() or not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"the LoRA of this plan is not at {str(folder)!r}; train it by `atedm finetune`")
+    weights = plan.found.get("weights")
+    if weights is not None and weights != checksum(pipe.unet):
+        raise ValueError("the LoRA of this plan was trained for other weights; train one for these by `atedm finetune`")
+    if getattr(pipe.unet, "peft_config", None):
+        raise ValueError(
+            "this pipeline has LoRAs of its own beside which the plan's was not trained; unload them first"
+        )
+    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in _linear(pipe.unet)}
+    undo.callback(_restore, pipe.unet, before)
+    try:
+        # Into the weights: beside them it would be computed in every step.
+        pipe.load_lora_weights(folder, adapter_name=ADAPTER)
+        pipe.fuse_lora(components=["unet"])
+    except Exception as error:  # diffusers and peft raise many kinds
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot load the LoRA at {str(folder)!r}: {line}") from error
+    finally:
+        if getattr(pipe.unet, "peft_config", None):
+            pipe.unload_lora_weights()
+
+
+def _linear(unet: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that a LoRA may change."""
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, module.weight
+
+
+@torch.no_grad()
+def _restore(unet: nn.Module, before: Mapping[str, Tensor]) -> None:
+    for name, parameter in _linear(unet):
+        parameter.copy_(before[name])

@@ -1,0 +1,1 @@
+"""Find the plan for a model: what it may cost, what is tried, how far its images are from dense ones."""

@@ -1,0 +1,129 @@
+"""Draw images by plans and keep them: what was drawn once is not drawn again, whichever run asks for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from atedm.files import save_image
+from atedm.lab.evaluation.images import image_file
+from atedm.lab.scores.pixels import distances
+from atedm.patch import pruned
+from atedm.plans.plan import Plan
+
+Told = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Easel:
+    """Draws the prompts of a search by any plan, each from its own noise."""
+
+    pipe: Any
+    prompts: tuple[str, ...]
+    #: The dense run: a plan of the full number of steps and nothing else.
+    dense: Plan
+    seed: int
+    #: Where the images are kept.
+    folder: Path
+
+    def image(self, plan: Plan, index: int) -> Image.Image:
+        """Draw one prompt."""
+        with self._applied(plan):
+            return self._draw(plan, index)
+
+    def folder_of(self, plan: Plan) -> Path:
+        """Return the folder of a plan's images."""
+        return self.folder / ("dense" if plan == self.dense else key_of(plan))
+
+    def distances(self, plan: Plan, count: int, told: Told = lambda: None) -> list[float]:
+        """Return the distances in dB of the first ``count`` images by a plan to the dense ones; draw those missing."""
+        ours, dense = self.files(plan, count, told), self.files(self.dense, count, told)
+        return distances(ours, dense)
+
+    def files(self, plan: Plan, count: int, told: Told = lambda: None) -> list[Path]:
+        """Return the first ``count`` images by a plan; draw what is missing, and tell of each image."""
+        files = [image_file(self.folder_of(plan), index) for index in range(count)]
+        missing = [index for index, file in enumerate(files) if not file.exists()]
+        if missing:
+            with self._applied(plan):
+                for index in missing:
+                    save_image(self._draw(plan, index), files[index])
+                    told()
+        return files
+
+    def seconds(self, plans: Sequence[Plan], rounds: int, told: Told = lambda: None) -> list[list[float]]:
+        """Time an image of the first prompt by each plan, in turns; return the seconds of each round by plan."""
+        found: list[list[float]] = [[] for _ in plans]
+        for _ in range(rounds):
+            for plan, times in zip(plans, found, strict=True):
+                with self._applied(plan):
+                    started = time.perf_counter()
+                    self._draw(plan, 0)
+                    times.append(time.perf_counter() - started)
+                told()
+        return found
+
+    def step_seconds(self, plan: Plan) -> tuple[list[float], float]:
+        """Time an image by a plan: the seconds of each call of the U-Net, and of all else."""
+        began, steps = [0.0], list[float]()
+
+        def begin(*_: Any) -> None:
+            _wait(self.pipe)
+            began[0] = time.perf_counter()
+
+        def end(*_: Any) -> None:
+            _wait(self.pipe)
+            steps.append(time.perf_counter() - began[0])
+
+        unet = self.pipe.unet
+        hooks = [unet.register_forward_pre_hook(begin), unet.register_forward_hook(end)]
+        try:
+            with self._applied(plan):
+                started = time.perf_counter()
+                self._draw(plan, 0)
+                return steps, time.perf_counter() - started - sum(steps)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def _applied(self, plan: Plan) -> Iterator[None]:
+        if plan == self.dense:
+            yield
+        else:
+            with pruned(self.pipe, plan):
+                yield
+
+    def _draw(self, plan: Plan, index: int) -> Image.Image:
+        width, height = plan.size or (None, None)
+        images: list[Image.Image] = self.pipe(
+            self.prompts[index],
+            num_inference_steps=plan.steps,
+            guidance_scale=plan.guidance,
+            width=width,
+            height=height,
+            generator=torch.Generator("cpu").manual_seed(self.seed + index),
+        ).images
+        return images[0]
+
+
+def key_of(plan: Plan) -> str:
+    """Name what a plan does, in 16 letters and digits."""
+    return hashlib.sha256(json.dumps(plan.settings(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _wait(pipe: Any) -> None:
+    """Wait for the device, whose work goes on while Python does."""
+    if pipe.device.type == "cuda":
+        torch.cuda.synchronize(pipe.device)
+    elif pipe.device.type == "mps":
+        torch.mps.synchronize()

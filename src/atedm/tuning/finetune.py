@@ -1,0 +1,287 @@
+"""`atedm.finetune`: a LoRA by which a pruned model predicts what its own dense self predicts.
+
+No data but prompts. For every prompt the model draws dense, and what its U-Net was given and gave in each step is
+written down. Then the pruned U-Net with the LoRA runs over the same inputs in the same order, so that what a method
+remembers from step to step is there as it will be, and learns to give the same. The paper names this as future work
+(supplement F).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from torch.nn import functional
+
+from atedm.files import read_json, save_json, written_whole
+from atedm.hosts.unet_spans import find_unet
+from atedm.lab.evaluation.sharing import shared_work
+from atedm.lab.extra import optional
+from atedm.patch import is_applied, pruned
+from atedm.plans.fingerprint import checksum, refuse_other_model
+from atedm.plans.plan import Plan, save_plan
+from atedm.plans.schedulers import scheduler_named
+from atedm.words import check_whole, is_number
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+"""Linear layers of attention blocks."""
+PLAN, LORA, STATE, SETTINGS = "plan.json", "lora", "state.pt", "training.json"
+_JITTER = 0.3
+"""How far the keep ratio is drawn around the plan's: up to this factor's exponential, either way."""
+_SAVED_EVERY = 10
+"""Runs after which there is a new state to go on from."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a LoRA is trained.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    #: Dense runs, each with a prompt and noise of its own, after each of which the weights change once.
+    runs: int = 500
+    rank: int = 16
+    #: At its highest; it rises over the first twentieth of the runs and falls to zero by a cosine.
+    learning_rate: float = 1e-3
+    seed: int = 0
+    #: Whether layers are run again for their gradients and not kept, which takes a third more time.
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name, least in (("runs", 1), ("rank", 1), ("seed", 0)):
+            check_whole(name, getattr(self, name), least)
+        if not is_number(self.learning_rate) or not 0 < self.learning_rate <= 1:
+            raise ValueError(f"learning_rate must be above 0 and at most 1, not {self.learning_rate!r}")
+
+    def rate_at(self, run: int) -> float:
+        """Return the learning rate of a run, counted from 0."""
+        warm = min(1.0, (run + 1) / max(1.0, self.runs / 20))
+        return self.learning_rate * warm * (1 + math.cos(math.pi * run / self.runs)) / 2
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What training gave."""
+
+    #: The plan, which names the LoRA.
+    plan: Plan
+    file: Path
+    #: Of each run, the squared error of the U-Net's output as a share of the output's own square.
+    losses: tuple[float, ...]
+
+
+def finetune(
+    pipe: Any,
+    plan: Plan,
+    prompts: Sequence[str],
+    training: Training = Training(),
+    out: Path | str = Path("out/finetune"),
+    *,
+    state: PartialState | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Finetuned:
+    """Train a LoRA for a plan, and write it in diffusers' format with a plan that names it.
+
+    The same call goes on where it was stopped or killed, to the same result. Processes share the runs where
+    `accelerate` started several.
+
+    Args:
+        pipe: The pipeline that the plan is for, as it is. Left as it was.
+        plan: Of a method that prunes.
+        prompts: What to draw; the runs go through them in turns.
+        training: How.
+        out: Folder for ``lora/`` and ``plan.json``.
+        state: Of `accelerate`; None is `shared_work`.
+        progress: Told after every run.
+
+    Raises:
+        ImportError: If the extra ``tune`` is not installed.
+        TypeError: If there is no U-Net.
+        ValueError: If the plan is for another model or prunes nothing, the pipeline is patched or has LoRAs, there are
+            no prompts, or ``out`` holds a training of something else.
+    """
+    optional("peft", "tune")
+    unet, out = find_unet(pipe), Path(out)
+    if is_applied(pipe):
+        raise ValueError("this pipeline is patched, and training begins with dense runs; call atedm.remove first")
+    if getattr(unet, "peft_config", None):
+        raise ValueError("this pipeline has LoRAs of its own; call pipe.unload_lora_weights() first")
+    refuse_other_model(plan.model, pipe)
+    if plan.method is None:
+        raise ValueError("this plan prunes nothing, so there is nothing that training could win back")
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ValueError("there are no prompts to draw, or one is empty")
+    state = state or shared_work()
+    weights = checksum(unet)
+    if state.is_main_process:
+        _claim(out, {"plan": plan.settings(), "training": dataclasses.asdict(training), "weights": weights,
+                     "prompts": list(prompts), "processes": state.num_processes})  # fmt: skip
+    with _trainable(unet, training) as parameters, _scheduled(pipe, plan):
+        optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        losses = _resumed(out / STATE, parameters, optimizer)
+        progress("training", len(losses), training.runs)
+        for run in range(len(losses), training.runs):
+            for group in optimizer.param_groups:
+                group["lr"] = training.rate_at(run)
+            mine = run * state.num_processes + state.process_index
+            loss = _one_run(pipe, unet, plan, prompts[mine % len(prompts)], training.seed + mine)
+            for parameter in parameters:
+                if state.num_processes > 1:
+                    parameter.grad = reduce(parameter.grad, "mean")
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss)
+            if state.is_main_process and ((run + 1) % _SAVED_EVERY == 0 or run + 1 == training.runs):
+                _save_state(out / STATE, parameters, optimizer, losses)
+            recent = losses[-20:]
+            progress(f"error {sum(recent) / len(recent):.2e}", run + 1, training.runs)
+        if state.is_main_process:
+            _save_lora(pipe, unet, out / LORA)
+    found = {**plan.found, "weights": weights, "lora": dataclasses.asdict(training) | {"prompts": len(prompts)}}
+    trained = dataclasses.replace(plan, lora=LORA, folder=out, found=found)
+    if state.is_main_process:
+        save_plan(trained, out / PLAN)
+    return Finetuned(trained, out / PLAN, tuple(losses))
+
+
+def _one_run(pipe: Any, unet: Any, plan: Plan, prompt: str, seed: int) -> float:
+    """Draw dense, then sum up gradients of the pruned U-Net over the same steps; return the mean relative error."""
+    assert plan.method is not None
+    full = set(plan.full_steps())
+    unet.disable_adapters()
+    calls = [call for step, call in enumerate(_dense_calls(pipe, unet, plan, prompt, seed)) if step in full]
+    unet.enable_adapters()
+    draw = torch.Generator("cpu").manual_seed(seed)
+    keep = (1 - plan.method.rate) * math.exp(_JITTER * (2 * float(torch.rand((), generator=draw)) - 1))
+    method = dataclasses.replace(plan.method, rate=min(max(0.0, 1 - keep), 0.99))  # type: ignore[type-var]
+    total = 0.0
+    device = unet.device.type
+    mixed = nullcontext() if unet.dtype == torch.float32 else torch.autocast(device, unet.dtype)
+    with pruned(unet, method), torch.enable_grad(), mixed:
+        for arguments, options, expected in calls:
+            said = unet(*arguments, **options)[0].float()
+            error = functional.mse_loss(said, expected.float())
+            loss = error / expected.float().square().mean()
+            (loss / len(calls)).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach()) / len(calls)
+    return total
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any], Tensor]
+"""What a U-Net was given, by place and by name, and what it gave."""
+
+
+def _dense_calls(pipe: Any, unet: Any, plan: Plan, prompt: str, seed: int) -> list[Call]:
+    calls: list[Call] = []
+
+    def note(_: Any, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        # Inputs are held as they are: by the tensor that holds a timestep a step is known.
+        calls.append((arguments, options, output[0].detach().clone()))
+
+    hook = unet.register_forward_hook(note, with_kwargs=True)
+    width, height = plan.size or (None, None)
+    guidance = {} if plan.guidance is None else {"guidance_scale": plan.guidance}
+    try:
+        pipe(
+            prompt,
+            num_inference_steps=plan.steps,
+            width=width,
+            height=height,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="latent",
+            **guidance,
+        )
+    finally:
+        hook.remove()
+    return calls
+
+
+@contextmanager
+def _trainable(unet: Any, training: Training) -> Iterator[list[nn.Parameter]]:
+    """Add a LoRA whose weights are in float32, and take it off again; the U-Net is exactly as before."""
+    peft = optional("peft", "tune")
+    required = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
+    was_training = unet.training
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        unet.requires_grad_(False)
+        config = peft.LoraConfig(r=training.rank, lora_alpha=training.rank, target_modules=list(TARGETS))
+        unet.add_adapter(config)
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    unet.eval()
+    if training.checkpointing:
+        unet.train()  # diffusers checkpoints in training only; U-Nets have no dropout by default
+        unet.enable_gradient_checkpointing()
+    try:
+        yield parameters
+    finally:
+        if training.checkpointing:
+            unet.disable_gradient_checkpointing()
+        unet.unload_lora()
+        unet.train(was_training)
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(required[name])
+
+
+@contextmanager
+def _scheduled(pipe: Any, plan: Plan) -> Iterator[None]:
+    own = pipe.scheduler
+    if plan.scheduler is not None:
+        pipe.scheduler = scheduler_named(plan.scheduler, pipe)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
+def _claim(out: Path, asked: dict[str, Any]) -> None:
+    file = out / SETTINGS
+    if file.exists():
+        stored = read_json(file)
+        if changed := [name for name in asked if stored.get(name) != asked[name]]:
+            raise ValueError(f"{out} holds a training of another {changed[0]}; give another --out, or remove it")
+        return
+    save_json(asked, file)
+
+
+def _save_state(file: Path, parameters: list[nn.Parameter], optimizer: Any, losses: list[float]) -> None:
+    content = {"lora": [one.data for one in parameters], "optimizer": optimizer.state_dict(), "losses": losses}
+    with written_whole(file) as partial:
+        torch.save(content, partial)
+
+
+def _resumed(file: Path, parameters: list[nn.Parameter], optimizer: Any) -> list[float]:
+    if not file.exists():
+        return []
+    try:
+        content = torch.load(file, map_location=parameters[0].device, weights_only=True)
+        for parameter, value in zip(parameters, content["lora"], strict=True):
+            parameter.data.copy_(value)
+        optimizer.load_state_dict(content["optimizer"])
+        return list(content["losses"])
+    except Exception as error:  # pickle and zip raise many kinds
+        raise ValueError(f"{file} is no state of a training; remove it, and the training begins anew") from error
+
+
+def _save_lora(pipe: Any, unet: Any, folder: Path) -> None:
+    from peft.utils import get_peft_model_state_dict
+
+    layers = get_peft_model_state_dict(unet)
+    pipe.save_lora_weights(folder, unet_lora_layers={name: one.contiguous() for name, one in layers.items()})

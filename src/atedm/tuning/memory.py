@@ -1,0 +1,100 @@
+"""What training a LoRA for a model takes, counted on the meta device, where nothing is held."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor
+
+from atedm.costs.architectures import Architecture, run_once
+from atedm.lab.extra import optional
+from atedm.tuning.finetune import TARGETS, Training
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes for one image at a time; with guidance that is two halves of a call."""
+
+    #: Of the U-Net.
+    weights: int
+    #: Of the LoRA, its gradients and the two moments of AdamW, in float32.
+    lora: int
+    #: Of what a dense call holds until its gradients are taken. A pruned one holds less.
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it. Text encoders and the decoder come on top where they are not offloaded."""
+        return self.weights + self.lora + self.activations
+
+
+def training_needs(
+    arch: Architecture, training: Training, dtype: torch.dtype, size: tuple[int, int] | None = None
+) -> Needs:
+    """Count what a step of training holds.
+
+    Args:
+        arch: The model, see `atedm.costs.architectures.architecture`.
+        training: Its rank, and whether layers are run again in place of being held.
+        dtype: Of weights and activations.
+        size: (width, height) in pixels; by default what the model was trained for.
+
+    Raises:
+        ImportError: If peft is not installed.
+        ValueError: As `Architecture.latents`.
+    """
+    peft = optional("peft", "tune")
+    unet = arch.on_meta().requires_grad_(False)
+    config = peft.LoraConfig(r=training.rank, lora_alpha=training.rank, target_modules=list(TARGETS))
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there are no values to begin with
+        unet.add_adapter(config)
+    of_one = torch.empty((), dtype=dtype).element_size()
+    sizes = {True: 0, False: 0}
+    for parameter in unet.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+        parameter.data = parameter.data.to(dtype)
+    unet.train()
+    call = arch.call(size, 2 if arch.guidance else 1, dtype=dtype)
+    held, largest = _held(unet, call)
+    if training.checkpointing:
+        unet.enable_gradient_checkpointing()
+        held = _held(unet, call)[0] + largest  # one layer at a time is run again
+    return Needs(of_one * sizes[False], 4 * 4 * sizes[True], held)
+
+
+def _held(unet: Any, call: dict[str, Any]) -> tuple[int, int]:
+    """Return the bytes that a call holds for its gradients, and those of the layer that holds most."""
+    own = {_storage(parameter) for parameter in unet.parameters()}
+    seen: dict[int, Any] = {}  # holds on to them, so that no other takes the place of one
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in own:
+            seen[_storage(tensor)] = tensor.untyped_storage()
+        return tensor
+
+    def total() -> int:
+        return sum(storage.nbytes() for storage in seen.values())
+
+    layers: list[int] = []
+    hooks = []
+    for module in unet.modules():
+        if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
+            hooks.append(module.register_forward_pre_hook(lambda *_: layers.append(-total())))
+            hooks.append(module.register_forward_hook(lambda *_: layers.append(layers.pop() + total())))
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            run_once(unet, call, 500)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total(), max(layers, default=0)
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

@@ -1,0 +1,132 @@
+"""What is tried: every point of the search lies on the budget, and says how it is spent."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from atedm.costs.budget import CostOutOfReach
+from atedm.method.contract import Method
+from atedm.method.matched import Matched
+from atedm.method.presets import METHODS
+from atedm.plans.plan import Cache, Plan
+from atedm.plans.schedulers import SCHEDULERS
+from atedm.tuning.costs import RunCosts, fit_rate, keeps, most_steps
+
+OWN = "own"
+"""The model's own scheduler."""
+_CACHED = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+"""Shares of the steps that run by DeepCache."""
+
+Values = dict[str, Any]
+"""A point of the search, by the names of `Space.point`."""
+
+
+class OutOfSpace(ValueError):
+    """No plan at this point keeps to the budget."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Plans of one model at one budget."""
+
+    #: What every plan has in common: the model, dense steps, guidance and size.
+    base: Plan
+    costs: RunCosts
+    budget: float
+    #: Branches of DeepCache that may be used, None for a forecast; empty where steps cannot be left out.
+    branches: tuple[int | None, ...] = (0, None)
+
+    @property
+    def dense_steps(self) -> int:
+        """Steps of the dense run."""
+        return self.base.steps
+
+    def point(self, trial: Any) -> Values:
+        """Ask an Optuna trial for a point. What has no use at a point is not asked for."""
+        values: Values = {
+            "scheduler": trial.suggest_categorical("scheduler", [OWN, *SCHEDULERS]),
+            "cached": trial.suggest_categorical("cached", list(_CACHED if self.branches else _CACHED[:1])),
+            "pruned": trial.suggest_float("pruned", 0.0, 1.0, step=0.125),
+        }
+        if values["cached"]:
+            values["bend"] = trial.suggest_float("bend", 0.6, 1.8, step=0.2)
+            values["branch"] = trial.suggest_categorical("branch", list(self.branches))
+        if values["pruned"]:
+            values["level_2"] = trial.suggest_float("level_2", 0.5, 1.0, step=0.1)
+            values["own_update"] = trial.suggest_float("own_update", 0.1, 0.9, step=0.2)
+            values["cover"] = trial.suggest_float("cover", 0.3, 0.7, step=0.1)
+        # 0.30000000000000004 is no value to write down.
+        return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
+
+    def plan(self, values: Values) -> Plan:
+        """Return the plan at a point: at ``pruned`` 0 as many steps as the budget has without pruning, at 1 as many as
+        the highest rate allows, each step pruned as much as that takes.
+
+        Raises:
+            OutOfSpace: If there is none.
+        """  # noqa: D205
+        method: Method = Matched()
+        if values["pruned"]:
+            changed = {"own_update_share": values["own_update"], "cover_share": values["cover"]}
+            method = dataclasses.replace(method, level_factors=((2, values["level_2"]),), **changed)  # type: ignore[type-var]
+
+        def at(steps: int, method: Method | None) -> Plan:
+            share = values["cached"]
+            cache = Cache(max(1, round(steps * (1 - share))), values["bend"], values["branch"]) if share else None
+            scheduler = None if values["scheduler"] == OWN else values["scheduler"]
+            return dataclasses.replace(self.base, steps=steps, method=method, cache=cache, scheduler=scheduler)
+
+        fewest = most_steps(lambda n: n == 0 or self.keeps(at(n, None)), self.dense_steps)
+        most = most_steps(lambda n: n == 0 or self.keeps(at(n, method)), self.dense_steps)
+        steps = fewest + round(values["pruned"] * (most - fewest))
+        if steps < 1:
+            raise OutOfSpace(f"not one step at {values} keeps to a budget of {self.budget}")
+        return self.fitted(at(steps, method))
+
+    def keeps(self, plan: Plan) -> bool:
+        """Whether a plan keeps to the budget at some rate."""
+        return keeps(plan, self.costs, self.budget, self.dense_steps)
+
+    def fitted(self, plan: Plan) -> Plan:
+        """Solve the rate of a plan for the budget.
+
+        Raises:
+            OutOfSpace: If there is none.
+        """
+        try:
+            return fit_rate(plan, self.costs, self.budget, self.dense_steps)
+        except CostOutOfReach as error:
+            raise OutOfSpace(str(error)) from error
+
+    def singles(self) -> Iterator[tuple[str, Plan]]:
+        """Yield every single technique at the budget, by name: a plan may be none of them, but never worse than all."""
+        for scheduler in (None, *SCHEDULERS):
+            steps = most_steps(
+                lambda n: n == 0 or self.keeps(dataclasses.replace(self.base, steps=n)), self.dense_steps
+            )
+            if steps:
+                name = "fewer steps" + (f", {scheduler}" if scheduler else "")
+                yield name, dataclasses.replace(self.base, steps=steps, scheduler=scheduler)
+        for technique, branch in (("DeepCache", 0), ("forecast", None)):
+            every = range(1, self.dense_steps) if branch in self.branches else ()
+            cached = (dataclasses.replace(self.base, cache=Cache(self.dense_steps - n, 1.0, branch)) for n in every)
+            if found := next(filter(self.keeps, cached), None):
+                yield technique, found
+        for name in ("matched", "paper", "dagger"):
+            if self.costs.of == "time" and name != "matched":
+                continue  # no step of theirs was timed
+            try:
+                yield name, self.fitted(dataclasses.replace(self.base, method=METHODS[name]))
+            except (OutOfSpace, ValueError):
+                continue
+
+    def starts(self, scheduler: str) -> Iterator[Values]:
+        """Yield points that are good on the model that ships, to begin with, by the scheduler that leads."""
+        usual = {"bend": 1.0, "branch": None, "level_2": 0.8, "own_update": 0.5, "cover": 0.4}
+        for pruned in (0.125, 0.25):
+            yield {**usual, "scheduler": scheduler, "cached": 0.0, "pruned": pruned}
+        for cached, pruned in ((0.4, 1.0), (0.3, 1.0), (0.2, 1.0)) if None in self.branches else ():
+            yield {**usual, "scheduler": OWN, "cached": cached, "pruned": pruned}

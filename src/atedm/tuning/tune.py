@@ -1,0 +1,296 @@
+"""`atedm.tune`: the plan nearest to dense that a model bears at a budget."""
+
+from __future__ import annotations
+
+import os
+import platform
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import diffusers
+import torch
+
+import atedm
+from atedm.app.models import native_size
+from atedm.costs.architectures import architecture
+from atedm.files import check_writable, read_json, save_json
+from atedm.hosts.unet_spans import find_spans, find_unet
+from atedm.lab.extra import optional
+from atedm.lab.scores.lpips_distance import lpips_distances
+from atedm.patch import is_applied
+from atedm.plans.fingerprint import checksum, fingerprint
+from atedm.plans.plan import Plan, save_plan
+from atedm.suits import suits
+from atedm.tuning.costs import Arithmetic, RunCosts, Times
+from atedm.tuning.drawing import Easel, key_of
+from atedm.tuning.page import write_page
+from atedm.tuning.prompts import tuning_prompts
+from atedm.tuning.search import Search, Tried, with_record
+from atedm.tuning.space import Space
+from atedm.tuning.timing import images_timed, time_steps
+from atedm.words import check_name, check_whole, is_number
+
+BUDGETS_OF = ("time", "arithmetic")
+PLAN, PAGE, SETTINGS, TIMES = "plan.json", "plan.html", "settings.json", "times.json"
+FINALISTS = 3
+"""Plans whose time is measured in turns with dense at the end."""
+ROUNDS = 2
+
+Progress = Callable[[str, float, float], None]
+"""Told what is being done, how many dense images' worth is done, and of how many."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search found."""
+
+    #: The best of all.
+    plan: Plan
+    #: Everything that was measured, the best first; plans that were given up come last.
+    tried: tuple[Tried, ...]
+    #: The plan's file, and a page that shows the search.
+    file: Path
+    page: Path
+    #: Whether it was stopped before its images were spent.
+    was_stopped: bool
+
+
+def tune(
+    pipe: Any,
+    budget: float = 0.5,
+    *,
+    of: str = "time",
+    prompts: Sequence[str] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    size: tuple[int, int] | None = None,
+    images: float = 100,
+    seed: int = 0,
+    model: str | None = None,
+    out: Path | str = Path("out/tune"),
+    progress: Progress = lambda what, done, total: None,
+) -> Tuned:
+    """Find the plan whose images are nearest to dense ones at a budget: steps, scheduler, pruning and cache together.
+
+        tuned = atedm.tune(pipe, budget=0.5)
+        print(atedm.apply(pipe, tuned.plan))
+
+    Single techniques at the budget are measured first, so the plan is never behind the best of them on these prompts.
+    The same call goes on where it was stopped or killed, and ends with the same plan. Ctrl+C ends it with the best so
+    far.
+
+    Args:
+        pipe: A text-to-image pipeline with a U-Net, as it is.
+        budget: What a run may take, as a share of the dense run, in (0, 1).
+        of: One of `BUDGETS_OF`: time measured here and now, or multiply-accumulates of the U-Net.
+        prompts: What to draw, 8 of a set of our own by default; a few of one's own are better.
+        steps: Of the dense run; by default what suits the model.
+        guidance: Scale; by default what suits the model.
+        size: (width, height) in pixels; by default the model's own.
+        images: What the search may take, in dense images.
+        seed: Of the noise and of the search.
+        model: Name of the model, by default that of the pipeline's files.
+        out: Folder for the plan, its page and the images.
+        progress: Told after every image. What it raises ends the search.
+
+    Raises:
+        ImportError: If the extra ``tune`` is not installed.
+        TypeError: If the pipeline has no U-Net.
+        ValueError: If an argument is out of its range, the pipeline is patched, ``out`` is of another search, or not
+            one plan keeps to the budget.
+    """
+    optional("optuna", "tune")
+    check_name("budget of", of, BUDGETS_OF)
+    if not is_number(budget) or not 0 < budget < 1:
+        raise ValueError(f"budget must be above 0 and below 1, a share of the dense run, not {budget!r}")
+    if not is_number(images) or images <= 0:
+        raise ValueError(f"images must be a number above 0, not {images!r}")
+    unet = find_unet(pipe)
+    if is_applied(pipe):
+        raise ValueError("this pipeline is patched, and a search begins with dense images; call atedm.remove first")
+    name = model or str(getattr(pipe, "name_or_path", "") or pipe.config.get("_name_or_path", ""))
+    suiting, out = suits(name), Path(out)
+    prompts = tuple(tuning_prompts(name, 8) if prompts is None else prompts)
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt is empty; give a line of text for each image")
+    steps = suiting.steps if steps is None else steps
+    check_whole("steps", steps)
+    dense = Plan(
+        model={"name": name, **fingerprint(pipe)},
+        steps=steps,
+        guidance=suiting.guidance if guidance is None else guidance,
+        size=size,
+    )
+    check_writable(out / PLAN, out / PAGE)
+    weights = checksum(unet)
+    _claim(out, dense, prompts, seed, weights, str(unet.dtype))
+    easel = Easel(pipe, prompts, dense, seed, out / "images")
+    branches = _caching(pipe, steps)
+    arithmetic = Arithmetic.counted(architecture(pipe), size or native_size(pipe), branches)
+    spent, costs = 0.0, _costs(of, easel, arithmetic, branches, out, progress)
+    if of == "time":
+        spent = images_timed(branches, steps)
+    reserve = ROUNDS * (1 + FINALISTS * budget)
+    space = Space(dense, costs, budget, branches)
+    record = {
+        "budget": budget,
+        "of": of,
+        "dense_steps": steps,
+        "prompts": len(prompts),
+        "prompts_checksum": zlib.crc32("\n".join(prompts).encode()),
+        "seed": seed,
+        "weights": weights,
+        "machine": _machine(pipe),
+        "versions": {"atedm": atedm.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
+
+    def told(search: Search) -> None:
+        best, left = search.best, search.seconds_left
+        what = "first images" if best is None else f"{best.distance:.1f} dB by {best.name}"
+        progress(what + ("" if left is None else f", {_minutes(left)} left"), search.spent, images)
+
+    def improved(search: Search) -> None:
+        assert search.best is not None
+        save_plan(_recorded(search.best, arithmetic, record, search), out / PLAN)
+
+    search = Search(easel, space, images - reserve, seed, spent=spent, told=told, improved=improved)
+    was_stopped = False
+    try:
+        search.run()
+    except KeyboardInterrupt:
+        if search.best is None:
+            raise
+        was_stopped = True
+    if search.best is None:
+        raise ValueError(
+            f"not one plan at a budget of {budget} could be drawn with {images:g} images; give more --images, fewer "
+            "prompts or a higher budget"
+        )
+    finalists = search.finalists(FINALISTS)
+    times: dict[str, list[float]] = {}
+    if not was_stopped:
+        times = _timed(easel, finalists, out, lambda: progress("times, in turns", search.spent, images))
+        search.spent += reserve
+    best = _chosen(finalists, times, budget if of == "time" else None)
+    plan = _recorded(best, arithmetic, record, search)
+    if times:
+        shares = [one / two for one, two in zip(times[_key(best)], times["dense"], strict=True)]
+        plan = with_record(
+            plan,
+            seconds=round(median(times[_key(best)]), 4),
+            dense_seconds=round(median(times["dense"]), 4),
+            time=round(median(shares), 4),
+        )
+    if (perceptual := _lpips(easel, best.plan)) is not None:
+        plan = with_record(plan, lpips=round(perceptual, 5))
+    save_plan(plan, out / PLAN)
+    tried = (*search.finalists(len(search.tried)), *(one for one in search.tried.values() if not one.is_whole))
+    write_page(out / PAGE, plan, tried, easel)
+    progress("done", search.spent, images)
+    return Tuned(plan, tried, out / PLAN, out / PAGE, was_stopped)
+
+
+def _recorded(best: Tried, arithmetic: Arithmetic, record: dict[str, Any], search: Search) -> Plan:
+    return with_record(
+        best.plan,
+        **record,
+        share=round(best.share, 4),
+        cost=round(arithmetic.share(best.plan, search.space.dense_steps), 4),
+        distance=round(best.distance, 3),
+        distances=[round(one, 3) for one in best.distances],
+        found_as=best.name,
+        images=round(search.spent, 1),
+    )
+
+
+def _claim(out: Path, dense: Plan, prompts: Sequence[str], seed: int, weights: int, dtype: str) -> None:
+    """Write down what a folder is of, or see that it is of the same."""
+    asked = {"model": dict(dense.model), **dense.settings(), "prompts": list(prompts), "seed": seed}
+    asked |= {"weights": weights, "dtype": dtype}
+    file = out / SETTINGS
+    if file.exists():
+        stored = read_json(file)
+        if changed := [name for name in asked if stored.get(name) != asked[name]]:
+            raise ValueError(f"{out} holds a search with another {changed[0]}; give another --out, or remove it")
+        return
+    save_json(asked, file)
+
+
+def _caching(pipe: Any, steps: int) -> tuple[int | None, ...]:
+    """Return at which branches DeepCache can be used, and None where a step can be forecast."""
+    unet = pipe.unet
+    if steps < 4 or pipe.scheduler.order != 1:
+        return ()
+    try:
+        optional("DeepCache", "peers")
+    except ImportError:
+        return (None,)
+    layers = unet.config.layers_per_block
+    first = layers if isinstance(layers, int) else layers[0]
+    usable = unet.mid_block is not None and bool(find_spans(unet))
+    return ((0, 1, None) if first >= 2 else (0, None)) if usable else (None,)
+
+
+def _costs(
+    of: str, easel: Easel, arithmetic: Arithmetic, branches: Sequence[int | None], out: Path, progress: Progress
+) -> RunCosts:
+    if of == "arithmetic":
+        return arithmetic
+    if not (out / TIMES).exists():  # measured once: a search that goes on must see the same times
+        times = time_steps(easel, arithmetic, branches, lambda: progress("times of steps", 0, 1))
+        save_json(times.as_dict(), out / TIMES)
+    try:
+        return Times.from_dict(arithmetic, read_json(out / TIMES))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{out / TIMES} holds no times of steps ({error}); remove it to measure them") from error
+
+
+def _key(tried: Tried) -> str:
+    return key_of(tried.plan)
+
+
+def _timed(easel: Easel, finalists: Sequence[Tried], out: Path, told: Callable[[], None]) -> dict[str, list[float]]:
+    """Return the seconds of whole images by name, dense among them, measured in turns and kept."""
+    file, names = out / "seconds.json", ["dense", *map(_key, finalists)]
+    if file.exists() and (stored := read_json(file)).keys() == set(names):
+        return stored  # type: ignore[no-any-return]
+    plans = [easel.dense, *(one.plan for one in finalists)]
+    found = dict(zip(names, easel.seconds(plans, ROUNDS, told), strict=True))
+    save_json(found, file)
+    return found
+
+
+def _chosen(finalists: Sequence[Tried], times: dict[str, list[float]], budget: float | None) -> Tried:
+    """Return the best; of a budget of time, the best that kept to it within three hundredths when measured whole."""
+    if budget is None or not times:
+        return finalists[0]
+    dense = median(times["dense"])
+    kept = [one for one in finalists if median(times[_key(one)]) <= 1.03 * budget * dense]
+    return kept[0] if kept else min(finalists, key=lambda one: median(times[_key(one)]))
+
+
+def _lpips(easel: Easel, plan: Plan) -> float | None:
+    """Return the mean LPIPS to the dense images; None where it or its weights are not here already."""
+    if not any((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-*.pth")):
+        return None
+    ours, dense = (easel.files(one, len(easel.prompts)) for one in (plan, easel.dense))
+    try:
+        found = lpips_distances(ours, dense, device=str(easel.pipe.device))
+    except (ImportError, ValueError):
+        return None
+    return sum(found) / len(found)
+
+
+def _machine(pipe: Any) -> dict[str, Any]:
+    device = pipe.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    found: dict[str, Any] = {"device": str(device), "name": name, "dtype": str(pipe.unet.dtype).removeprefix("torch.")}
+    return found | {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
