@@ -143,7 +143,7 @@ def test_the_front_holds_what_nothing_is_both_cheaper_and_nearer_than(dense: Pla
 def test_prompts_of_the_search_are_not_those_that_judge_it() -> None:
     judged = {scene.caption for scene in held_out_scenes(1000)}
     assert not judged & set(tuning_prompts("tiny", 64))
-    assert len(set(tuning_prompts("some/model", 16))) == 18
+    assert len(set(tuning_prompts("some/model", 16))) == 16
 
 
 def test_the_plan_is_the_nearest_and_never_behind_a_single_technique(pipe: Any, tmp_path: Path) -> None:

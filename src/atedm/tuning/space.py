@@ -128,5 +128,5 @@ class Space:
         usual = {"bend": 1.0, "branch": None, "level_2": 0.8, "own_update": 0.5, "cover": 0.4}
         for pruned in (0.125, 0.25):
             yield {**usual, "scheduler": scheduler, "cached": 0.0, "pruned": pruned}
-        for cached, pruned in ((0.4, 1.0), (0.3, 1.0), (0.2, 1.0)) if None in self.branches else ():
+        for cached, pruned in ((0.3, 0.5), (0.4, 0.5), (0.5, 0.0), (0.6, 0.0)) if None in self.branches else ():
             yield {**usual, "scheduler": OWN, "cached": cached, "pruned": pruned}
