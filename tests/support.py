@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -38,6 +39,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from atedm.hosts.diffusers_dit import OLDEST
 from atedm.lab.methods.peers import Caching
 from models import TEXT_WIDTH, WIDTH, draw, scheduler, sd1_unet, sdxl_pipeline, sdxl_unet, tokenizer
 from single_file import save_as_single_file
@@ -49,6 +51,9 @@ Made = tuple[Any, Callable[[], Tensor]]
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "support.md"
 FOURTH = (16, 32, 48)
 """Channels of what takes a condition to a fourth of its size, as the autoencoder here does."""
+
+HAS_TRANSFORMERS = tuple(map(int, diffusers.__version__.split(".")[:2])) >= OLDEST
+"""Whether this diffusers is one whose transformers are pruned."""
 
 SDXL = ("matched", "paper")
 FEW_STEPS = ("matched", "turbo")
@@ -373,7 +378,7 @@ CASES = (
     Case("SD 1.5 with ControlNet", sd1_controlnet, ONE_LAYER),
     Case("SD 1.5 of one `.safetensors` file", partial(single_file, sd1_of_one_file_parts), ONE_LAYER),
     Case("SD 2.1", stable_diffusion_2, ONE_LAYER),
-    *(Case(name, make, SDXL, note, part="transformer") for name, make, note in TRANSFORMERS),
+    *(Case(name, make, SDXL, note, part="transformer") for name, make, note in TRANSFORMERS if HAS_TRANSFORMERS),
 )
 
 

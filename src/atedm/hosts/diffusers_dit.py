@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ from atedm.hosts.state import PATCHING, ModelState, is_attached
 from atedm.hosts.wrapped import unwrapped
 from atedm.method.contract import Method, Place
 
+OLDEST = (0, 40)
+"""Release of diffusers from which on blocks are handed what `dit_families` says."""
 DENSE_BLOCKS = 1
 """Blocks at either end of the model that run on all tokens."""
 
@@ -88,9 +91,14 @@ def attach_transformer(model: nn.Module, spans: Spans, method: Method, protect: 
     """Let ``method`` prune the chosen ``spans`` of a transformer.
 
     Raises:
-        TypeError: If a block is of a class that is not known.
+        TypeError: If a block is of a class that is not known, or diffusers is older than `OLDEST`.
         ValueError: If it is pruned already, or a block cannot be pruned as it is. Nothing has been changed then.
     """
+    if tuple(int(part) for part in diffusers.__version__.split(".")[:2]) < OLDEST:
+        raise TypeError(
+            f"diffusers {diffusers.__version__} hands its transformer blocks other arguments than this host knows; "
+            f"install diffusers {'.'.join(map(str, OLDEST))} or newer"
+        )
     family = known_family(model)
     kinds = {name: family.kinds[name.partition("[")[0]] for name in spans}
     for name, (_, blocks) in spans.items():
@@ -126,7 +134,7 @@ def _refuse_unknown(name: str, block: nn.Module, arguments: set[str]) -> None:
     if not kind.__module__.startswith("diffusers.") or not arguments <= {*inspect.signature(kind.forward).parameters}:
         raise TypeError(
             f"a block of {name} is a {kind.__qualname__} of {kind.__module__}, which is not known here; this host is "
-            "written for diffusers 0.36 to 0.42"
+            "written for diffusers 0.40 to 0.42"
         )
     if "forward" in vars(block):
         raise ValueError(
