@@ -87,7 +87,9 @@ class PatchSummary:
     def __str__(self) -> str:
         """Show one line a block, then what it comes to."""
         width = max(len(shape.place.name) for shape in self.shapes)
-        lines = [f"{'attention block':<{width}}  level  layers  tokens    kept  spared"]
+        of_transformer = self.shapes[0].place.is_stretch
+        what = "blocks" if of_transformer else "attention block"
+        lines = [f"{what:<{width}}  level  layers  tokens    kept  spared"]
         spared = self.spared
         for shape in self.shapes:
             place = shape.place
@@ -95,7 +97,8 @@ class PatchSummary:
             when = "early" if place.name in spared else ""
             line = f"{place.name:<{width}}  {place.level:>5}  {place.layers:>6}  {shape.tokens:>6}  {kept}  {when}"
             lines.append(line.rstrip())
-        lines.append(f"{self.method.name}: {len(self.pruned)} of {len(self.shapes)} blocks are pruned.")
+        noun = "stretches of blocks" if of_transformer else "blocks"
+        lines.append(f"{self.method.name}: {len(self.pruned)} of {len(self.shapes)} {noun} are pruned.")
         if self._architecture is not None:
             cost = self.cost()
             lines.append(f"A run of {RUN_STEPS} steps costs {cost:.1%} of the dense arithmetic.")

@@ -70,7 +70,8 @@ def _blocks_table(report: CostReport) -> str:
         ]
         for span in report.spans
     ]
-    return markdown_table(["attention block", "layers", "tokens", "kept", "dense, %", "normal, %"], rows)
+    what = "blocks" if report.spans[0].shape.place.is_stretch else "attention block"
+    return markdown_table([what, "layers", "tokens", "kept", "dense, %", "normal, %"], rows)
 
 
 def _unit(report: CostReport) -> str:

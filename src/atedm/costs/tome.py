@@ -93,5 +93,5 @@ def _destinations(shape: SpanShape) -> int:
 
 def refuse_tome(shapes: Sequence[SpanShape], method: object) -> None:
     """Raise a `ValueError` if ToMe is asked for in a transformer, where tomesd does nothing."""
-    if isinstance(method, ToMe) and any(shape.place.name.endswith("]") for shape in shapes):
+    if isinstance(method, ToMe) and any(shape.place.is_stretch for shape in shapes):
         raise ValueError("tomesd merges tokens in U-Nets only; its cost in a transformer is not counted")

@@ -36,6 +36,11 @@ class Place:
     #: Name of the module in the model; of a run of blocks, ``transformer_blocks[1:23]``.
     name: str
 
+    @property
+    def is_stretch(self) -> bool:
+        """Whether it is a run of blocks of a transformer, and not one block with layers of its own."""
+        return self.name.endswith("]")
+
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.stage not in ("down", "mid", "up"):
