@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor, nn
 
-from atedm.hosts.dit_families import FAMILIES
+from atedm.costs.transformer_calls import transformer_call
 
 SIDE = 8
 """Image tokens a side."""
@@ -191,90 +191,26 @@ def transformer(name: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def _ids(height: int, width: int, columns: int) -> Tensor:
-    ids = torch.zeros(height, width, columns)
-    ids[..., 1] += torch.arange(height)[:, None]
-    ids[..., 2] += torch.arange(width)
-    return ids.flatten(0, 1)
-
-
 def call_of(
     name: str, *, noise: float = 0.9, batch: int = 2, size: tuple[int, int] = (SIDE, SIDE), seed: int = 0
 ) -> dict[str, Any]:
-    """Return the arguments of a call of a model of `CONFIGS` at (h, w) image tokens."""
+    """Return the arguments of a call of a model of `CONFIGS` at (h, w) image tokens; some words are padding."""
     generator = torch.Generator().manual_seed(seed)
-    height, width = size
-
-    def noisy(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    family, config = FAMILIES[name], CONFIGS[name]
-    text = noisy(batch, TEXT, 12)
-    timestep = torch.tensor([_value(family.noise, noise)]).repeat(batch)
-    latents = noisy(batch, 4, 2 * height, 2 * width)
-    call: dict[str, Any] = {"return_dict": False, family.timestep: timestep, family.text: text}
-    if name == "SD3Transformer2DModel":
-        return call | {"hidden_states": latents, "pooled_projections": noisy(batch, 12)}
-    if name in ("PixArtTransformer2DModel", "AuraFlowTransformer2DModel"):
-        return call | {"hidden_states": latents}
-    if name in ("FluxTransformer2DModel", "ChromaTransformer2DModel", "Flux2Transformer2DModel"):
-        columns = len(config["axes_dims_rope"])
-        call |= {
-            "hidden_states": noisy(batch, height * width, 4),
-            "img_ids": _ids(height, width, columns),
-            "txt_ids": torch.zeros(TEXT, columns),
-        }
-        if name == "FluxTransformer2DModel":
-            call["pooled_projections"] = noisy(batch, 12)
-        if name == "Flux2Transformer2DModel":
-            call["guidance"] = torch.ones(batch)
-        if name == "ChromaTransformer2DModel":
-            mask = torch.ones(batch, TEXT + height * width, dtype=torch.bool)
-            mask[0, TEXT - 2 : TEXT] = False
-            call["attention_mask"] = mask
-        return call
-    if name == "QwenImageTransformer2DModel":
-        mask = torch.ones(batch, TEXT, dtype=torch.bool)
-        mask[0, -2:] = False
-        return call | {
-            "hidden_states": noisy(batch, height * width, 16),
-            "img_shapes": [[(1, height, width)]] * batch,
-            "encoder_hidden_states_mask": mask,
-        }
-    if name == "HunyuanImageTransformer2DModel":
-        mask = torch.ones(batch, TEXT, dtype=torch.bool)
-        mask[0, -2:] = False
-        return call | {"hidden_states": noisy(batch, 4, height, width), "encoder_attention_mask": mask}
-    if name == "ZImageTransformer2DModel":
-        return {
-            "x": [x[:, None] for x in latents],
-            "t": timestep,
-            "cap_feats": [noisy(TEXT + 2 * i, 12) for i in range(batch)],
-            "return_dict": False,
-        }
-    if name == "WanTransformer3DModel":
-        return call | {"hidden_states": latents[:, :, None]}
-    if name == "CogView4Transformer2DModel":
-        sides = {key: torch.full((batch, 2), 16.0) for key in ("original_size", "target_size", "crop_coords")}
-        return call | {"hidden_states": latents} | sides
-    if name == "CogVideoXTransformer3DModel":
-        angles = noisy(height * width, 16)
-        return call | {"hidden_states": latents[:, None], "image_rotary_emb": (angles.cos(), angles.sin())}
-    if name == "LTXVideoTransformer3DModel":
-        return call | {
-            "hidden_states": noisy(batch, height * width, 4),
-            "encoder_attention_mask": torch.ones(batch, TEXT),
-            "num_frames": 1,
-            "height": height,
-            "width": width,
-        }
-    raise AssertionError(name)
-
-
-def _value(to_noise: Callable[[float], float], noise: float) -> float:
-    """The value of a timestep of so much noise."""
-    values = (noise, 1 - noise, 1000 * noise)
-    return next(value for value in values if abs(to_noise(value) - noise) < 1e-6)
+    make = partial(torch.randn, generator=generator)
+    config = {"_class_name": name} | CONFIGS[name]
+    call = transformer_call(config, size, batch, TEXT, make, noise=noise, device="cpu")
+    words = torch.ones(batch, TEXT, dtype=torch.bool)
+    words[0, -2:] = False
+    if name == "ChromaTransformer2DModel":
+        image = torch.ones(batch, size[0] * size[1], dtype=torch.bool)
+        call["attention_mask"] = torch.cat([words, image], dim=1)
+    elif name == "QwenImageTransformer2DModel":
+        call["encoder_hidden_states_mask"] = words
+    elif name == "HunyuanImageTransformer2DModel":
+        call["encoder_attention_mask"] = words
+    elif name == "ZImageTransformer2DModel":
+        call["cap_feats"] = [make(TEXT + 2 * index, 12) for index in range(batch)]
+    return call
 
 
 def image_of(returned: Any) -> Tensor:
