@@ -129,7 +129,9 @@ def test_a_training_that_was_killed_goes_on(plan: Plan, tmp_path: Path) -> None:
     ]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
-    while not (tmp_path / "killed" / "state.pt").exists() and time.monotonic() < until and process.poll() is None:
+    while (
+        not (tmp_path / "killed" / "state.safetensors").exists() and time.monotonic() < until and process.poll() is None
+    ):
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

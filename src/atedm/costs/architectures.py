@@ -22,6 +22,7 @@ from atedm.tiny import weights_folder
 from atedm.words import check_name, is_whole
 
 _CONFIGS = Path(__file__).parent / "configs"
+_UNET = "UNet2DConditionModel"
 WORDS = 77
 """Text tokens assumed where a model does not say; the share they have is small."""
 
@@ -205,7 +206,8 @@ def _of_object(target: Any) -> Architecture:
     factor = getattr(target, "vae_scale_factor", 8)
     text = getattr(getattr(target, "text_encoder", None), "config", None)
     words = getattr(text, "max_position_embeddings", WORDS)
-    config = {"_class_name": type(model).__name__} | dict(model.config)
+    kinds = (kind.__name__ for kind in type(model).__mro__)  # a subclass costs what its class does
+    config = dict(model.config) | {"_class_name": next((kind for kind in kinds if kind in FAMILIES), _UNET)}
     return _architecture(type(target).__name__, config, factor, words)
 
 
@@ -241,8 +243,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _architecture(name: str, config: dict[str, Any], factor: int, words: int = WORDS) -> Architecture:
-    kind = config.get("_class_name", "UNet2DConditionModel")
-    if kind != "UNet2DConditionModel" and kind not in FAMILIES:
+    kind = config.get("_class_name", _UNET)
+    if kind != _UNET and kind not in FAMILIES:
         raise ValueError(
             f"{name} holds a {kind}; atedm prunes a UNet2DConditionModel, or one of these transformers: "
             f"{', '.join(FAMILIES)}"

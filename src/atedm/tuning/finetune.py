@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,11 +31,12 @@ from atedm.patch import is_applied, pruned
 from atedm.plans.fingerprint import checksum, refuse_other_model
 from atedm.plans.plan import Plan, save_plan
 from atedm.plans.schedulers import scheduler_named
+from atedm.tiny.pictures.checkpoint import load_moments, moments_of
 from atedm.words import check_whole, is_number
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 """Linear layers of attention blocks."""
-PLAN, LORA, STATE, SETTINGS = "plan.json", "lora", "state.pt", "training.json"
+PLAN, LORA, STATE, SETTINGS = "plan.json", "lora", "state.safetensors", "training.json"
 _JITTER = 0.3
 """How far the keep ratio is drawn around the plan's: up to this factor's exponential, either way."""
 _SAVED_EVERY = 10
@@ -262,21 +264,23 @@ def _claim(out: Path, asked: dict[str, Any]) -> None:
 
 
 def _save_state(file: Path, parameters: list[nn.Parameter], optimizer: Any, losses: list[float]) -> None:
-    content = {"lora": [one.data for one in parameters], "optimizer": optimizer.state_dict(), "losses": losses}
+    tensors = {f"lora.{number}": one.data for number, one in enumerate(parameters)}
+    tensors |= {"losses": torch.tensor(losses, dtype=torch.float64), **moments_of(optimizer, "optimizer")}
     with written_whole(file) as partial:
-        torch.save(content, partial)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
 
 
 def _resumed(file: Path, parameters: list[nn.Parameter], optimizer: Any) -> list[float]:
     if not file.exists():
         return []
     try:
-        content = torch.load(file, map_location=parameters[0].device, weights_only=True)
-        for parameter, value in zip(parameters, content["lora"], strict=True):
-            parameter.data.copy_(value)
-        optimizer.load_state_dict(content["optimizer"])
-        return list(content["losses"])
-    except Exception as error:  # pickle and zip raise many kinds
+        tensors = load_file(file)
+        for number, parameter in enumerate(parameters):
+            parameter.data.copy_(tensors[f"lora.{number}"])
+        load_moments(optimizer, tensors, "optimizer")
+        losses: list[float] = tensors["losses"].tolist()
+        return losses
+    except Exception as error:  # safetensors, torch and a wrong shape raise many kinds
         raise ValueError(f"{file} is no state of a training; remove it, and the training begins anew") from error
 
 

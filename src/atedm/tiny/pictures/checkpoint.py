@@ -21,8 +21,7 @@ def save_state(
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
     for which, optimizer in enumerate(optimizers):
-        for number, moments in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer{which}.{number}.{what}": torch.as_tensor(value) for what, value in moments.items()}
+        tensors |= moments_of(optimizer, f"optimizer{which}")
     tensors["seen"] = torch.tensor(seen)
     with written_whole(run / NAME) as partial:
         save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
@@ -36,12 +35,27 @@ def load_state(run: Path, model: nn.Module, average: nn.Module, optimizers: Sequ
     model.load_state_dict(part_of(tensors, "model"))
     average.load_state_dict(part_of(tensors, "average"))
     for which, optimizer in enumerate(optimizers):
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in part_of(tensors, f"optimizer{which}").items():
-            number, _, what = name.partition(".")
-            moments.setdefault(int(number), {})[what] = value
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        load_moments(optimizer, tensors, f"optimizer{which}")
     return int(tensors["seen"])
+
+
+def moments_of(optimizer: torch.optim.Optimizer, part: str) -> dict[str, Tensor]:
+    """Return what an optimizer remembers as tensors of a part."""
+    states = optimizer.state_dict()["state"].items()
+    return {
+        f"{part}.{number}.{what}": torch.as_tensor(value)
+        for number, moments in states
+        for what, value in moments.items()
+    }
+
+
+def load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], part: str) -> None:
+    """Give an optimizer back what `moments_of` returned."""
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in part_of(tensors, part).items():
+        number, _, what = name.partition(".")
+        moments.setdefault(int(number), {})[what] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def averaged_weights(run: Path) -> dict[str, Tensor]:
