@@ -1,7 +1,11 @@
 """Pruned transformers as people run them: offloaded, cast, quantized, fused, in threads."""
 
 import copy
+import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -137,3 +141,21 @@ def test_copies_prune_by_themselves() -> None:
     atedm.remove(model)
     assert atedm.is_applied(copied)
     assert torch.equal(image_of(copied(**call)), pruned)
+
+
+_IN_ANOTHER_PROCESS = """
+import pickle, sys, torch
+model, call, expected = pickle.load(open(sys.argv[1], "rb"))
+with torch.no_grad():
+    found = model(**call)[0]
+assert torch.equal(found, expected)
+"""
+
+
+@torch.no_grad()
+def test_a_pickled_model_is_opened_in_a_process_that_has_pruned_nothing(tmp_path: Path) -> None:
+    model, call = transformer(FLUX), call_of(FLUX)
+    atedm.apply(model, HALF)
+    file = tmp_path / "model.pickle"
+    file.write_bytes(pickle.dumps((model, call, model(**call)[0])))
+    subprocess.run([sys.executable, "-c", _IN_ANOTHER_PROCESS, str(file)], check=True, timeout=300)
