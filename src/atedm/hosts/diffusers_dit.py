@@ -261,7 +261,7 @@ def _check_protected(state: TransformerState, model: nn.Module, grid: Grid) -> N
 
 
 def check_protected_transformer(model: nn.Module, size: tuple[int, int]) -> None:
-    """See that no span will keep fewer tokens than are protected, at (height, width) latents of two a token and side.
+    """See that no span will keep fewer tokens than are protected, at (height, width) latents.
 
     Raises:
         ValueError: If one will.
@@ -269,4 +269,5 @@ def check_protected_transformer(model: nn.Module, size: tuple[int, int]) -> None
     state = model._atedm
     assert isinstance(state, TransformerState)
     if state.protect is not None:
-        _check_protected(state, model, Grid((size[0] // 2, size[1] // 2)))
+        side = known_family(model).side
+        _check_protected(state, model, Grid((size[0] // side, size[1] // side)))

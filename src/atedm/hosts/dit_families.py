@@ -84,6 +84,8 @@ class Family:
     #: Names of the arguments of the model that hold the timestep and the text.
     timestep: str = "timestep"
     text: str = "encoder_hidden_states"
+    #: Latents a side that one token stands for.
+    side: int = 2
     #: Arguments that, if given, lay something over the tokens between blocks or by their place, and what that is.
     dense_with: tuple[tuple[str, str], ...] = ()
 
@@ -227,6 +229,7 @@ FAMILIES: dict[str, Family] = {
         "transformer_hunyuanimage",
         {"transformer_blocks": _HUNYUAN, "single_transformer_blocks": _HUNYUAN},
         _patched,
+        side=1,
     ),
     "ZImageTransformer2DModel": Family(
         "Z-Image",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from atedm.hosts.runs import Run, StepPosition, is_listed
@@ -89,7 +90,8 @@ def _noise_of(timestep: Any, to_noise: Callable[[float], float]) -> float:
         return to_noise(float(timestep))
     if timestep.device.type == "meta":
         return 0.0
-    return max(map(to_noise, (float(timestep.min()), float(timestep.max()))))
+    ends: list[float] = torch.stack(timestep.float().aminmax()).tolist()  # both at once: the device is waited for
+    return max(map(to_noise, ends))
 
 
 def _key(text: Any) -> Any:
