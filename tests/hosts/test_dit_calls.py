@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -56,6 +57,29 @@ def test_skipped_layers_leave_the_call_dense() -> None:
     dense = image_of(model(**skipping))
     atedm.apply(model, HALF)
     assert torch.equal(image_of(model(**skipping)), dense)
+
+
+class ReadsByPlace(FluxAttnProcessor):
+    """Stands for a processor that diffusers does not have."""
+
+
+@torch.no_grad()
+def test_code_that_is_not_diffusers_own_leaves_the_call_dense(caplog: Any) -> None:
+    model, call = transformer(FLUX), call_of(FLUX)
+    dense = image_of(model(**call))
+    atedm.apply(model, HALF)
+    pruned = image_of(model(**call))
+    attention = model.transformer_blocks[2].attn
+    own = attention.processor
+    attention.set_processor(ReadsByPlace())
+    with caplog.at_level(logging.WARNING, "atedm"):
+        assert torch.equal(image_of(model(**call)), dense)
+    assert "its attention processor ReadsByPlace is not diffusers' own" in caplog.text
+    attention.set_processor(own)
+    assert torch.equal(image_of(model(**call)), pruned)
+    forward = attention.forward
+    attention.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    assert torch.equal(image_of(model(**call)), dense)
 
 
 @torch.no_grad()

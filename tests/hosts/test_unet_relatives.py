@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import (
     ControlNetModel,
     ControlNetUnionModel,
@@ -17,14 +18,22 @@ from diffusers import (
     UNet2DConditionModel,
     UNetMotionModel,
 )
+from diffusers.hooks import HookRegistry
+from diffusers.hooks import ModelHook as DiffusersHook
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import atedm
 from atedm import AtEdm, Matched
+from atedm.hosts import diffusers_unet
 from atedm.hosts.attention import TRUSTED_PROCESSORS
 from models import inputs, run, sd1_unet, sdxl_pipeline, sdxl_unet, small_unet, tokenizer, watched
+
+
+@pytest.fixture(autouse=True)
+def _said_anew() -> None:
+    diffusers_unet._say_once.cache_clear()
 
 
 class Subclass(UNet2DConditionModel):
@@ -147,6 +156,79 @@ def test_what_the_first_layer_reads_does_not_matter_where_it_runs_on_all_tokens(
     with watched(unet) as calls:
         run(unet)
     assert "mid_block.attentions.0" in calls[0].kept
+
+
+class AppendsKeys(AttnProcessor2_0):
+    """As reference-only generation does it: self-attention also sees the tokens of another image."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, *a: Any, **kw: Any) -> Any:
+        if encoder_hidden_states is None:
+            encoder_hidden_states = torch.cat([hidden_states, hidden_states.flip(0)], dim=1)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, *a, **kw)
+
+
+class AttendsToFirst(AttnProcessor2_0):
+    """As cross-frame attention does it: all frames attend to the tokens of the first."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, *a: Any, **kw: Any) -> Any:
+        if encoder_hidden_states is None:
+            encoder_hidden_states = hidden_states[:1].expand_as(hidden_states)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, *a, **kw)
+
+
+def hold_outputs(attention: nn.Module) -> None:
+    """Lay a forward over an attention that keeps its first output and gives it again, as T-GATE does."""
+    own, held = attention.forward, []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        held.append(own(*args, **kwargs))
+        return held[0]
+
+    attention.forward = forward  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("method", [Matched(), AtEdm(spare=None)], ids=["matched", "paper"])
+@pytest.mark.parametrize("processor", [AppendsKeys(), AttendsToFirst()], ids=["reference-only", "cross-frame"])
+def test_keys_of_other_images_leave_a_block_dense(method: Any, processor: Any) -> None:
+    """Counts of kept tokens would be laid over keys that they do not belong to."""
+    unet, call = small_unet(), inputs(small_unet())
+    unet.set_attn_processor({name: processor if "attn1" in name else own for name, own in unet.attn_processors.items()})
+    with torch.no_grad():
+        dense = unet(**call, timestep=500).sample
+        atedm.apply(unet, method)
+        assert torch.equal(unet(**call, timestep=500).sample, dense)
+
+
+@pytest.mark.parametrize("method", [Matched(), AtEdm(spare=None)], ids=["matched", "paper"])
+def test_outputs_that_are_held_for_later_steps_leave_a_block_dense(
+    method: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    gated = small_unet()
+    for name, module in gated.named_modules():
+        if name.endswith("attn2"):
+            hold_outputs(module)
+    expected = [run(gated, 900), run(gated, 100)]
+    unet = small_unet()
+    atedm.apply(unet, method)
+    for name, module in unet.named_modules():  # T-GATE lays it over while the pipeline runs
+        if name.endswith("attn2"):
+            hold_outputs(module)
+            add_hook_to_module(module, ModelHook())  # and offload may lie over that
+    with caplog.at_level(logging.WARNING, "atedm"):
+        assert torch.equal(run(unet, 900), expected[0])
+        assert torch.equal(run(unet, 100), expected[1])
+    assert "the forward of attn2 is hold_outputs.<locals>.forward, which is not diffusers' own" in caplog.text
+
+
+def test_hooks_of_accelerate_and_diffusers_do_not_leave_a_block_dense() -> None:
+    unet = small_unet()
+    atedm.apply(unet, Matched())
+    pruned = run(unet)
+    for name, module in unet.named_modules():
+        if name.endswith(("attn1", "attn2")):
+            add_hook_to_module(module, ModelHook())
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(DiffusersHook(), "nothing")
+    assert torch.equal(run(unet), pruned)
 
 
 @pytest.mark.parametrize("method", ["matched"])

@@ -22,21 +22,45 @@ PERTURBED = {PAGCFGIdentitySelfAttnProcessor2_0: 3, PAGIdentitySelfAttnProcessor
 """Attention processors of perturbed-attention guidance, and the parts of their batch; the last one is perturbed."""
 TRUSTED_PROCESSORS: set[type] = set()
 """Classes of attention processors from outside of diffusers that work on any number of tokens; add your own."""
+_OWN = "diffusers.models."
+_LAY_HOOKS = ("accelerate", "diffusers", "peft", "torch")
+"""Packages whose hooks call what they are laid over, and leave the number of tokens alone."""
 _MAKE_LOGITS = (AttnProcessor, SlicedAttnProcessor, CustomDiffusionAttnProcessor)
 
 
-def strange_processor(layers: Iterable[nn.Module]) -> str | None:
-    """Name the first attention processor of ``layers`` that may read tokens by their place; None if there is none.
+def foreign_code(parts: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """Name the first code in layers that may read tokens by their place; None if there is none.
 
-    Those of diffusers' own models work on any number of tokens. Others may store maps or lay masks over the image, as
-    self-attention guidance, Attend-and-Excite, prompt-to-prompt, DAAM and regional prompting do. They are not trusted
-    unless their class is in `TRUSTED_PROCESSORS`.
+    diffusers' own layers and attention processors work on any number of tokens. Others may store attention maps, lay
+    masks over the image, append the keys of another image, or keep an output for the next step, as self-attention
+    guidance, Attend-and-Excite, prompt-to-prompt, DAAM, regional prompting, reference-only generation, cross-frame
+    attention and T-GATE do. They come as attention processors, which are not trusted unless their class is in
+    `TRUSTED_PROCESSORS`, or as a ``forward`` laid over that of a layer or of its attention. Hooks of accelerate,
+    diffusers, peft and torch are laid over it too; what they call in turn is looked at.
+
+    Args:
+        parts: Names and modules of layers and of their attentions.
     """
-    for layer in layers:
-        for attention in (layer.attn1, layer.attn2):
-            kind = type(getattr(attention, "processor", None))
-            if not kind.__module__.startswith("diffusers.models.") and kind not in TRUSTED_PROCESSORS:
-                return kind.__qualname__
+    for name, module in parts:
+        if (function := _foreign_forward(module)) is not None:
+            return f"the forward of {name} is {function}, which"
+        processor = vars(module).get("processor")
+        kind = type(processor)
+        if processor is not None and not kind.__module__.startswith(_OWN) and kind not in TRUSTED_PROCESSORS:
+            return f"its attention processor {kind.__qualname__}"
+    return None
+
+
+def _foreign_forward(module: nn.Module) -> str | None:
+    """Name a function of nobody known here that was laid over the ``forward`` of a module."""
+    function = vars(module).get("forward")
+    while function is not None:
+        if getattr(function, "__func__", None) is type(module).forward:
+            return None
+        inner = getattr(function, "func", getattr(function, "__func__", function))  # of a partial, of a bound method
+        if getattr(inner, "__module__", "").partition(".")[0] not in _LAY_HOOKS:
+            return str(getattr(inner, "__qualname__", inner))
+        function = getattr(function, "__wrapped__", None)
     return None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from atedm.hosts.attention import foreign_code
 from atedm.hosts.dit_blocks import BlockState, PrunedBlock, SpanState, pruned_class
 from atedm.hosts.dit_families import UNPRUNABLE, Family, Given, Grid, family_of
 from atedm.hosts.noise_steps import NoiseSteps
@@ -180,9 +181,15 @@ def after_transformer(model: Any, *_: Any) -> None:
         model._atedm.caller.end()
 
 
-def _first_block(model: nn.Module, name: str) -> Any:
+def _blocks(model: nn.Module, name: str) -> list[Any]:
+    """Blocks of a span, whose name is that of their list and their bounds in it."""
     blocks, _, bounds = name.partition("[")
-    return model.get_submodule(blocks)[int(bounds.partition(":")[0])]  # type: ignore[index]
+    start, end = map(int, bounds.rstrip("]").split(":"))
+    return list(model.get_submodule(blocks))[start:end]  # type: ignore[call-overload]
+
+
+def _first_block(model: nn.Module, name: str) -> Any:
+    return _blocks(model, name)[0]
 
 
 def _span(model: nn.Module, name: str) -> SpanState:
@@ -233,7 +240,17 @@ def _why_dense(model: nn.Module, family: Family, given: Given, grid: Grid | None
         for inner, module in _first_block(model, name).named_modules():  # caches are laid over all blocks alike
             if inner and (cache := _stateful_hook(module)):
                 return f"{cache} keeps what parts of its blocks gave for other tokens"
+        if (foreign := foreign_code(_parts(_blocks(model, name)))) is not None:
+            return f"{foreign} is not diffusers' own and may read tokens by their place"
     return None
+
+
+def _parts(blocks: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    for block in blocks:
+        yield "a block", block
+        for name, module in block.named_children():
+            if "processor" in vars(module):
+                yield name, module
 
 
 def _stateful_hook(module: nn.Module) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,9 +20,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from atedm.hosts.attention import attention_bias, bias_for, queries_and_keys, strange_processor
+from atedm.hosts.attention import attention_bias, bias_for, foreign_code, queries_and_keys
 from atedm.hosts.protected import check_room
 from atedm.hosts.runs import Run
 from atedm.hosts.state import PATCHING, ModelState, is_attached, refuse_attached
@@ -233,23 +234,31 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
         block = unet.get_submodule(name)
         refuse_at_call(name, block)
         block._atedm.memory.begin_step(follows=follows)
-        strange = strange_processor(block.transformer_blocks[state.method.dense_layers :])
-        block._atedm.is_dense = strange is not None
-        if strange is not None:
-            _say_once(name, strange)
+        foreign = foreign_code(_parts(block.transformer_blocks[state.method.dense_layers :]))
+        block._atedm.is_dense = foreign is not None
+        if foreign is not None:
+            _say_once(name, foreign)
     sample = given.get("sample")
     if state.protect is not None and isinstance(sample, Tensor):
         state.protect = state.protect.to(sample.device)
         check_protected_unet(unet, (sample.shape[-2], sample.shape[-1]))
 
 
+def _parts(layers: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the parts of layers that others are known to change; few of many, because each step looks at them."""
+    for layer in layers:
+        yield "a layer", layer
+        yield "attn1", layer.attn1
+        yield "attn2", layer.attn2
+
+
 @functools.cache
-def _say_once(span: str, processor: str) -> None:
+def _say_once(span: str, code: str) -> None:
     logging.getLogger("atedm").warning(
-        "%s is left dense: its attention processor %s is not diffusers' own and may read tokens by their place. If it "
-        "does not, add its class to atedm.hosts.attention.TRUSTED_PROCESSORS.",
+        "%s is left dense: %s is not diffusers' own and may read tokens by their place. An attention processor that "
+        "does not can be added to atedm.hosts.attention.TRUSTED_PROCESSORS.",
         span,
-        processor,
+        code,
     )
 
 

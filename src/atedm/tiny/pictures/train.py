@@ -32,9 +32,11 @@ from atedm.tiny.pictures.checkpoint import NAME, load_state, save_state
 from atedm.tiny.pictures.data import Batch, ScenePool
 from atedm.tiny.pictures.denoiser import Denoiser
 from atedm.tiny.pictures.download import load_atlas
+from atedm.tiny.pictures.optimizers import build_optimizers
 from atedm.tiny.pictures.samples import draw_samples
 from atedm.tiny.pictures.scenes import CANVAS
 from atedm.tiny.pictures.text import build_text_encoders, build_tokenizer
+from atedm.tiny.pictures.text_lessons import teach_text_encoders
 from atedm.tiny.pictures.unet import build_scheduler, build_unet
 
 CAPTION_DROPOUT = 0.1
@@ -50,12 +52,13 @@ def train(
     canvas: Annotated[int, typer.Option(help="Pixels a side: 64, 128 or 256.")] = CANVAS,
     batch: Annotated[int, typer.Option(help="Images a step and process.")] = 32,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    muon: Annotated[bool, typer.Option(help="Muon in place of AdamW for the matrices of the U-Net.")] = True,
+    muon: Annotated[bool, typer.Option(help="Muon in place of AdamW for matrices and kernels of the U-Net.")] = True,
     cooldown: Annotated[int, typer.Option(help="Let the learning rate fall to zero over the last so many images.")] = 0,
     objects: Annotated[int | None, typer.Option(help="Objects a scene; by default one to three.")] = None,
     pool: Annotated[int, typer.Option(help="Encoded scenes held a process.")] = 2048,
     uses: Annotated[int, typer.Option(help="How often each is drawn; 1 on a GPU.")] = 4,
     autoencoder_minutes: Annotated[float, typer.Option(help="Training time of the autoencoder, if there is none.")] = 8,
+    text_minutes: Annotated[float, typer.Option(help="First lessons of the text encoders, on a new run.")] = 2,
     archive: Annotated[
         Path | None, typer.Option("--objects-archive", help="The npm package of the objects; fetched by default.")
     ] = None,
@@ -79,17 +82,24 @@ def train(
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     torch.manual_seed(seed)
     model = Denoiser(build_text_encoders(tokenizer), build_unet(), compiled=not eager).to(device)
-    if start_from is not None and not (run / NAME).exists():
-        model.load_parts(start_from)
+    if not (run / NAME).exists():
+        if start_from is not None:
+            model.load_parts(start_from)
+        elif rank == 0 and text_minutes:
+            encoders = (model.text_encoder, model.text_encoder_2)
+            teach_text_encoders(
+                encoders, tokenizer, load_atlas(run / "objects").to(device), 60 * text_minutes, seed=seed
+            )
+    # The first process gives its weights to the others.
+    trained: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizers = _optimizers(model, lr, muon)
+    optimizers = build_optimizers(model, lr, muon)
     seen = load_state(run, model, average, optimizers)
     if seen >= images:
         print(f"this run has seen {seen} images already; ask for more")
         if world > 1:
             dist.destroy_process_group()
         return
-    trained: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     scenes = ScenePool(
         load_atlas(run / "objects", archive).to(device),
         autoencoder,
@@ -157,20 +167,6 @@ def _loss(model: nn.Module, scenes: Batch, alphas: Tensor, canvas: int) -> Tenso
         v = model(signal * clean + sigma * noise, timesteps, ids, keep, canvas)
     error: Tensor = v.float() - (signal * noise - sigma * clean)
     return error.square().mean()
-
-
-def _optimizers(model: Denoiser, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the U-Net, if asked for, and AdamW for all else."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    matrices = [p for name, p in trained.items() if muon and name.startswith("unet.") and p.ndim == 2]
-    chosen = {id(parameter) for parameter in matrices}
-    others = [parameter for parameter in trained.values() if id(parameter) not in chosen]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
 
 
 def _prepare(

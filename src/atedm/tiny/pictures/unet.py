@@ -8,11 +8,11 @@ from atedm.tiny.pictures.text import WIDTH
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Build the untrained U-Net, 10.5 M parameters: A4 and A8 for SDXL's A2 and A10.
+    """Build the untrained U-Net, 9.6 M parameters: A3 and A4 for SDXL's A2 and A10.
 
     At 256 px the levels have 4096, 1024 and 256 tokens.
     """
-    return small_sdxl(sample_size=64, channels=(32, 64, 80), layers=(1, 4, 8), heads=(1, 2, 2), text_width=WIDTH)
+    return small_sdxl(sample_size=64, channels=(32, 80, 96), layers=(1, 3, 4), heads=(1, 2, 3), text_width=WIDTH)
 
 
 def small_sdxl(
