@@ -44,7 +44,7 @@ def suits(model: str) -> Suits:
     The method is the same for every model: the one that the figures support (docs/reference/results.md).
     """
     if model == TINY:
-        return Suits(DEFAULT, steps=50, guidance=3.0, prompts=_SCENES)
+        return Suits(DEFAULT, steps=20, guidance=3.0, prompts=_SCENES)
     if draws_in_few_steps(model):
         return Suits(DEFAULT, steps=4, guidance=0.0, prompts=_PICTURES)
     if re.search(_TRANSFORMERS, _last_part(model), re.IGNORECASE):
@@ -59,9 +59,7 @@ _FEW_STEPS = r"turbo|lightning|schnell|klein|hyper[-_ ]?sd|(?<![a-z])(lcm|tcd)"
 
 def draws_in_few_steps(model: str) -> bool:
     """Whether a model is made for few steps, by the last part of its name."""
-    return bool(
-        re.search(r"turbo|lightning|schnell|klein|hyper[-_ ]?sd|(?<![a-z])(lcm|tcd)", _last_part(model), re.IGNORECASE)
-    )
+    return bool(re.search(_FEW_STEPS, _last_part(model), re.IGNORECASE))
 
 
 def _last_part(model: str) -> str:

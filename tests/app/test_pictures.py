@@ -110,3 +110,11 @@ def test_words_above_pictures_are_cut_where_the_sheet_ends_and_widen_it_before()
 
 def test_one_step_of_maps_says_which_block_is_which() -> None:
     assert maps_sheet(WHITE, Recording([observation()], ("mid_block.attentions.0",)), "a red circle").width > 400
+
+
+def test_no_word_of_a_method_is_a_box() -> None:
+    """The font that comes with Pillow has no dagger."""
+    picture = Image.new("RGB", (64, 64))
+    with_sign = draw_sheet([[Cell(picture, "AT-EDM†")]], ["AT-EDM†"], headline="AT-EDM†")
+    in_words = draw_sheet([[Cell(picture, "AT-EDM dagger")]], ["AT-EDM dagger"], headline="AT-EDM dagger")
+    assert with_sign.tobytes() == in_words.tobytes()

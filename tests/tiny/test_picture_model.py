@@ -11,6 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import nn
 from typer.testing import CliRunner
 
 from atedm.tiny.pictures.assemble import assemble, with_few_steps
@@ -21,9 +22,11 @@ from atedm.tiny.pictures.distill import distill
 from atedm.tiny.pictures.download import load_atlas
 from atedm.tiny.pictures.layout import place_objects
 from atedm.tiny.pictures.objects import OBJECTS, with_article
+from atedm.tiny.pictures.optimizers import KernelMuon
 from atedm.tiny.pictures.rendering import Atlas, render
 from atedm.tiny.pictures.scenes import BACKGROUNDS, RELATIONS, Scene, held_out_scenes, sample_scene
 from atedm.tiny.pictures.text import TOKENS, build_text_encoders, build_tokenizer
+from atedm.tiny.pictures.text_lessons import last_tokens, teach_text_encoders
 from atedm.tiny.pictures.train import train
 from atedm.tiny.pictures.unet import build_unet
 
@@ -156,6 +159,42 @@ def test_the_model_is_small_enough_to_ship(tmp_path: Path) -> None:
     assert sum(parameter.numel() for part in parts for parameter in part.parameters()) < 11.5e6  # 23 MB in 16 bits
 
 
+def test_last_tokens_are_those_of_the_names(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(tmp_path)
+    for scene in held_out_scenes(100):
+        ids = tokenizer(scene.caption).input_ids
+        words = [tokenizer.decode(ids[place]).strip() for place in last_tokens(tokenizer, scene)]
+        assert words == [name.split()[-1] for name in scene.objects]
+
+
+def test_lessons_teach_what_objects_look_like(tmp_path: Path, atlas: Atlas) -> None:
+    tokenizer = build_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    encoders = build_text_encoders(tokenizer)
+    said: list[str] = []
+    teach_text_encoders(encoders, tokenizer, atlas, 1e9, scenes=128, batch=16, steps=150, every=75, report=said.append)
+    errors = [float(line.split("looks ")[1].split(",")[0]) for line in said]
+    assert len(errors) == 2
+    assert errors[1] < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (8, 4, 3, 3)])
+def test_kernels_are_stepped_as_the_matrices_they_are(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.randn(shape))
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    ours = KernelMuon([kernel], lr=0.1, weight_decay=0.01)
+    theirs = torch.optim.Muon([matrix], lr=0.1, weight_decay=0.01)
+    for _ in range(3):
+        gradient = torch.randn(shape)
+        kernel.grad, matrix.grad = gradient, gradient.flatten(1)
+        ours.step()
+        theirs.step()
+        ours.zero_grad()
+        assert kernel.grad is None
+    assert torch.equal(kernel.detach().flatten(1), matrix.detach())
+
+
 def test_a_run_that_was_cut_off_goes_on_by_the_same_command(tmp_path: Path, atlas: Atlas) -> None:
     run = tmp_path / "run"
     (run / "objects").mkdir(parents=True)
@@ -166,7 +205,9 @@ def test_a_run_that_was_cut_off_goes_on_by_the_same_command(tmp_path: Path, atla
     app.command()(train)
 
     def sit(images: int) -> str:
-        options = f"--images {images} --canvas 64 --batch 2 --pool 32 --eager --sample-minutes 0".split()
+        options = (
+            f"--images {images} --canvas 64 --batch 2 --pool 32 --eager --sample-minutes 0 --text-minutes 0".split()
+        )
         result = CliRunner().invoke(app, [str(run), *options], catch_exceptions=False)
         assert result.exit_code == 0
         return result.output

@@ -46,7 +46,9 @@ def evaluate(
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Denoising steps; 20, or what few-steps varies.", rich_help_panel=IMAGES, callback=at_least_one
+            help="Denoising steps; by default what suits the model, 20 for **tiny**, or what few-steps varies.",
+            rich_help_panel=IMAGES,
+            callback=at_least_one,
         ),
     ] = None,
     guidance: shared.GuidanceOption = None,
@@ -106,6 +108,7 @@ def evaluate(
     from atedm.lab.evaluation.report import write_report
     from atedm.lab.evaluation.sharing import shared_work
     from atedm.lab.methods.by_name import parse_methods
+    from atedm.suits import suits
 
     if methods in EXPERIMENTS:
         experiment = EXPERIMENTS[methods].under(steps, guidance)
@@ -119,7 +122,7 @@ def evaluate(
         name = "report"
         experiment = Experiment("Methods side by side", "", {spec: spec for spec in parse_methods(methods)})
     chosen = _metrics(metrics, prompts, clip_model, clip_pretrained, fid_features)
-    drawing = shared.drawing_of(model, steps or 20, guidance, seed, batch, size)
+    drawing = shared.drawing_of(model, steps or suits(model).steps, guidance, seed, batch, size)
     read = read_prompts(prompts, captions, seed)
     _tell_what_is_left_out(chosen, read)
     state = shared_work(device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from importlib import import_module
@@ -134,14 +135,40 @@ def open_pipeline(model: str, device: str | None, dtype: Dtype | None) -> Any:
 
 @contextmanager
 def progress_bar(quiet: bool = False) -> Iterator[Progress]:
-    """Show a bar of how far the work is; yields what is to be told."""
+    """Show how far the work is and how long it will take; yields what is to be told.
+
+    In a terminal that is a bar; elsewhere, as in a log, a line now and then.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress as Bar
 
-    with Bar(console=Console(stderr=True, quiet=quiet)) as bar:
+    console = Console(stderr=True, quiet=quiet)
+    if not console.is_terminal:
+        yield _lines(console.print)
+        return
+    # A group of images may take minutes, and the time left is told from the speed over this many seconds.
+    with Bar(console=console, speed_estimate_period=1800) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda what, done, total: bar.update(task, description=escape(what), completed=done, total=total)
+
+
+def _lines(say: Callable[[str], None], every: float = 30, now: Callable[[], float] = time.monotonic) -> Progress:
+    """Tell of progress by lines, ``every`` so many seconds at most; the time left is judged by the speed so far."""
+    start, last_total, last_said = now(), 0, -every
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal start, last_total, last_said
+        if total != last_total:  # other work
+            start, last_total = now(), total
+        spent = now() - start
+        if not 0 < done < total or now() - last_said < every:
+            return
+        last_said = now()
+        left = spent / done * (total - done)
+        say(f"{what}: {done} of {total}, about {f'{left:.0f} s' if left < 90 else f'{left / 60:.0f} min'} left")
+
+    return tell
 
 
 def show(content: Any, text: str, as_json: bool, plot: Path | None = None, chart: str = "", *drawn: Any) -> None:

@@ -92,7 +92,11 @@ SizeOption = Annotated[
 ]
 StepsOption = Annotated[
     int | None,
-    typer.Option(help="Denoising steps; 50, or 4 for few-step models.", rich_help_panel="Image", callback=at_least_one),
+    typer.Option(
+        help="Denoising steps; by default 20 for **tiny**, 4 for few-step models, 28 for transformers, else 50.",
+        rich_help_panel="Image",
+        callback=at_least_one,
+    ),
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder for the results.", rich_help_panel="Output")]
 

@@ -185,7 +185,7 @@ def _blocks(model: nn.Module, name: str) -> list[Any]:
     """Blocks of a span, whose name is that of their list and their bounds in it."""
     blocks, _, bounds = name.partition("[")
     start, end = map(int, bounds.rstrip("]").split(":"))
-    return list(model.get_submodule(blocks))[start:end]  # type: ignore[call-overload]
+    return [*model.get_submodule(blocks)][start:end]  # type: ignore[misc]
 
 
 def _first_block(model: nn.Module, name: str) -> Any:

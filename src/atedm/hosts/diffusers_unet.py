@@ -244,7 +244,7 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
         check_protected_unet(unet, (sample.shape[-2], sample.shape[-1]))
 
 
-def _parts(layers: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def _parts(layers: Iterable[Any]) -> Iterator[tuple[str, nn.Module]]:
     """Yield the parts of layers that others are known to change; few of many, because each step looks at them."""
     for layer in layers:
         yield "a layer", layer

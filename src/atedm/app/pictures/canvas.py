@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -36,11 +36,12 @@ def draw_sheet(
     Rows may differ in length. The headline and the line above each row are cut where the sheet ends.
     """
     small, large = ImageFont.load_default(14), ImageFont.load_default(17)
+    rows = [[replace(cell, title=_drawable(cell.title)) for cell in row] for row in rows]
     columns = max(len(row) for row in rows)
     column_width = max(_fit(cell.picture, side).width for row in rows for cell in row)
     words = max(small.getlength(line) for row in rows for cell in row for line in cell.title.split("\n"))
     column_width = max(column_width, min(round(words), side))
-    headline, *row_titles = (" ".join(line.split()) for line in (headline, *row_titles))
+    headline, *row_titles = (_drawable(" ".join(line.split())) for line in (headline, *row_titles))
     longest = max(large.getlength(line) for line in (headline, *row_titles))
     width = max(gap + columns * (column_width + gap), min(round(longest) + 2 * gap, _LINE))
     top = 34 if headline else gap
@@ -63,6 +64,11 @@ def draw_sheet(
             sheet.paste(_fit(cell.picture, side), (x, y + label_height))
         y += label_height + heights[index] + gap
     return sheet
+
+
+def _drawable(text: str) -> str:
+    """Write out the sign of AT-EDM†, which Pillow's own font does not have."""
+    return text.replace("†", " dagger")
 
 
 def _cut(line: str, font: _Font, width: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,8 @@ def evaluate(
     if metrics.to_dense and Dense() not in methods.values():
         methods = {"dense": Dense(), **methods}
     folders = {name: out / "images" / folder_name(name) for name in methods}
-    undrawn = [name for name, folder in folders.items() if missing_groups(folder, len(prompts), drawing.batch)]
+    left = {name: _images(missing_groups(folder, len(prompts), drawing.batch)) for name, folder in folders.items()}
+    undrawn = [name for name, images in left.items() if images]
     for name in undrawn:  # tell now what cannot be applied, not when all methods before it are drawn
         try:
             with methods[name].applied(pipe):
@@ -104,8 +105,14 @@ def evaluate(
         for name, candidate in methods.items():
             claim_folder(folders[name], candidate, drawing, prompts, weights)
     state.wait_for_everyone()
+    before, total = 0, sum(left.values())  # over all methods, so that the time left is that of the whole
     for name, candidate in methods.items():
-        _draw_share(pipe, prompts, candidate, drawing, folders[name], state, name, progress)
+
+        def tell_images(done: int, name: str = name) -> None:
+            progress(name, done, total)
+
+        _draw_share(pipe, prompts, candidate, drawing, folders[name], state, before, tell_images)
+        before += left[name]
     state.wait_for_everyone()
     if not state.is_main_process:
         return []
@@ -138,21 +145,26 @@ def _draw_share(
     drawing: Drawing,
     folder: Path,
     state: PartialState,
-    name: str,
-    progress: Progress,
+    before: int,
+    tell: Callable[[int], None],
 ) -> None:
-    """Draw this process' share of the groups."""
+    """Draw this process' share of the groups; ``tell`` is told how many images there are, with those ``before``."""
     todo = missing_groups(folder, len(prompts), drawing.batch)
     state.wait_for_everyone()  # or one process would see what another has just drawn
-    total, done = sum(map(len, todo)), 0
+    last, done = before + _images(todo), before
 
     def drawn(count: int) -> None:
         nonlocal done
-        done += count * state.num_processes
-        progress(name, min(done, total), total)
+        done = min(done + count * state.num_processes, last)
+        tell(done)
 
+    tell(done)
     with state.split_between_processes(todo) as mine:
         draw_groups(pipe, prompts, candidate, drawing, folder, mine, drawn)
+
+
+def _images(groups: Sequence[Sequence[int]]) -> int:
+    return sum(map(len, groups))
 
 
 def _macs(pipe: Any, candidate: Candidate, drawing: Drawing, folder: Path | None) -> int:

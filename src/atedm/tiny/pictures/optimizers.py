@@ -27,7 +27,7 @@ class KernelMuon(torch.optim.Muon):
         """Step by the gradients of the parameters."""
         for parameter, matrix in zip(self._parameters, self._matrices, strict=True):
             matrix.grad = None if parameter.grad is None else parameter.grad.flatten(1)
-        return super().step(closure)  # type: ignore[arg-type]
+        return super().step(closure)  # type: ignore[no-untyped-call]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the parameters."""

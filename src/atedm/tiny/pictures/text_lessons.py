@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,13 +42,15 @@ class Lessons(NamedTuple):
 
 
 def teach_text_encoders(
-    encoders: Sequence[nn.Module],
+    encoders: tuple[Any, Any],
     tokenizer: CLIPTokenizer,
     atlas: Atlas,
     seconds: float,
     *,
     scenes: int = 12_800,
     batch: int = 128,
+    steps: int | None = None,
+    every: int = 500,
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> None:
@@ -61,11 +63,12 @@ def teach_text_encoders(
         seconds: Training time; the learning rate falls to zero in it.
         scenes: How many captions there are to learn from.
         batch: Captions a step.
+        steps: Stop after so many, if that is sooner.
+        every: After how many steps progress is told.
         seed: Of scenes and of what is thrown away.
-        report: Told of progress now and then.
+        report: Told of progress.
     """
     first, second = encoders
-    device = atlas.device
     torch.manual_seed(seed)
     lessons = make_lessons(tokenizer, atlas, scenes, np.random.default_rng([seed, 2]))
     looks = functional.adaptive_avg_pool2d(atlas.levels[-1], _SIDE).flatten(1)
@@ -80,14 +83,14 @@ def teach_text_encoders(
                 nn.Linear(second.config.projection_dim, 256), nn.SiLU(), nn.Linear(256, pictures.shape[1])
             ),
         }
-    ).to(device)
+    ).to(atlas.device)
     trained = [*first.parameters(), *second.parameters(), *tells.parameters()]
     optimizer = torch.optim.AdamW([p for p in trained if p.requires_grad], lr=3e-3, weight_decay=0.01)
     start, step = time.monotonic(), 0
-    while (share := (time.monotonic() - start) / seconds) < 1:
+    while (share := (time.monotonic() - start) / seconds) < 1 and step != steps:
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1.0, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
-        rows = torch.randint(len(lessons.ids), (batch,)).to(device)
+        rows = torch.randint(len(lessons.ids), (batch,)).to(atlas.device)
         ids, objects, places = lessons.ids[rows], lessons.objects[rows], lessons.places[rows]
         both = second(ids, output_hidden_states=True)
         words = torch.cat([first(ids, output_hidden_states=True).hidden_states[-2], both.hidden_states[-2]], dim=-1)
@@ -98,10 +101,10 @@ def teach_text_encoders(
         name = functional.cross_entropy(tells["name"](named), asked)
         loss = look + picture + 0.1 * name + 1e-3 * words.square().mean()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         step += 1
-        if step % 500 == 0:
+        if step % every == 0:
             report(
                 f"text: step {step}, error of looks {float(look.detach()):.4f}, of scenes {float(picture.detach()):.3f}"
             )
