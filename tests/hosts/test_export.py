@@ -148,7 +148,8 @@ def test_onnx_gives_what_the_model_gives(case: Case, tmp_path: Path) -> None:
         sample, *memory = map(torch.from_numpy, session.run(None, {name: x.numpy() for name, x in flat.items()}))
         return sample, dict(zip(nothing, memory, strict=True))
 
-    check(case, graph, nothing, share=2e-5, **(ONE_BLOCK if one_block else {}))
+    # The whole model is farther off because it is longer: dense, it is 6e-6 from its own ONNX graph.
+    check(case, graph, nothing, share=1e-5 if one_block else 2e-5, **(ONE_BLOCK if one_block else {}))
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a compiler of C++")
@@ -160,7 +161,7 @@ def test_aotinductor_gives_what_the_model_gives(case: Case, tmp_path: Path) -> N
         program, package_path=str(tmp_path / "phase.pt2"), inductor_configs=options
     )
     package = torch._inductor.aoti_load_package(path)
-    check(case, lambda call: package(**call), nothing, share=2e-5, **ONE_BLOCK)
+    check(case, lambda call: package(**call), nothing, share=1e-5, **ONE_BLOCK)
 
 
 def test_a_controlnet_exports_too() -> None:
