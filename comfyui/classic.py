@@ -39,6 +39,35 @@ class TokenPruning:
         return (nodes.token_pruning(model, method, rate, early_strength),)
 
 
+class TokenPruningPlan:
+    """A model and a plan in, a clone that follows the plan out."""
+
+    CATEGORY = nodes.CATEGORY
+    DESCRIPTION = nodes.PLAN_DESCRIPTION
+    RETURN_TYPES = ("MODEL", "INT", "FLOAT", "STRING")
+    RETURN_NAMES = ("MODEL", "steps", "cfg", "what is left to do")
+    FUNCTION = "execute"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Describe the inputs."""
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": nodes.UNET_TOOLTIP}),
+                "plan": ("STRING", {"default": "plan.json", "tooltip": nodes.PLAN_TOOLTIP}),
+            }
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, model: Any, plan: str) -> str:
+        """Tell whether the file has changed."""
+        return nodes.plan_stamp(plan)
+
+    def execute(self, model: Any, plan: str) -> tuple[Any, int, float, str]:
+        """Run the node."""
+        return nodes.by_plan(model, plan)
+
+
 class KeptTokens:
     """A pruned model that was run in, a picture of the kept tokens out."""
 
@@ -66,8 +95,13 @@ class KeptTokens:
         return nodes.kept_tokens(model, block, step, image)
 
 
-NODE_CLASS_MAPPINGS: dict[str, type[Any]] = {"AtedmTokenPruning": TokenPruning, "AtedmKeptTokens": KeptTokens}
+NODE_CLASS_MAPPINGS: dict[str, type[Any]] = {
+    "AtedmTokenPruning": TokenPruning,
+    "AtedmTokenPruningPlan": TokenPruningPlan,
+    "AtedmKeptTokens": KeptTokens,
+}
 NODE_DISPLAY_NAME_MAPPINGS = {
     "AtedmTokenPruning": "Token pruning (AT-EDM / matched)",
+    "AtedmTokenPruningPlan": "Token pruning plan",
     "AtedmKeptTokens": "Kept tokens",
 }

@@ -54,6 +54,40 @@ class TokenPruning(io.ComfyNode):
         return io.NodeOutput(nodes.token_pruning(model, method, rate, early_strength))
 
 
+class TokenPruningPlan(io.ComfyNode):
+    """A model and a plan in, a clone that follows the plan out."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node."""
+        return io.Schema(
+            node_id="AtedmTokenPruningPlan",
+            display_name="Token pruning plan",
+            category=nodes.CATEGORY,
+            description=nodes.PLAN_DESCRIPTION,
+            inputs=[
+                io.Model.Input("model", tooltip=nodes.UNET_TOOLTIP),
+                io.String.Input("plan", default="plan.json", tooltip=nodes.PLAN_TOOLTIP),
+            ],
+            outputs=[
+                io.Model.Output(),
+                io.Int.Output(display_name="steps"),
+                io.Float.Output(display_name="cfg"),
+                io.String.Output(display_name="what is left to do"),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model: Any, plan: str) -> str:
+        """Tell whether the file has changed."""
+        return nodes.plan_stamp(plan)
+
+    @classmethod
+    def execute(cls, model: Any, plan: str) -> io.NodeOutput:
+        """Run the node."""
+        return io.NodeOutput(*nodes.by_plan(model, plan))
+
+
 class KeptTokens(io.ComfyNode):
     """A pruned model that was run in, a picture of the kept tokens out."""
 
@@ -86,7 +120,7 @@ class TokenPruningExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """List them."""
-        return [TokenPruning, KeptTokens]
+        return [TokenPruning, TokenPruningPlan, KeptTokens]
 
 
 async def comfy_entrypoint() -> TokenPruningExtension:

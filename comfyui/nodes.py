@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from atedm.method.at_edm import DAGGER, TURBO, AtEdm
 from atedm.method.contract import Method
 from atedm.method.early_strength import EarlyStrength
 from atedm.method.matched import Matched
+from atedm.plans.in_comfyui import advice, apply_plan
+from atedm.plans.plan import read_plan
 
 CATEGORY = "model_patches/token pruning"
 METHODS: dict[str, Method] = {
@@ -63,9 +67,15 @@ PRUNING_DESCRIPTION = (
     "Runs attention blocks on a part of the tokens of an image and refills the others, so that an image takes less "
     "time. Put it behind LoRA and other patches, right before the sampler."
 )
+PLAN_DESCRIPTION = (
+    "Does with a model what a plan.json says, which `atedm tune` found on that model: pruning, and steps whose output "
+    "is forecast. Connect its steps and cfg to the sampler."
+)
 KEPT_DESCRIPTION = (
     "Shows which tokens the sampler that came before kept: bright ones stayed, dark ones were dropped and refilled."
 )
+PLAN_TOOLTIP = "Path of a plan.json, or its name in ComfyUI's input folder."
+UNET_TOOLTIP = "The model that the plan was found on: SDXL, SD 1.5 or SD 2."
 MODEL_TOOLTIP = "SDXL, SD 1.5, SD 2, FLUX, SD3 or Qwen-Image."
 PRUNED_TOOLTIP = "The model from the token pruning node."
 SAMPLES_TOOLTIP = "What the sampler gave. It is only waited for, so that there is something to show."
@@ -82,6 +92,31 @@ def token_pruning(model: Any, method: str, rate: float, early_strength: float) -
         return model
     chosen: Any = dataclasses.replace(METHODS[method], rate=rate)  # type: ignore[type-var]
     return prune(model, chosen if early_strength == 1 else EarlyStrength(chosen, early_strength))
+
+
+def by_plan(model: Any, plan: str) -> tuple[Any, int, float, str]:
+    """Return a clone of ``model`` that does what a plan says, its steps and guidance, and what is left to other nodes.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no plan, or one for another model.
+    """
+    read = read_plan(plan_file(plan))
+    return apply_plan(model, read), read.steps, 1.0 if read.guidance is None else float(read.guidance), advice(read)
+
+
+def plan_file(plan: str) -> Path:
+    """Where a plan is: a path, or a name in ComfyUI's input folder."""
+    file = Path(plan.strip().strip('"')).expanduser()
+    if file.exists() or file.is_absolute() or "folder_paths" not in sys.modules:
+        return file
+    return Path(sys.modules["folder_paths"].get_input_directory()) / file
+
+
+def plan_stamp(plan: str) -> str:
+    """Tell one state of a plan's file from another, so that ComfyUI reads it again when it has changed."""
+    file = plan_file(plan)
+    return str(file.stat().st_mtime_ns) if file.is_file() else ""
 
 
 def kept_tokens(model: Any, block: int, step: int, image: Tensor | None = None) -> tuple[Tensor, str]:

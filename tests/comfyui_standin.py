@@ -82,7 +82,8 @@ class SpatialTransformer(nn.Module):
 class UNetModel(nn.Module):
     """Two levels of one block: no attention on the first, ``depth`` layers on the second and in the middle."""
 
-    num_res_blocks = (1, 1)
+    num_res_blocks, channel_mult = (1, 1), (1, 1)
+    in_channels, model_channels = 4, CHANNELS
 
     def __init__(self, depth: int = 3) -> None:
         super().__init__()
@@ -117,6 +118,19 @@ class UNetModel(nn.Module):
         y: Tensor | None = None,
         control: dict[str, Any] | None = None,
         transformer_options: dict[str, Any] = {},  # noqa: B006
+        **kwargs: Any,
+    ) -> Tensor:
+        executor = WrapperExecutor(self._forward, self, all_wrappers("diffusion_model", transformer_options))
+        return executor(x, timesteps, context, y, control, transformer_options, **kwargs)  # type: ignore[no-any-return]
+
+    def _forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor | None,
+        context: Tensor | None,
+        y: Tensor | None,
+        control: dict[str, Any] | None,
+        transformer_options: dict[str, Any],
         **kwargs: Any,
     ) -> Tensor:
         options, skips = transformer_options, []

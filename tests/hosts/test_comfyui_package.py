@@ -54,7 +54,7 @@ sys.modules[spec.name] = module
 spec.loader.exec_module(module)
 import atedm
 assert atedm.__file__.startswith(path), atedm.__file__
-assert sorted(module.NODE_CLASS_MAPPINGS) == ["AtedmKeptTokens", "AtedmTokenPruning"]
+assert sorted(module.NODE_CLASS_MAPPINGS) == ["AtedmKeptTokens", "AtedmTokenPruning", "AtedmTokenPruningPlan"]
 assert module.WEB_DIRECTORY == "./web"
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import torch, comfyui_standin as standin

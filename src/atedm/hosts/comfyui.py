@@ -8,7 +8,7 @@ options that ComfyUI hands from the sampler down to every layer, so two clones o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -157,10 +157,7 @@ def _around_run(pruning: Pruning) -> Any:
     """Give every run of a sampler its own state, and take it away however the run ends."""
 
     def around(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        guider = executor.class_obj
-        options = guider.model_options.setdefault("transformer_options", {})
-        sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
-        run = Run.of(sigmas, guider.model_patcher.get_model_object("model_sampling"))
+        options, run = begin_run(executor, args, kwargs)
         pruning.record.clear()
         options[_RUN] = run
         try:
@@ -172,13 +169,26 @@ def _around_run(pruning: Pruning) -> Any:
     return around
 
 
+def begin_run(executor: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Run]:
+    """Return the options that the sampler which ``executor`` runs will hand to every call, and the run that begins."""
+    guider = executor.class_obj
+    sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
+    run = Run.of(sigmas, guider.model_patcher.get_model_object("model_sampling"))
+    return guider.model_options.setdefault("transformer_options", {}), run
+
+
+def options_among(tables: Iterable[Any]) -> dict[str, Any] | None:
+    """Find ComfyUI's ``transformer_options`` of a call among its arguments."""
+    return next((t for t in tables if isinstance(t, dict) and "wrappers" in t and "sigmas" in t), None)
+
+
 def _around_call(pruning: Pruning) -> Any:
     """Tell the spans where each call of the model stands."""
 
     def around(executor: Any, *args: Any, **kwargs: Any) -> Any:
         tables = [value for value in (*args, *kwargs.values()) if isinstance(value, dict)]
-        options = next((table for table in tables if "wrappers" in table), None)
-        if options is None or "sigmas" not in options:
+        options = options_among(tables)
+        if options is None:
             return executor(*args, **kwargs)
         run = options.get(_RUN)
         if run is None:  # who calls a model without ComfyUI's sampler starts anew each time

@@ -14,6 +14,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
 from atedm.hosts.runs import is_listed, step_position
+from atedm.plans.extrapolation import extrapolated
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def forecast(pipe: Any, full: Callable[[int], Sequence[int]]) -> Iterator[None]:
             given.clear()
         last = -1 if step is None else step
         if given and step is not None and step - start not in full(len(pipe.scheduler.timesteps) - start):
-            output = _extrapolated(given, step)
+            output = extrapolated(given, step)
             return UNet2DConditionOutput(sample=output) if options.get("return_dict", True) else (output,)
         result = run(sample, timestep, *arguments, **options)
         if step is not None:
@@ -55,11 +56,3 @@ def forecast(pipe: Any, full: Callable[[int], Sequence[int]]) -> Iterator[None]:
             unet.forward = run
         else:
             del unet.forward
-
-
-def _extrapolated(given: Sequence[tuple[int, Tensor]], step: int) -> Tensor:
-    """Return the output at a step on the line through the two before it, or the last one where there is one only."""
-    (before, older), (now, newer) = given[0], given[-1]
-    if before == now:
-        return newer
-    return newer + (newer - older) * ((step - now) / (now - before))
