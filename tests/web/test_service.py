@@ -12,6 +12,8 @@ import pytest
 import atedm
 from atedm.app.request import Request
 from atedm.costs.budget import run_cost
+from atedm.plans.fingerprint import fingerprint
+from atedm.plans.plan import Plan
 from atedm.web.job import ImageDone, JobDone, StepDone, Stopped, run_job
 from atedm.web.messages import complaint, message
 from atedm.web.serve import is_loopback, serve
@@ -70,6 +72,31 @@ def test_a_method_is_taken_as_it_is_where_the_slider_was_left_alone(service: Ser
     for method in service.methods("tiny").values():
         usual = service.cost_range("tiny", method, 3).usual
         assert asked(service, method=method, cost=usual).method == atedm.METHODS[method]
+
+
+def planned(folder: Path, **values: Any) -> Service:
+    plan = Plan(fingerprint(atedm.load_pipeline("tiny")), 2, found={"cost": 0.42, "dense_steps": 3}, **values)
+    return Service(("tiny",), folder, plan=plan)
+
+
+@pytest.mark.parametrize("method", [None, atedm.Matched(0.5)], ids=["fewer steps", "pruned"])
+def test_a_plan_is_offered_first_and_sets_steps_and_cost(method: Any, tmp_path: Path) -> None:
+    service = planned(tmp_path, method=method)
+    assert next(iter(service.methods("tiny").values())) == "plan"
+    assert service.cost_range("tiny", "plan", 20).usual == 42
+    request = asked(service, method="plan", steps=50, cost=99)
+    assert (request.steps, request.dense_steps) == (2, 3)
+    events = list(service.draw("someone", "tiny", request))
+    steps = [(event.kind, event.step) for event in events if isinstance(event, StepDone)]
+    assert steps == [("dense", 1), ("dense", 2), ("dense", 3), ("pruned", 1), ("pruned", 2)]
+    assert isinstance(events[-1], JobDone)
+    assert events[-1].result.psnr_to_dense is not None
+
+
+def test_a_plan_for_another_model_is_refused_when_the_page_opens(tmp_path: Path) -> None:
+    plan = Plan(fingerprint(atedm.load_pipeline("tiny")) | {"in_channels": 9}, 2)
+    with pytest.raises(ValueError, match="this plan is for another model: its in_channels is 9"):
+        serve(["tiny"], tmp_path, plan=plan)
 
 
 def test_a_job_that_is_stopped_leaves_nothing_behind(service: Service) -> None:

@@ -26,6 +26,9 @@ def web(
         ),
     ] = None,
     device: DeviceOption = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan.json that `atedm tune` found, offered for the first model.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder; each run has one of its own in it.")] = Path("out/web"),
 ) -> None:
     """Open a page in which to draw dense and pruned side by side.
@@ -36,6 +39,8 @@ def web(
     `atedm web`
 
     `atedm web --model tiny --model stabilityai/stable-diffusion-xl-base-1.0 --port 8080`
+
+    `atedm web --model ./my-checkpoint.safetensors --plan out/tune/plan.json`
     """
     from importlib.util import find_spec
 
@@ -44,12 +49,14 @@ def web(
     from rich.console import Console
 
     from atedm.app.models import quiet_libraries
+    from atedm.plans.plan import read_plan
     from atedm.web.serve import serve
 
+    found = None if plan is None else read_plan(plan)
     quiet_libraries()
     console = Console(stderr=True)
     with console.status("opening the page"):
-        served = serve(model or ["tiny"], out, host=host, port=port, password=password, device=device)
+        served = serve(model or ["tiny"], out, host=host, port=port, password=password, device=device, plan=found)
     typer.echo(f"{served.url}  (Ctrl+C stops it)")
     if served.password is not None:
         typer.echo(f"visitors give the name atedm and the password {served.password}")

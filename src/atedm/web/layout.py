@@ -14,7 +14,11 @@ def cost_slider(service: Service, model: str, method: str, steps: int) -> gr.Sli
     """Return the slider of what runs with a method can cost, set to the method as it is."""
     offered = service.cost_range(model, method, steps)
     label = "Cost, % of the dense arithmetic"
-    return gr.Slider(offered.lowest, offered.highest, offered.usual, step=1, label=label, elem_id="cost")
+    if service.plan_of(method) is not None:
+        return gr.Slider(0, 100, offered.usual, step=1, label=f"{label}: the plan's", interactive=False, elem_id="cost")
+    return gr.Slider(
+        offered.lowest, offered.highest, offered.usual, step=1, label=label, interactive=True, elem_id="cost"
+    )
 
 
 class Controls:

@@ -74,7 +74,7 @@ class Page:
         try:
             asked = self.service.request(model, prompt, method, cost, steps, guidance, seed)
             busy = {controls.draw: gr.Button(interactive=False), controls.cancel: gr.Button(interactive=True)}
-            yield busy | {controls.status: progress(StepDone("dense", 0, asked.steps))}
+            yield busy | {controls.status: progress(StepDone("dense", 0, asked.dense_steps))}
             for event in self.service.draw(_visitor(request), model, asked):
                 if isinstance(event, StepDone):
                     yield {controls.status: progress(event)}
@@ -82,7 +82,7 @@ class Page:
                     image = _large(event.image)
                     dense = dense or image
                     yield {results.compared: (dense, image)}
-                    if event.recording is not None:
+                    if event.recording is not None and event.recording.observations:
                         yield self._about_blocks(VisibleImage(image, event.recording))
                 else:
                     drawn = [*_entries(event.result, event.folder), *drawn][:GALLERY]

@@ -15,6 +15,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 
 import gradio as gr
 
+from atedm.plans.plan import Plan
 from atedm.web.page import build_page
 from atedm.web.service import Service
 
@@ -47,6 +48,7 @@ def serve(
     port: int | None = None,
     password: str | None = None,
     device: str | None = None,
+    plan: Plan | None = None,
 ) -> Served:
     """Open the page and return once it is up.
 
@@ -57,16 +59,17 @@ def serve(
         port: None is the first free one from 7860.
         password: What visitors are asked for. None asks for none on this machine, and makes one up elsewhere.
         device: Where models go.
+        plan: Offered for the first model, beside the methods.
 
     Raises:
         OSError: If the port is taken, or the address is not of this machine.
         ValueError: If the password is empty, the address is of IPv6, no model is named, or the first one cannot be
-            opened.
+            opened, or is not the one that the plan is for.
     """
     if password is not None and not password.strip():
         raise ValueError("the password is empty; leave it out, or give one")
     _check_address(host, port)
-    service = Service(tuple(models), out.resolve(), device)
+    service = Service(tuple(models), out.resolve(), device, plan)
     service.folder.mkdir(parents=True, exist_ok=True)
     if password is None and not is_loopback(host):
         password = secrets.token_urlsafe(12)

@@ -17,10 +17,14 @@ from atedm.app.models import load_pipeline
 from atedm.app.request import Request
 from atedm.costs.budget import run_cost
 from atedm.method.contract import Method
+from atedm.plans.fingerprint import refuse_other_model
+from atedm.plans.plan import Plan
 from atedm.suits import Suits, draws_in_few_steps, suits
 from atedm.web.job import Event, run_job
 from atedm.words import check_name
 
+BY_PLAN = "plan"
+"""Name of what a plan does, among those of methods."""
 MAX_STEPS = 100
 MAX_GUIDANCE = 30.0
 MAX_PROMPT = 1000
@@ -51,6 +55,8 @@ class Service:
     models: tuple[str, ...]
     folder: Path
     device: str | None = None
+    #: What is offered beside the methods, for the first model.
+    plan: Plan | None = None
     _pipes: dict[str, Any] = field(default_factory=dict)
     #: Held while a pipeline is opened or draws. Others wait in the queue of the page.
     _busy: threading.Lock = field(default_factory=threading.Lock)
@@ -72,13 +78,18 @@ class Service:
     def methods(self, model: str) -> dict[str, str]:
         """Return names of the methods that can prune a model, by their label on the page, the default first."""
         few = draws_in_few_steps(model)
+        planned = {"By the plan": BY_PLAN} if self.plan is not None and model == self.models[0] else {}
         named = {"Matched (ours)": "matched"}
         named |= {"AT-EDM†": "turbo"} if few else {"AT-EDM†": "dagger", "AT-EDM (the paper)": "paper"}
         pipe = self.pipe(model)
         found = {label: name for label, name in named.items() if can_prune(pipe, self._method(pipe, name))}
         if not found:
             raise ValueError(f"there is nothing to prune in {model}: it has no attention blocks known here")
-        return found
+        return planned | found
+
+    def plan_of(self, method: str) -> Plan | None:
+        """Return the plan, if that is what ``method`` names."""
+        return self.plan if method == BY_PLAN else None
 
     def cost_range(self, model: str, method: str, steps: int) -> CostRange:
         """Return what runs with a method can cost.
@@ -90,6 +101,9 @@ class Service:
         _check_range("Steps", steps, 1, MAX_STEPS)
         pipe = self.pipe(model)
         check_name("method", method, self.methods(model).values())
+        if (plan := self.plan_of(method)) is not None:
+            cost = min(max(round(100 * plan.found.get("cost", 1.0)), 1), 100)
+            return CostRange(cost, cost, cost)
 
         def percent(rate: float | None) -> float:
             return 100 * run_cost(pipe, self._method(pipe, method, rate), steps=int(steps))
@@ -102,14 +116,21 @@ class Service:
         return method_at(name, rate, transformer=has_transformer(pipe))
 
     def pipe(self, model: str) -> Any:
-        """Return the pipeline of one of `models`, opened when it is first asked for."""
+        """Return the pipeline of one of `models`, opened when it is first asked for.
+
+        Raises:
+            ValueError: If the plan is for another model than the first one.
+        """
         check_name("model", model, self.models)
         if model in self._pipes:  # without waiting for whoever draws
             return self._pipes[model]
         with self._busy:
             if model not in self._pipes:
                 self._pipes.clear()  # two large ones rarely fit
-                self._pipes[model] = load_pipeline(model, device=self.device)
+                pipe = load_pipeline(model, device=self.device)
+                if self.plan is not None and model == self.models[0]:
+                    refuse_other_model(self.plan.model, pipe)
+                self._pipes[model] = pipe
             return self._pipes[model]
 
     def request(
@@ -128,6 +149,8 @@ class Service:
         _check_range("Guidance", guidance, 0, MAX_GUIDANCE)
         _check_range("The seed", seed, 0, MAX_SEED)
         offered = self.cost_range(model, method, int(steps))
+        if (plan := self.plan_of(method)) is not None:  # whose steps and cost are its own
+            return Request.by_plan((prompt.strip(),), plan, guidance=float(guidance), seed=int(seed))
         _check_range("The cost", cost, offered.lowest, offered.highest)
         request = Request(
             (prompt.strip(),),
