@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import atedm
 from atedm import METHODS, AtEdm, Early
+from atedm.app.devices import processor_of
 from atedm.cli import app
 from atedm.cli.lab.latency import table
 from atedm.hosts.attention import queries_and_keys
@@ -26,7 +27,7 @@ from atedm.lab.probes import latency as latency_module
 from atedm.lab.probes import pruning_parts
 from atedm.lab.probes.latency import PAPER, LatencyReport, latency, pruned_shapes, why_not
 from atedm.lab.probes.pruning_parts import PARTS, WAYS, prune_once
-from atedm.lab.setup import Setup, processor_of
+from atedm.lab.setup import Setup
 from atedm.lab.timing import Spread
 from atedm.method.contract import Place, View
 from models import run, sdxl_unet, small_unet, watched

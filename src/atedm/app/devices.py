@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import torch
 
 
@@ -37,3 +40,13 @@ def check_device(name: str) -> None:
         is_there = backend is not None and backend.is_available()
     if not is_there:
         raise ValueError(f"there is no device {name!r} here; the fastest there is, {best_device()!r}, is the default")
+
+
+def processor_of(device: str) -> str:
+    """Return the name of the GPU, or of the CPU as far as the system tells; ``device`` as torch names it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import torch
 
-from atedm.app.devices import best_device, usual_dtype
+from atedm.app.devices import best_device, processor_of, usual_dtype
 from atedm.costs.architectures import architecture
 from atedm.suits import TINY, suits
 from atedm.words import check_whole
@@ -101,13 +101,3 @@ class Setup:
             f"{'with' if self.guidance else 'without'} guidance, {self.dtype}, {self.processor}, {self.threads} "
             f"thread{'s' * (self.threads > 1)}, torch {self.versions['torch']}"
         )
-
-
-def processor_of(device: str) -> str:
-    """Return the name of the GPU, or of the CPU as far as the system tells; ``device`` as torch names it."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

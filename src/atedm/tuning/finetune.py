@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atedm.files import read_json, save_json, written_whole
+from atedm.files import written_whole
 from atedm.hosts.unet_spans import find_unet
 from atedm.lab.evaluation.sharing import shared_work
 from atedm.lab.extra import optional
@@ -32,6 +32,7 @@ from atedm.plans.fingerprint import checksum, refuse_other_model
 from atedm.plans.plan import Plan, save_plan
 from atedm.plans.schedulers import scheduler_named
 from atedm.tiny.pictures.checkpoint import load_moments, moments_of
+from atedm.tuning.claim import claim
 from atedm.words import check_whole, is_number
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
@@ -130,8 +131,9 @@ def finetune(
     state = state or shared_work()
     weights = checksum(unet)
     if state.is_main_process:
-        _claim(out, {"plan": plan.settings(), "training": dataclasses.asdict(training), "weights": weights,
-                     "prompts": list(prompts), "processes": state.num_processes})  # fmt: skip
+        asked = {"plan": plan.settings(), "training": dataclasses.asdict(training), "weights": weights}
+        asked |= {"prompts": list(prompts), "processes": state.num_processes}
+        claim(out / SETTINGS, asked, "a training of")
     with _trainable(unet, training) as parameters, _scheduled(pipe, plan):
         optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
         losses = _resumed(out / STATE, parameters, optimizer)
@@ -251,16 +253,6 @@ def _scheduled(pipe: Any, plan: Plan) -> Iterator[None]:
         yield
     finally:
         pipe.scheduler = own
-
-
-def _claim(out: Path, asked: dict[str, Any]) -> None:
-    file = out / SETTINGS
-    if file.exists():
-        stored = read_json(file)
-        if changed := [name for name in asked if stored.get(name) != asked[name]]:
-            raise ValueError(f"{out} holds a training of another {changed[0]}; give another --out, or remove it")
-        return
-    save_json(asked, file)
 
 
 def _save_state(file: Path, parameters: list[nn.Parameter], optimizer: Any, losses: list[float]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import diffusers
 import torch
 
 import atedm
+from atedm.app.devices import processor_of
 from atedm.app.models import native_size
 from atedm.costs.architectures import architecture
 from atedm.files import check_writable, read_json, save_json
@@ -25,6 +25,7 @@ from atedm.patch import is_applied
 from atedm.plans.fingerprint import checksum, fingerprint
 from atedm.plans.plan import Plan, save_plan
 from atedm.suits import suits
+from atedm.tuning.claim import claim
 from atedm.tuning.costs import Arithmetic, RunCosts, Times
 from atedm.tuning.drawing import Easel, key_of
 from atedm.tuning.page import write_page
@@ -208,16 +209,8 @@ def _recorded(best: Tried, arithmetic: Arithmetic, record: dict[str, Any], searc
 
 
 def _claim(out: Path, dense: Plan, prompts: Sequence[str], seed: int, weights: int, dtype: str) -> None:
-    """Write down what a folder is of, or see that it is of the same."""
     asked = {"model": dict(dense.model), **dense.settings(), "prompts": list(prompts), "seed": seed}
-    asked |= {"weights": weights, "dtype": dtype}
-    file = out / SETTINGS
-    if file.exists():
-        stored = read_json(file)
-        if changed := [name for name in asked if stored.get(name) != asked[name]]:
-            raise ValueError(f"{out} holds a search with another {changed[0]}; give another --out, or remove it")
-        return
-    save_json(asked, file)
+    claim(out / SETTINGS, asked | {"weights": weights, "dtype": dtype}, "a search with")
 
 
 def _caching(pipe: Any, steps: int) -> tuple[int | None, ...]:
@@ -287,8 +280,8 @@ def _lpips(easel: Easel, plan: Plan) -> float | None:
 
 def _machine(pipe: Any) -> dict[str, Any]:
     device = pipe.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    found: dict[str, Any] = {"device": str(device), "name": name, "dtype": str(pipe.unet.dtype).removeprefix("torch.")}
+    dtype = str(pipe.unet.dtype).removeprefix("torch.")
+    found: dict[str, Any] = {"device": str(device), "name": processor_of(str(device)), "dtype": dtype}
     return found | {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
 
 
