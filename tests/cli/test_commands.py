@@ -75,7 +75,7 @@ def test_cost_shows_tables_and_draws(run: Run, tmp_path: Path) -> None:
     done = run("cost", "--model", "tiny", "--budget", "0.9", "--batch", "2", "--no-guidance", "--plot", "a/cost.png")
     assert done.returncode == 0, done.stderr
     for part in (
-        "tiny, 128 x 128 px, batch 2 without guidance; 50 steps, 0 of them early; Matched pruning, rate 0.",
+        "tiny, 128 x 128 px, batch 2 without guidance; 20 steps, 0 of them early; Matched pruning, rate 0.",
         "| Matched pruning, exact | 2.017 |",
         "| ToMe 50%, all parts, all levels |",
         "| up_blocks.1.attentions.2 |",

@@ -232,4 +232,4 @@ def test_command_prints_json_alone(command: Callable[..., str]) -> None:
     assert printed["method"]["where"] == "not-second-level"
     assert (printed["setup"]["guidance"], printed["setup"]["dtype"]) == (False, "bfloat16")
     assert list(printed["ways"]) == HERE
-    assert printed["dense_run"] == 50 * printed["dense_step"][0]
+    assert printed["dense_run"] == 20 * printed["dense_step"][0]
