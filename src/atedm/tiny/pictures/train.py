@@ -1,8 +1,11 @@
 """Train the picture model from nothing on a CPU or a GPU, in as many sittings as it takes.
 
-    python -m atedm.tiny.pictures.train RUN --images 100000 --canvas 64     # coarse scenes at a sixteenth of the cost
-    python -m atedm.tiny.pictures.train RUN --images 300000 --canvas 128
-    python -m atedm.tiny.pictures.train RUN --images 330000 --canvas 256 --cooldown 20000
+    python -m atedm.tiny.pictures.train RUN --images 30000 --canvas 64 --batch 16 --lr 1.5e-3
+    python -m atedm.tiny.pictures.train RUN --images 300000 --canvas 128 --batch 12
+    python -m atedm.tiny.pictures.train RUN --images 330000 --canvas 256 --batch 8 --lr 7e-4 --cooldown 30000
+
+The first sitting teaches where things stand, at a sixteenth of the cost. What objects look like is learned in the
+second: at 64 px they are too small to show it.
 
 ``--images`` counts from the beginning of the run, so that a sitting that was cut off goes on by the same command. Run
 it under ``torchrun --nproc_per_node 2`` with ``OMP_NUM_THREADS=1`` to use two cores.
