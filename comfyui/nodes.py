@@ -13,10 +13,12 @@ from torch import Tensor
 
 from atedm.hosts.comfyui import prune, pruning_of
 from atedm.hosts.comfyui_kept import KeptInSpan
+from atedm.hosts.comfyui_transformers import is_transformer
 from atedm.method.at_edm import DAGGER, TURBO, AtEdm
 from atedm.method.contract import Method
 from atedm.method.early_strength import EarlyStrength
 from atedm.method.matched import Matched
+from atedm.method.presets import TRANSFORMER_METHODS
 from atedm.plans.in_comfyui import advice, apply_plan
 from atedm.plans.plan import read_plan
 
@@ -90,7 +92,11 @@ def token_pruning(model: Any, method: str, rate: float, early_strength: float) -
     """
     if rate == 0:
         return model
-    chosen: Any = dataclasses.replace(METHODS[method], rate=rate)  # type: ignore[type-var]
+    chosen: Any = METHODS[method]
+    if chosen == Matched() and is_transformer(model.get_model_object("diffusion_model")):
+        # Its first step is dense, unless early steps are told what to do.
+        chosen = dataclasses.replace(TRANSFORMER_METHODS["matched"], first_dense=early_strength == 1)  # type: ignore[call-arg]
+    chosen = dataclasses.replace(chosen, rate=rate)
     return prune(model, chosen if early_strength == 1 else EarlyStrength(chosen, early_strength))
 
 

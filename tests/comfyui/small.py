@@ -164,6 +164,9 @@ def strong(network: nn.Module) -> None:
             continue
         gain = 2.5 if name.endswith(("to_q.weight", "to_k.weight")) else 0.05 if name == "out.2.weight" else 1.0
         nn.init.normal_(parameter, std=gain * parameter[0].numel() ** -0.5)
+    for name, buffer in network.named_buffers():
+        if name.endswith("pos_embed"):  # which holds what was in memory until weights are loaded
+            nn.init.normal_(buffer, std=0.1)
 
 
 def patcher(model: Any) -> ModelPatcher:

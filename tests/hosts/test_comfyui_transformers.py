@@ -1,6 +1,7 @@
 """The host for ComfyUI's transformers on a stand-in of FLUX; `tests/comfyui` has the same in the real application."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,23 @@ def test_rate_0_changes_no_bit_and_equal_runs_are_equal() -> None:
     assert torch.equal(draw(clone), first)
     assert torch.equal(draw(clone.clone()), first)  # which copies what is laid on it
     assert torch.equal(draw(patcher), dense)
+
+
+def test_a_dense_first_step_leaves_each_token_its_own_update() -> None:
+    """The second step then adds to the update of a group what set that of a token apart, as in diffusers."""
+    patcher = model()
+    method = Matched(0.5, level_factors=(), first_dense=True)
+    remembered = draw(prune(patcher, method))
+    seen = [count for _, count in patcher.model.diffusion_model.double_blocks[1].seen[-3:]]
+    assert seen == [24, 12, 12]
+    forgetful = draw(prune(patcher, replace(method, own_update_share=0.0)))
+    pruned_at_once = draw(prune(patcher, replace(method, first_dense=False)))
+    dense = draw(patcher)
+    off = [float((image - dense).square().mean()) for image in (remembered, forgetful, pruned_at_once)]
+    assert off[0] < off[1]
+    assert off[0] < off[2]
+    assert torch.equal(draw(prune(patcher, method)), remembered)
+    torch.testing.assert_close(draw(prune(patcher, method), together=False), remembered)
 
 
 def test_pruning_of_copies_is_dense() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, compiler
 
-from atedm.method.contract import Cut, Memory, Place, View
+from atedm.method.contract import Cut, Memory, Method, Place, View
 from atedm.method.keep import gather_tokens
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ class TransformerSpan:
     patch_size: int
     call: Call | None = None
     active: Active | None = None
+    #: Image tokens (B, N, C) before the first block, in a step that drops none and is to be remembered.
+    before: Tensor | None = None
     #: Whether it runs on all tokens in this call.
     is_dense: bool = False
     #: What was laid on, by ComfyUI's key of a block.
@@ -95,14 +97,14 @@ class TransformerSpan:
 
     def begin_call(self, call: Call, options: Mapping[str, Any], control: Mapping[str, Any] | None) -> None:
         """Prune in this call, unless something reads tokens by their place."""
-        self.call, self.active, self.is_dense = call, None, False
+        self.call, self.active, self.before, self.is_dense = call, None, None, False
         reason = self._why_dense(options, control)
         if reason is not None:
             self._leave_dense(reason)
 
     def end_call(self) -> None:
         """Forget the call."""
-        self.call = self.active = None
+        self.call = self.active = self.before = None
 
     def _leave_dense(self, reason: str) -> None:
         assert self.call is not None
@@ -125,7 +127,7 @@ class TransformerSpan:
     @compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, args: dict[str, Any]) -> dict[str, Any]:
         """Drop tokens before the first block: give what the block is handed in place of ``args``."""
-        self.active = None
+        self.active = self.before = None
         if self.call is None:
             return args
         call, image = self.call, args["img"]
@@ -141,6 +143,7 @@ class TransformerSpan:
         number = tokens.shape[1]
         count = call.count(self.place, number)
         if count >= number:
+            self.before = tokens.clone() if _remembers_dense(call.pruning.method) else None  # blocks may add in place
             return args
         height, width = (-(-side // self.patch_size) for side in call.latents)
         if height * width != number:
@@ -185,6 +188,16 @@ class TransformerSpan:
         return args | more
 
     @compiler.disable  # type: ignore[untyped-decorator]
+    def remember(self, before: Tensor, out: dict[str, Any]) -> None:
+        """Let the method remember what a step that dropped nothing did to each token."""
+        assert self.call is not None
+        words = (self.call.words or 0) if self.kind == _KINDS[1] else 0
+        memory, method = self.call.memory(self.place), self.call.pruning.method
+        method.remember_dense(before, out["img"][:, words:], memory)  # type: ignore[attr-defined]
+        self.call.run.remember(self.place.name, memory)
+        self.before = None
+
+    @compiler.disable  # type: ignore[untyped-decorator]
     def refill(self, active: Active, out: dict[str, Any]) -> dict[str, Any]:
         """Give all tokens after the last block."""
         words = active.words if self.kind == _KINDS[1] else 0
@@ -209,6 +222,8 @@ def _block(span: TransformerSpan, index: int, before: Callable[..., Any] | None)
         out: dict[str, Any] = extra["original_block"](args) if before is None else before(args, extra)
         if active is not None and index == span.blocks[-1]:
             out = span.refill(active, out)
+        elif span.before is not None and index == span.blocks[-1]:
+            span.remember(span.before, out)
         return out
 
     return compiler.disable(patch, recursive=False)  # type: ignore[no-untyped-call,no-any-return]
@@ -250,6 +265,10 @@ def gather_places(rotary: Tensor, keep: Tensor, words: int) -> Tensor:
     index = torch.cat([prompt, keep + words], 1)
     rows = rotary.movedim(dim, 1)
     return gather_tokens(rows.expand(len(keep), *rows.shape[1:]), index).movedim(1, dim)
+
+
+def _remembers_dense(method: Method) -> bool:
+    return method.remembers and hasattr(method, "remember_dense")
 
 
 def _no_attention() -> NoReturn:
