@@ -18,7 +18,11 @@ from diffusers import (
     UNet2DConditionModel,
     UNetMotionModel,
 )
-from diffusers.hooks import HookRegistry
+from diffusers.hooks import (
+    HookRegistry,
+    PyramidAttentionBroadcastConfig,
+    apply_pyramid_attention_broadcast,
+)
 from diffusers.hooks import ModelHook as DiffusersHook
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
@@ -218,6 +222,34 @@ def test_outputs_that_are_held_for_later_steps_leave_a_block_dense(
         assert torch.equal(run(unet, 900), expected[0])
         assert torch.equal(run(unet, 100), expected[1])
     assert "the forward of attn2 is hold_outputs.<locals>.forward, which is not diffusers' own" in caplog.text
+
+
+@pytest.mark.parametrize("method", [Matched(), AtEdm(spare=None)], ids=["matched", "paper"])
+def test_a_cache_of_attention_outputs_leaves_a_block_dense(method: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Pyramid attention broadcast would add the output for the tokens of one step to those of the next."""
+
+    def cached(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+        skip: dict[str, Any] = {f"cross_attention_{name}": value for name, value in _EVERY_SECOND_CALL.items()}
+        config = PyramidAttentionBroadcastConfig(**skip, current_timestep_callback=lambda: 500)
+        apply_pyramid_attention_broadcast(unet, config)
+        return unet
+
+    expected = [run(unet := cached(small_unet()), 900), run(unet, 800)]
+    assert not torch.equal(run(small_unet(), 800), expected[1])  # it does something
+    pruned = small_unet()
+    atedm.apply(pruned, method)
+    cached(pruned)
+    with caplog.at_level(logging.WARNING, "atedm"):
+        assert torch.equal(run(pruned, 900), expected[0])
+        assert torch.equal(run(pruned, 800), expected[1])
+    assert "pyramid_attention_broadcast keeps what attn2 gave for other tokens" in caplog.text
+
+
+_EVERY_SECOND_CALL = {
+    "block_skip_range": 2,
+    "timestep_skip_range": (0, 1000),
+    "block_identifiers": ("transformer_blocks",),
+}
 
 
 def test_hooks_of_accelerate_and_diffusers_do_not_leave_a_block_dense() -> None:

@@ -51,6 +51,15 @@ def foreign_code(parts: Iterable[tuple[str, nn.Module]]) -> str | None:
     return None
 
 
+def stateful_hook(module: nn.Module) -> str | None:
+    """Name a hook of diffusers on a module that lasts from one call to the next, as those of its caches do."""
+    registry = getattr(module, "_diffusers_hook", None)
+    for name, hook in (getattr(registry, "hooks", None) or {}).items():
+        if getattr(hook, "_is_stateful", False):
+            return str(name)
+    return None
+
+
 def _foreign_forward(module: nn.Module) -> str | None:
     """Name a function of nobody known here that was laid over the ``forward`` of a module."""
     function = vars(module).get("forward")

@@ -18,7 +18,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from atedm.hosts.attention import foreign_code
+from atedm.hosts.attention import foreign_code, stateful_hook
 from atedm.hosts.dit_blocks import BlockState, PrunedBlock, SpanState, pruned_class
 from atedm.hosts.dit_families import UNPRUNABLE, Family, Given, Grid, family_of
 from atedm.hosts.noise_steps import NoiseSteps
@@ -238,7 +238,7 @@ def _why_dense(model: nn.Module, family: Family, given: Given, grid: Grid | None
     state: Any = model._atedm
     for name in state.spans:
         for inner, module in _first_block(model, name).named_modules():  # caches are laid over all blocks alike
-            if inner and (cache := _stateful_hook(module)):
+            if inner and (cache := stateful_hook(module)):
                 return f"{cache} keeps what parts of its blocks gave for other tokens"
         if (foreign := foreign_code(_parts(_blocks(model, name)))) is not None:
             return f"{foreign} is not diffusers' own and may read tokens by their place"
@@ -251,15 +251,6 @@ def _parts(blocks: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         for name, module in block.named_children():
             if "processor" in vars(module):
                 yield name, module
-
-
-def _stateful_hook(module: nn.Module) -> str | None:
-    """Name a hook of diffusers on a module that lasts from one call to the next."""
-    registry = getattr(module, "_diffusers_hook", None)
-    for name, hook in (getattr(registry, "hooks", None) or {}).items():
-        if getattr(hook, "_is_stateful", False):
-            return str(name)
-    return None
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from atedm.hosts.attention import attention_bias, bias_for, foreign_code, queries_and_keys
+from atedm.hosts.attention import attention_bias, bias_for, foreign_code, queries_and_keys, stateful_hook
 from atedm.hosts.protected import check_room
 from atedm.hosts.runs import Run
 from atedm.hosts.state import PATCHING, ModelState, is_attached, refuse_attached
@@ -234,10 +234,10 @@ def before_forward(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: di
         block = unet.get_submodule(name)
         refuse_at_call(name, block)
         block._atedm.memory.begin_step(follows=follows)
-        foreign = foreign_code(_parts(block.transformer_blocks[state.method.dense_layers :]))
-        block._atedm.is_dense = foreign is not None
-        if foreign is not None:
-            _say_once(name, foreign)
+        why = _why_dense(block.transformer_blocks[state.method.dense_layers :])
+        block._atedm.is_dense = why is not None
+        if why is not None:
+            _say_once(name, why)
     sample = given.get("sample")
     if state.protect is not None and isinstance(sample, Tensor):
         state.protect = state.protect.to(sample.device)
@@ -252,14 +252,23 @@ def _parts(layers: Iterable[Any]) -> Iterator[tuple[str, nn.Module]]:
         yield "attn2", layer.attn2
 
 
+def _why_dense(layers: Iterable[Any]) -> str | None:
+    """Say what in some layers may read tokens by their place; None if nothing does."""
+    parts = [*_parts(layers)]
+    if (foreign := foreign_code(parts)) is not None:
+        return (
+            f"{foreign} is not diffusers' own and may read tokens by their place. An attention processor that does not "
+            "can be added to atedm.hosts.attention.TRUSTED_PROCESSORS"
+        )
+    for name, module in parts:
+        if (cache := stateful_hook(module)) is not None:
+            return f"{cache} keeps what {name} gave for other tokens"
+    return None
+
+
 @functools.cache
-def _say_once(span: str, code: str) -> None:
-    logging.getLogger("atedm").warning(
-        "%s is left dense: %s is not diffusers' own and may read tokens by their place. An attention processor that "
-        "does not can be added to atedm.hosts.attention.TRUSTED_PROCESSORS.",
-        span,
-        code,
-    )
+def _say_once(span: str, why: str) -> None:
+    logging.getLogger("atedm").warning("%s is left dense: %s.", span, why)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
