@@ -69,6 +69,8 @@ PRUNING_DESCRIPTION = (
     "Runs attention blocks on a part of the tokens of an image and refills the others, so that an image takes less "
     "time. Put it behind LoRA and other patches, right before the sampler."
 )
+_USUAL_CFG = 8.0
+"""As ComfyUI's own samplers are set; for a plan that leaves it open."""
 PLAN_DESCRIPTION = (
     "Does with a model what a plan.json says, which `atedm tune` found on that model: pruning, and steps whose output "
     "is forecast. Connect its steps and cfg to the sampler."
@@ -93,9 +95,10 @@ def token_pruning(model: Any, method: str, rate: float, early_strength: float) -
     if rate == 0:
         return model
     chosen: Any = METHODS[method]
-    if chosen == Matched() and is_transformer(model.get_model_object("diffusion_model")):
-        # Its first step is dense, unless early steps are told what to do.
-        chosen = dataclasses.replace(TRANSFORMER_METHODS["matched"], first_dense=early_strength == 1)  # type: ignore[call-arg]
+    if method == "matched" and is_transformer(model.get_model_object("diffusion_model")):
+        chosen = TRANSFORMER_METHODS[method]
+        if early_strength != 1:  # which says what early steps drop, the first one too
+            chosen = dataclasses.replace(chosen, first_dense=False)
     chosen = dataclasses.replace(chosen, rate=rate)
     return prune(model, chosen if early_strength == 1 else EarlyStrength(chosen, early_strength))
 
@@ -108,7 +111,8 @@ def by_plan(model: Any, plan: str) -> tuple[Any, int, float, str]:
         ValueError: If it is no plan, or one for another model.
     """
     read = read_plan(plan_file(plan))
-    return apply_plan(model, read), read.steps, 1.0 if read.guidance is None else float(read.guidance), advice(read)
+    guidance = _USUAL_CFG if read.guidance is None else float(read.guidance)
+    return apply_plan(model, read), read.steps, guidance, advice(read)
 
 
 def plan_file(plan: str) -> Path:

@@ -11,11 +11,13 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import (
     ControlNetModel,
     ControlNetUnionModel,
+    ControlNetXSAdapter,
     DDIMScheduler,
     MotionAdapter,
     MultiControlNetModel,
     StableDiffusionSAGPipeline,
     UNet2DConditionModel,
+    UNetControlNetXSModel,
     UNetMotionModel,
 )
 from diffusers.hooks import (
@@ -81,6 +83,29 @@ def test_spatial_blocks_of_a_video_model_are_pruned_and_its_temporal_ones_left_a
         assert torch.equal(model(sample, 500, words).sample, dense)
     assert pruned.shape == dense.shape
     assert not torch.equal(pruned, dense)
+
+
+@pytest.mark.parametrize("method", [Matched(), AtEdm(spare=None)], ids=["matched", "paper"])
+@torch.no_grad()
+def test_a_unet_that_runs_with_its_controlnet_xs_is_pruned_in_both(method: Any) -> None:
+    unet = sdxl_unet()
+    model = UNetControlNetXSModel.from_unet(unet, ControlNetXSAdapter.from_unet(unet, size_ratio=0.5)).eval()
+    call = inputs(unet)
+    edges = torch.rand(len(call["sample"]), 3, *(8 * side for side in call["sample"].shape[2:]))
+
+    def draw() -> Tensor:
+        words = call["encoder_hidden_states"]
+        sample: Tensor = model(call["sample"], 500, words, edges, added_cond_kwargs=call["added_cond_kwargs"]).sample
+        return sample
+
+    dense = draw()
+    summary = atedm.apply(model, method)
+    assert any("base_attentions" in name for name in summary.pruned)
+    assert any("ctrl_attentions" in name for name in summary.pruned)
+    assert not torch.equal(draw(), dense)
+    assert torch.equal(draw(), draw())
+    atedm.remove(model)
+    assert torch.equal(draw(), dense)
 
 
 def test_a_union_controlnet_is_pruned() -> None:

@@ -10,8 +10,9 @@ import torch
 import comfyui_standin as standin
 from atedm.hosts.comfyui import prune
 from atedm.method.matched import Matched
-from atedm.plans.in_comfyui import advice, apply_plan
+from atedm.plans.in_comfyui import SAMPLERS, advice, apply_plan
 from atedm.plans.plan import Cache, Plan
+from atedm.plans.schedulers import SCHEDULERS
 from comfyui_standin import Guider, ModelPatcher
 
 SIGMAS = torch.tensor([10.0, 8.0, 6.0, 3.0, 1.0, 0.0])
@@ -108,3 +109,5 @@ def test_what_cannot_be_done_there_is_refused_and_what_is_left_to_others_is_said
     said = advice(Plan(FITS, 11, scheduler="dpm++", guidance=3.0, lora="lora"))
     assert "Set the sampler to 11 steps, sampler: dpmpp_2m, cfg 3." in said
     assert "Load its LoRA before this node: lora." in said
+    assert "your own cfg, which the plan leaves open" in advice(FORECAST)
+    assert SAMPLERS.keys() == SCHEDULERS.keys()

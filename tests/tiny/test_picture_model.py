@@ -172,7 +172,7 @@ def test_lessons_teach_what_objects_look_like(tmp_path: Path, atlas: Atlas) -> N
     torch.manual_seed(0)
     encoders = build_text_encoders(tokenizer)
     said: list[str] = []
-    teach_text_encoders(encoders, tokenizer, atlas, 1e9, scenes=128, batch=16, steps=150, every=75, report=said.append)
+    teach_text_encoders(encoders, tokenizer, atlas, 150, scenes=128, batch=16, every=75, report=said.append)
     errors = [float(line.split("looks ")[1].split(",")[0]) for line in said]
     assert len(errors) == 2
     assert errors[1] < 0.7 * errors[0]
@@ -205,9 +205,7 @@ def test_a_run_that_was_cut_off_goes_on_by_the_same_command(tmp_path: Path, atla
     app.command()(train)
 
     def sit(images: int) -> str:
-        options = (
-            f"--images {images} --canvas 64 --batch 2 --pool 32 --eager --sample-minutes 0 --text-minutes 0".split()
-        )
+        options = f"--images {images} --canvas 64 --batch 2 --pool 32 --eager --sample-minutes 0 --text-steps 0".split()
         result = CliRunner().invoke(app, [str(run), *options], catch_exceptions=False)
         assert result.exit_code == 0
         return result.output

@@ -145,7 +145,7 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
 
     console = Console(stderr=True, quiet=quiet)
     if not console.is_terminal:
-        yield _lines(console.print)
+        yield _lines(lambda line: console.print(line, markup=False, highlight=False))
         return
     # A group of images may take minutes, and the time left is told from the speed over this many seconds.
     with Bar(console=console, speed_estimate_period=1800) as bar:

@@ -8,7 +8,14 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import diffusers
-from diffusers import ControlNetModel, ControlNetUnionModel, MultiControlNetModel, UNet2DConditionModel, UNetMotionModel
+from diffusers import (
+    ControlNetModel,
+    ControlNetUnionModel,
+    MultiControlNetModel,
+    UNet2DConditionModel,
+    UNetControlNetXSModel,
+    UNetMotionModel,
+)
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
@@ -22,7 +29,7 @@ WRITTEN_FOR = "0.33 to 0.42"
 _MERGING = "ToMeBlock"
 """What tomesd calls the class of a layer that it has patched."""
 
-PRUNABLE = (UNet2DConditionModel, ControlNetModel, ControlNetUnionModel, UNetMotionModel)
+PRUNABLE = (UNet2DConditionModel, ControlNetModel, ControlNetUnionModel, UNetMotionModel, UNetControlNetXSModel)
 """Models whose attention blocks are known here."""
 
 _CALL = ("encoder_hidden_states", "timestep", "cross_attention_kwargs", "class_labels")
@@ -50,7 +57,8 @@ def find_unet(target: Any) -> UNet2DConditionModel:
     """Return the U-Net of a pipeline, or ``target`` itself if it is one.
 
     A wrapper of `torch.compile` or `DistributedDataParallel` is looked through. Subclasses count, and so do
-    `UNetMotionModel` (AnimateDiff), whose spatial blocks are ordinary, and a ControlNet handed over itself.
+    `UNetMotionModel` (AnimateDiff), whose spatial blocks are ordinary, `UNetControlNetXSModel`, and a ControlNet handed
+    over itself.
 
     Raises:
         TypeError: If there is none; the message names what was found and what would work.

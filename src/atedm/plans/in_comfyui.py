@@ -49,8 +49,7 @@ def advice(plan: Plan) -> str:
     lines = [plan.what()[:1].upper() + plan.what()[1:] + "."]
     sampler = "the sampler that the model is used with" if plan.scheduler is None else SAMPLERS[plan.scheduler]
     asked = [f"{plan.steps} steps", f"sampler: {sampler}"]
-    if plan.guidance is not None:
-        asked.append(f"cfg {plan.guidance:g}")
+    asked.append("your own cfg, which the plan leaves open" if plan.guidance is None else f"cfg {plan.guidance:g}")
     lines.append(f"Set the sampler to {', '.join(asked)}.")
     if plan.lora is not None:
         lines.append(f"Load its LoRA before this node: {plan.lora_folder}.")

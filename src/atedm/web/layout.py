@@ -36,7 +36,7 @@ class Controls:
         with gr.Row():
             self.draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
             self.cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", min_width=120, interactive=False)
-        self.status = gr.HTML(hint(model), elem_id="status")
+        self.status = gr.HTML(hint(model, service.plan_of(method)), elem_id="status")
         with gr.Accordion("Model, steps, guidance, seed", open=False, elem_id="more"):
             self.model = gr.Dropdown([*service.models], value=model, label="Model", elem_id="model")
             self.steps = gr.Slider(1, MAX_STEPS, suiting.steps, step=1, label="Steps", elem_id="steps")

@@ -125,13 +125,16 @@ class Page:
             controls.steps: suiting.steps,
             controls.guidance: suiting.guidance,
             controls.cost: slider,
-            controls.status: hint(model),
+            controls.status: hint(model, self.service.plan_of(method)),
         }
 
     def choose_method(self, model: str, method: str, steps: int) -> dict[Any, Any]:
         """Change the slider to what runs with another method can cost."""
         try:
-            return {self.controls.cost: cost_slider(self.service, model, method, steps)}
+            return {
+                self.controls.cost: cost_slider(self.service, model, method, steps),
+                self.controls.status: hint(model, self.service.plan_of(method)),
+            }
         except (ValueError, TypeError, OSError) as error:
             return {self.controls.status: complaint(str(error))}
 

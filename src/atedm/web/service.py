@@ -102,7 +102,7 @@ class Service:
         pipe = self.pipe(model)
         check_name("method", method, self.methods(model).values())
         if (plan := self.plan_of(method)) is not None:
-            cost = min(max(round(100 * plan.found.get("cost", 1.0)), 1), 100)
+            cost = round(100 * plan.found["cost"])
             return CostRange(cost, cost, cost)
 
         def percent(rate: float | None) -> float:
@@ -119,7 +119,7 @@ class Service:
         """Return the pipeline of one of `models`, opened when it is first asked for.
 
         Raises:
-            ValueError: If the plan is for another model than the first one.
+            ValueError: If the plan is for another model than the first one, or does not say what it costs.
         """
         check_name("model", model, self.models)
         if model in self._pipes:  # without waiting for whoever draws
@@ -130,6 +130,8 @@ class Service:
                 pipe = load_pipeline(model, device=self.device)
                 if self.plan is not None and model == self.models[0]:
                     refuse_other_model(self.plan.model, pipe)
+                    if "cost" not in self.plan.found:
+                        raise ValueError("this plan does not say what it costs; take one that `atedm tune` wrote")
                 self._pipes[model] = pipe
             return self._pipes[model]
 

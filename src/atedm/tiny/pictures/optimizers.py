@@ -12,8 +12,7 @@ from torch import nn
 class KernelMuon(torch.optim.Muon):
     """Muon (Jordan et al., 2024) that takes the kernels of convolutions too: each as its matrix (out, in * h * w).
 
-    torch's own takes matrices only. Of the ways measured to teach the picture model, this one learns fastest by far:
-    after seven minutes of a core the error is 8 % lower than with AdamW for the kernels.
+    torch's own takes matrices only, and most of a U-Net's weights are kernels.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], **options: Any) -> None:

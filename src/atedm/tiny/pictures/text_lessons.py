@@ -8,7 +8,6 @@ scene, both by one linear or shallow layer that is thrown away afterwards.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,25 +44,23 @@ def teach_text_encoders(
     encoders: tuple[Any, Any],
     tokenizer: CLIPTokenizer,
     atlas: Atlas,
-    seconds: float,
+    steps: int,
     *,
     scenes: int = 12_800,
     batch: int = 128,
-    steps: int | None = None,
     every: int = 500,
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Train both encoders in place for a wall-clock time.
+    """Train both encoders in place.
 
     Args:
         encoders: As `build_text_encoders` gives them, on the device of the atlas.
         tokenizer: Of the captions.
         atlas: Of the objects.
-        seconds: Training time; the learning rate falls to zero in it.
+        steps: How many; the learning rate falls to zero over them.
         scenes: How many captions there are to learn from.
         batch: Captions a step.
-        steps: Stop after so many, if that is sooner.
         every: After how many steps progress is told.
         seed: Of scenes and of what is thrown away.
         report: Told of progress.
@@ -86,10 +83,9 @@ def teach_text_encoders(
     ).to(atlas.device)
     trained = [*first.parameters(), *second.parameters(), *tells.parameters()]
     optimizer = torch.optim.AdamW([p for p in trained if p.requires_grad], lr=3e-3, weight_decay=0.01)
-    start, step = time.monotonic(), 0
-    while (share := (time.monotonic() - start) / seconds) < 1 and step != steps:
+    for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+            group["lr"] = 3e-3 * min(1.0, step / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         rows = torch.randint(len(lessons.ids), (batch,)).to(atlas.device)
         ids, objects, places = lessons.ids[rows], lessons.objects[rows], lessons.places[rows]
         both = second(ids, output_hidden_states=True)
@@ -103,7 +99,6 @@ def teach_text_encoders(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        step += 1
         if step % every == 0:
             report(
                 f"text: step {step}, error of looks {float(look.detach()):.4f}, of scenes {float(picture.detach()):.3f}"

@@ -61,7 +61,7 @@ def train(
     pool: Annotated[int, typer.Option(help="Encoded scenes held a process.")] = 2048,
     uses: Annotated[int, typer.Option(help="How often each is drawn; 1 on a GPU.")] = 4,
     autoencoder_minutes: Annotated[float, typer.Option(help="Training time of the autoencoder, if there is none.")] = 8,
-    text_minutes: Annotated[float, typer.Option(help="First lessons of the text encoders, on a new run.")] = 2,
+    text_steps: Annotated[int, typer.Option(help="First lessons of the text encoders, on a new run.")] = 3000,
     archive: Annotated[
         Path | None, typer.Option("--objects-archive", help="The npm package of the objects; fetched by default.")
     ] = None,
@@ -88,11 +88,9 @@ def train(
     if not (run / NAME).exists():
         if start_from is not None:
             model.load_parts(start_from)
-        elif rank == 0 and text_minutes:
+        elif rank == 0 and text_steps:
             encoders = (model.text_encoder, model.text_encoder_2)
-            teach_text_encoders(
-                encoders, tokenizer, load_atlas(run / "objects").to(device), 60 * text_minutes, seed=seed
-            )
+            teach_text_encoders(encoders, tokenizer, load_atlas(run / "objects").to(device), text_steps, seed=seed)
     # The first process gives its weights to the others.
     trained: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     average = copy.deepcopy(model).eval().requires_grad_(False)
