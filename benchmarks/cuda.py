@@ -246,11 +246,15 @@ def _peak(act: Callable[[], object], device: torch.device) -> float | None:
 
 
 def _launches(act: Callable[[], object], device: torch.device) -> int:
-    """Kernels that are started; on a CPU, operations."""
-    kind = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    """Kernels and copies that the device runs; on a CPU, operations."""
+    on_gpu = device.type == "cuda"
+    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[kind]) as profiler:
         act()
-    return len(profiler.events() or ())
+        if on_gpu:
+            torch.cuda.synchronize()
+    asked = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    return sum(event.device_type == asked for event in profiler.events() or ())
 
 
 # --- Where does the time of pruning go? -------------------------------------------------------------------------------

@@ -20,6 +20,11 @@ PARTS = {
 """Its modules, and the files of their weights in a pipeline's folder."""
 
 
+def whole_picture(canvas: int, count: int, device: torch.device) -> Tensor:
+    """SDXL's sizes of pictures that are not cropped, (count, 6): original, top and left of the crop, target."""
+    return torch.tensor([canvas, canvas, 0, 0, canvas, canvas], device=device).expand(count, 6)
+
+
 class Denoiser(nn.Module):
     """The text encoders and the U-Net: token ids and noisy latents in, v out."""
 
@@ -37,14 +42,21 @@ class Denoiser(nn.Module):
         if compiled:
             self.unet.compile_repeated_blocks()
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, keep_caption: Tensor, canvas: int) -> Tensor:
-        """Predict v for ``noisy`` (B, 4, h, w); rows where ``keep_caption`` (B,) is 0 see no caption."""
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, keep_caption: Tensor, sizes: Tensor) -> Tensor:
+        """Predict v.
+
+        Args:
+            noisy: (B, 4, h, w).
+            timesteps: (B,), 0 to 999.
+            ids: (B, TOKENS) int64.
+            keep_caption: (B,); rows where it is 0 see no caption.
+            sizes: (B, 6): see `whole_picture`.
+        """
         words = self.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
         second = self.text_encoder_2(ids, output_hidden_states=True)
         words = torch.cat([words, second.hidden_states[-2]], dim=-1) * keep_caption[:, None, None]
         pooled = second.text_embeds * keep_caption[:, None]
-        time_ids = torch.tensor([canvas, canvas, 0, 0, canvas, canvas], device=noisy.device).expand(len(noisy), 6)
-        added = {"text_embeds": pooled, "time_ids": time_ids}
+        added = {"text_embeds": pooled, "time_ids": sizes}
         return self.unet(noisy, timesteps, words, added_cond_kwargs=added, return_dict=False)[0]  # type: ignore[no-any-return]
 
     def load_parts(self, folder: Path) -> None:

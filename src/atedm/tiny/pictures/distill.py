@@ -80,17 +80,17 @@ def distill(
     began, shown, saved, steps, total = *([time.monotonic()] * 3), 0, 0.0
     while seen < images:
         torch.manual_seed(hash((seed, seen)) % 2**31)
-        clean, ids = scenes.draw(batch)
+        clean, ids, sizes = scenes.draw(batch)
         later = torch.randint(1, _TEACHER_STEPS + 1, (batch,), device=device)
         t, before = times[later], times[later - 1]
         noisy = _noised(clean, torch.randn_like(clean), alphas, t)
         keep = torch.ones(batch, device=device)
         with torch.autocast(device.type, torch.bfloat16):
-            said = _picture(noisy, student(noisy, t, ids, keep, canvas).float(), alphas, t)
+            said = _picture(noisy, student(noisy, t, ids, keep, sizes).float(), alphas, t)
             with torch.no_grad():
-                nearer = _teacher_step(teacher, noisy, t, before, ids, alphas, canvas, guidance)
+                nearer = _teacher_step(teacher, noisy, t, before, ids, alphas, sizes, guidance)
                 expected = _picture(
-                    nearer, target(nearer, before.clamp_min(0), ids, keep, canvas).float(), alphas, before
+                    nearer, target(nearer, before.clamp_min(0), ids, keep, sizes).float(), alphas, before
                 )
                 expected = torch.where((before < 0)[:, None, None, None], nearer, expected)
         loss = functional.huber_loss(said, expected, delta=0.1)
@@ -132,12 +132,19 @@ def _scales(alphas: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _teacher_step(
-    teacher: nn.Module, noisy: Tensor, t: Tensor, before: Tensor, ids: Tensor, alphas: Tensor, canvas: int, scale: float
+    teacher: nn.Module,
+    noisy: Tensor,
+    t: Tensor,
+    before: Tensor,
+    ids: Tensor,
+    alphas: Tensor,
+    sizes: Tensor,
+    scale: float,
 ) -> Tensor:
     """One guided DDIM step from ``t`` to ``before``."""
     count = len(noisy)
     keep = torch.cat([torch.zeros(count), torch.ones(count)]).to(noisy.device)
-    both = teacher(noisy.repeat(2, 1, 1, 1), t.repeat(2), ids.repeat(2, 1), keep, canvas).float()
+    both = teacher(noisy.repeat(2, 1, 1, 1), t.repeat(2), ids.repeat(2, 1), keep, sizes.repeat(2, 1)).float()
     without, with_caption = both.chunk(2)
     v = without + scale * (with_caption - without)
     signal, sigma = _scales(alphas, t)

@@ -6,22 +6,18 @@ Left out are signs, letters, people, and what a stranger could not tell apart at
 from __future__ import annotations
 
 _LIST = """
-1f986 duck, 1f427 penguin, 1f989 owl, 1f9a9 flamingo, 1f99a peacock, 1f413 rooster, 1f9a2 swan, 1f418 elephant,
-1f405 tiger, 1f404 cow, 1f416 pig, 1f411 sheep, 1f40e horse, 1f42a camel, 1f992 giraffe, 1f98f rhinoceros,
-1f407 rabbit, 1f401 mouse, 1f43f-fe0f chipmunk, 1f994 hedgehog, 1f9a5 sloth, 1f998 kangaroo, 1f40a crocodile,
-1f422 turtle, 1f40d snake, 1f996 dinosaur, 1f40b whale, 1f42c dolphin, 1f420 fish, 1f988 shark, 1f419 octopus,
-1f980 crab, 1f99e lobster, 1f40c snail, 1f98b butterfly, 1f41d bee, 1f41e ladybug, 1f577-fe0f spider, 1f438 frog,
-1f43c panda, 1f98a fox, 1f43b bear, 1f981 lion, 1f428 koala, 1f435 monkey, 1f984 unicorn, 1f332 pine tree,
-1f334 palm tree, 1f335 cactus, 1f337 tulip, 1f33b sunflower, 1f339 rose, 1f344 mushroom, 1fab4 potted plant,
-1f34e apple, 1f34c banana, 1f34d pineapple, 1f353 strawberry, 1f349 watermelon, 1f347 grapes, 1f352 cherries,
-1f34b lemon, 1f350 pear, 1f951 avocado, 1f955 carrot, 1f33d corn cob, 1f966 broccoli, 1f346 eggplant,
-1f354 hamburger, 1f355 pizza slice, 1f32d hot dog, 1f9c1 cupcake, 1f382 birthday cake, 1f369 doughnut,
-1f366 ice cream cone, 1f36d lollipop, 1f950 croissant, 1f968 pretzel, 1f37a beer mug, 1fad6 teapot, 1f695 taxi,
-1f68c bus, 1f692 fire engine, 1f69c tractor, 1f6fb pickup truck, 1f682 locomotive, 1f6b2 bicycle, 1f6f5 scooter,
-2708-fe0f airplane, 1f681 helicopter, 1f680 rocket, 1f6f8 flying saucer, 26f5 sailboat, 1f30b volcano, 1f3e0 house,
-1f3f0 castle, 26fa tent, 1f3a1 ferris wheel, 1f381 present, 1f388 balloon, 1f383 pumpkin,
-26c4 snowman, 1f9f8 teddy bear, 1f916 robot, 1f47b ghost, 1f3b8 guitar, 1f3ba trumpet, 1f941 drum, 1f4f7 camera,
-1f4fa television, 23f0 alarm clock, 1f4a1 light bulb, 1f511 key, 2602-fe0f umbrella, 1f451 crown, 1f45f sneaker,
+1f986 duck, 1f427 penguin, 1f989 owl, 1f9a9 flamingo, 1f99a peacock, 1f9a2 swan, 1f418 elephant, 1f405 tiger, 1f404
+cow, 1f416 pig, 1f411 sheep, 1f992 giraffe, 1f407 rabbit, 1f422 turtle, 1f40d snake, 1f996 dinosaur, 1f40b whale,
+1f420 fish, 1f419 octopus, 1f980 crab, 1f40c snail, 1f98b butterfly, 1f41e ladybug, 1f438 frog, 1f43c panda, 1f98a
+fox, 1f43b bear, 1f981 lion, 1f428 koala, 1f435 monkey, 1f984 unicorn, 1f332 pine tree, 1f334 palm tree, 1f335 cactus,
+1f337 tulip, 1f33b sunflower, 1f339 rose, 1f344 mushroom, 1fab4 potted plant, 1f34e apple, 1f34c banana, 1f34d
+pineapple, 1f353 strawberry, 1f349 watermelon, 1f347 grapes, 1f352 cherries, 1f34b lemon, 1f350 pear, 1f951 avocado,
+1f955 carrot, 1f33d corn cob, 1f966 broccoli, 1f346 eggplant, 1f354 hamburger, 1f355 pizza slice, 1f32d hot dog, 1f9c1
+cupcake, 1f382 birthday cake, 1f369 doughnut, 1f366 ice cream cone, 1f36d lollipop, 1f950 croissant, 1f37a beer mug,
+1fad6 teapot, 1f695 taxi, 1f68c bus, 1f692 fire engine, 1f6fb pickup truck, 2708-fe0f airplane, 1f681 helicopter,
+1f680 rocket, 1f6f8 flying saucer, 26f5 sailboat, 1f30b volcano, 1f3e0 house, 1f3f0 castle, 26fa tent, 1f381 present,
+1f388 balloon, 1f383 pumpkin, 26c4 snowman, 1f9f8 teddy bear, 1f916 robot, 1f47b ghost, 1f3b8 guitar, 1f941 drum,
+1f4f7 camera, 1f4fa television, 23f0 alarm clock, 1f4a1 light bulb, 2602-fe0f umbrella, 1f451 crown, 1f45f sneaker,
 1f392 backpack, 1f6cb-fe0f sofa, 1f3c6 trophy, 26bd soccer ball, 1f3c0 basketball, 2693 anchor, 1fa90 planet
 """
 

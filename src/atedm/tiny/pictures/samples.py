@@ -12,7 +12,7 @@ from PIL import Image
 from atedm.files import save_image
 from atedm.tiny.pictures.autoencoder import FACTOR
 from atedm.tiny.pictures.data import tokenize
-from atedm.tiny.pictures.denoiser import Denoiser
+from atedm.tiny.pictures.denoiser import Denoiser, whole_picture
 from atedm.tiny.pictures.scenes import held_out_scenes
 from atedm.tiny.pictures.unet import build_scheduler
 
@@ -49,12 +49,13 @@ def draw_samples(
     scheduler = build_scheduler()
     scheduler.set_timesteps(steps, device=device)
     side = canvas // FACTOR
+    sizes = whole_picture(canvas, 2 * count, device)
     noise = torch.randn(count, 4, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     latents = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         both = scheduler.scale_model_input(latents.repeat(2, 1, 1, 1), timestep)
         with torch.autocast(device.type, torch.bfloat16):
-            v = model(both, timestep.expand(2 * count), ids, keep, canvas).float()
+            v = model(both, timestep.expand(2 * count), ids, keep, sizes).float()
         without, with_caption = v.chunk(2)
         latents = scheduler.step(without + GUIDANCE * (with_caption - without), timestep, latents).prev_sample
     images = autoencoder.decode(latents / autoencoder.config.scaling_factor).sample

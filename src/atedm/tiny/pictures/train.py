@@ -57,6 +57,9 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     muon: Annotated[bool, typer.Option(help="Muon in place of AdamW for matrices and kernels of the U-Net.")] = True,
     cooldown: Annotated[int, typer.Option(help="Let the learning rate fall to zero over the last so many images.")] = 0,
+    crop: Annotated[
+        int | None, typer.Option(help="Teach squares of so many pixels around an object, not whole pictures.")
+    ] = None,
     objects: Annotated[int | None, typer.Option(help="Objects a scene; by default one to three.")] = None,
     pool: Annotated[int, typer.Option(help="Encoded scenes held a process.")] = 2048,
     uses: Annotated[int, typer.Option(help="How often each is drawn; 1 on a GPU.")] = 4,
@@ -110,6 +113,7 @@ def train(
         uses=uses,
         seed=hash((seed, rank, seen)) % 2**31,
         objects=objects,
+        crop=crop,
     )
     alphas = build_scheduler().alphas_cumprod.to(device)
     steps, total, began, shown, saved, drawn = 0, 0.0, *([time.monotonic()] * 4)
@@ -119,7 +123,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (seen + batch * world) / _WARMUP, left)
         torch.manual_seed(hash((seed, rank, seen)) % 2**31)  # so that a run that is resumed has the same noise
-        loss = _loss(trained, scenes.draw(batch), alphas, canvas)
+        loss = _loss(trained, scenes.draw(batch), alphas)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -149,15 +153,15 @@ def train(
         save_state(run, model, average, optimizers, seen)
         sitting = {"canvas": canvas, "minutes": round((time.monotonic() - began) / 60, 1), "batch": batch * world}
         with (run / "sittings.jsonl").open("a") as log:
-            log.write(json.dumps({**sitting, "lr": lr, "cooldown": cooldown, "seen": seen}) + "\n")
+            log.write(json.dumps({**sitting, "crop": crop, "lr": lr, "cooldown": cooldown, "seen": seen}) + "\n")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def _loss(model: nn.Module, scenes: Batch, alphas: Tensor, canvas: int) -> Tensor:
+def _loss(model: nn.Module, scenes: Batch, alphas: Tensor) -> Tensor:
     """Mean square of the error of v, over noisy steps more than over clean ones."""
-    clean, ids = scenes
+    clean, ids, sizes = scenes
     count, device = len(clean), clean.device
     # More of the noisy steps, where objects and places are decided.
     timesteps = (1000 * torch.rand(count, device=device) ** 0.6).long().clamp(max=999)
@@ -165,7 +169,7 @@ def _loss(model: nn.Module, scenes: Batch, alphas: Tensor, canvas: int) -> Tenso
     signal, sigma = (a[timesteps].sqrt()[:, None, None, None] for a in (alphas, 1 - alphas))
     keep = (torch.rand(count, device=device) >= CAPTION_DROPOUT).float()
     with torch.autocast(device.type, torch.bfloat16):
-        v = model(signal * clean + sigma * noise, timesteps, ids, keep, canvas)
+        v = model(signal * clean + sigma * noise, timesteps, ids, keep, sizes)
     error: Tensor = v.float() - (signal * noise - sigma * clean)
     return error.square().mean()
 
