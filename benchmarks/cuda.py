@@ -49,6 +49,8 @@ from atedm.method.matching import match_by_features
 from atedm.method.presets import METHODS, TRANSFORMER_METHODS
 from atedm.method.recovery import group_sizes, mean_by_source, update_of_match
 
+COMPILED = ("dense", "paper, auto map", "dagger, auto map", "paper, oracle", "matched")
+"""Candidates that are timed once more with compiled blocks; compiling takes most of a minute each."""
 PLACE = Place("down", 2, 0, 1, 2, "span")
 
 
@@ -153,8 +155,12 @@ def time_steps(
     dtype: torch.dtype,
     repeats: int,
     timed: dict[str, Candidate],
+    compiled: bool = False,
 ) -> dict[str, Any]:
-    """Time a late step by every candidate in turns: eager, and replayed as a CUDA graph where that can be."""
+    """Time a late step by every candidate in turns: as it is, and replayed as a CUDA graph where that can be.
+
+    ``compiled`` compiles the transformer blocks, pruned or not. Together with a graph that is the fastest a user has.
+    """
     device = model.device
     call = arch.call(size, (1 + arch.guidance) * batch, device=device, dtype=dtype)
     rows: dict[str, Any] = {}
@@ -165,6 +171,8 @@ def time_steps(
             try:
                 pipe, act = _run_of(arch, copied, call)
                 stack.enter_context(candidate.applied(pipe))
+                if compiled:
+                    copied.compile_repeated_blocks(dynamic=False)
                 for _ in range(3):
                     act()
                 rows[name] = {"peak, MiB": _peak(act, device), "launches": _launches(act, device)}
@@ -370,6 +378,10 @@ def main() -> None:
         steps[name] = time_steps(arch, unet, size, batch, dtype, 2 if asked.small else 7, timed)
         keep("steps", steps)
         print(name, json.dumps(steps[name]), flush=True)
+        if (dtype, side, batch) == configs[0]:  # the size and dtype that the goals are set for
+            few = {way: timed[way] for way in COMPILED}
+            steps[f"{name}, compiled"] = time_steps(arch, unet, size, batch, dtype, 7, few, compiled=True)
+            keep("steps", steps)
         del unet
     if time.monotonic() - began < asked.seconds:
         name = "FLUX.1, narrow, float32, 128 px, batch 1" if asked.small else "FLUX.1, bfloat16, 1024 px, batch 1"
