@@ -17,17 +17,20 @@ from typer.testing import CliRunner
 from atedm.tiny.pictures.assemble import assemble, with_few_steps
 from atedm.tiny.pictures.autoencoder import build_autoencoder
 from atedm.tiny.pictures.checkpoint import save_state
-from atedm.tiny.pictures.denoiser import Denoiser
+from atedm.tiny.pictures.data import crop_around_objects, tokenize
+from atedm.tiny.pictures.denoiser import Denoiser, text_of
 from atedm.tiny.pictures.distill import distill
 from atedm.tiny.pictures.download import load_atlas
 from atedm.tiny.pictures.layout import place_objects
 from atedm.tiny.pictures.objects import OBJECTS, with_article
 from atedm.tiny.pictures.optimizers import KernelMuon
+from atedm.tiny.pictures.pipeline import open_transformer_run, save_half
 from atedm.tiny.pictures.rendering import Atlas, render
 from atedm.tiny.pictures.scenes import BACKGROUNDS, RELATIONS, Scene, held_out_scenes, sample_scene
 from atedm.tiny.pictures.text import TOKENS, build_text_encoders, build_tokenizer
 from atedm.tiny.pictures.text_lessons import last_tokens, teach_text_encoders
 from atedm.tiny.pictures.train import train
+from atedm.tiny.pictures.transformer import CaptionOnlySD3Pipeline
 from atedm.tiny.pictures.unet import build_unet
 
 
@@ -244,3 +247,47 @@ def test_a_run_is_distilled_and_assembled_into_a_pipeline(tmp_path: Path, atlas:
     few = with_few_steps(pipe, tmp_path / "folder" / "lora")("a duck", **asked, guidance_scale=1.0).images
     assert many.shape == few.shape == (1, 64, 64, 3)
     assert np.isfinite(few).all()
+
+
+def test_a_transformer_trains_and_becomes_a_pipeline(tmp_path: Path, atlas: Atlas) -> None:
+    run = tmp_path / "run"
+    (run / "objects").mkdir(parents=True)
+    pixels = (atlas.levels[0] * 255).to(torch.uint8)
+    save_file({"pictures": pixels}, run / "objects" / f"objects-{len(OBJECTS)}.safetensors")
+    build_autoencoder().save_pretrained(run / "vae")
+    app = typer.Typer()
+    app.command()(train)
+    for images in (4, 6):  # the second sitting goes on from the first
+        options = f"--transformer --images {images} --canvas 64 --batch 2 --pool 32 --eager --text-steps 0".split()
+        assert CliRunner().invoke(app, [str(run), *options], catch_exceptions=False).exit_code == 0
+    pipe = open_transformer_run(run)
+    pipe.set_progress_bar_config(disable=True)
+    asked = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}
+    image = pipe("a duck", **asked, generator=torch.manual_seed(0)).images
+    assert image.shape == (1, 64, 64, 3)
+    # The pipeline gives the model what it was trained on.
+    ids = tokenize(pipe.tokenizer, ["a duck"])
+    words, pooled = text_of(pipe.text_encoder, pipe.text_encoder_2, ids)
+    given = pipe.encode_prompt("a duck", None, None, do_classifier_free_guidance=False)
+    torch.testing.assert_close(given[0], words)
+    torch.testing.assert_close(given[2], torch.cat([torch.zeros_like(pooled), pooled], dim=-1))
+    save_half(pipe, run, tmp_path / "folder")
+    again = CaptionOnlySD3Pipeline.from_pretrained(tmp_path / "folder")
+    again.set_progress_bar_config(disable=True)
+    assert np.abs(again("a duck", **asked, generator=torch.manual_seed(0)).images - image).max() < 0.05
+    assert sum(file.stat().st_size for file in (tmp_path / "folder").rglob("*.safetensors")) < 12e6
+
+
+def test_crops_are_about_an_object_and_say_where_they_are(atlas: Atlas) -> None:
+    rng = np.random.default_rng(3)
+    rendered = render([sample_scene(rng) for _ in range(8)], atlas, rng, 256)
+    squares, corners = crop_around_objects(rendered, 96, rng)
+    for square, (top, left), image, masks in zip(
+        squares, corners.tolist(), rendered.images, rendered.masks, strict=True
+    ):
+        assert torch.equal(square, image[:, top : top + 96, left : left + 96])
+        inside = masks[:, top : top + 96, left : left + 96].sum((1, 2)) / masks.sum((1, 2)).clamp_min(1)
+        assert inside.max() > 0.3  # a large object is not there as a whole
+    whole, at = crop_around_objects(rendered, 256, rng)
+    assert torch.equal(whole, rendered.images)
+    assert not at.any()

@@ -29,7 +29,7 @@ from transformers import CLIPTokenizer
 from atedm.tiny.autoencoder import train_autoencoder
 from atedm.tiny.dataset import encode_scenes
 from atedm.tiny.pictures.checkpoint import NAME, load_state, save_state
-from atedm.tiny.pictures.denoiser import Denoiser
+from atedm.tiny.pictures.denoiser import Denoiser, load_parts, whole_picture
 from atedm.tiny.pictures.unet import build_scheduler
 from atedm.tiny.scenes import CANVAS
 from atedm.tiny.text import build_text_encoders, build_tokenizer
@@ -77,13 +77,14 @@ def train(
     torch.manual_seed(seed)
     model = Denoiser(build_text_encoders(tokenizer), build_unet(), compiled=not eager).to(device)
     if start_from is not None and not (run / NAME).exists():
-        model.load_parts(start_from)
+        load_parts(model, start_from)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     seen = load_state(run, model, average, [optimizer])
     trained: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     torch.manual_seed(hash((seed, rank, seen)) % 2**31)
     alphas = build_scheduler().alphas_cumprod.to(device)
+    sizes = whole_picture(canvas, batch, device)
     weights = _row_weights(data.ids, tokenizer, reversed_share)
     start, steps, total, shown = time.monotonic(), 0, 0.0, time.monotonic()
     while (spent := (time.monotonic() - start) / 60) < minutes:
@@ -105,7 +106,7 @@ def train(
         signal, sigma = (a[timesteps].sqrt()[:, None, None, None] for a in (alphas, 1 - alphas))
         keep = (torch.rand(batch, device=device) >= CAPTION_DROPOUT).float()
         with torch.autocast(device.type, torch.bfloat16):
-            v = trained(signal * clean + sigma * noise, timesteps, ids, keep, canvas)
+            v = trained(signal * clean + sigma * noise, timesteps, ids, keep, sizes)
         loss = (v.float() - (signal * noise - sigma * clean)).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -12,17 +12,37 @@ from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from atedm.tiny.pictures.data import Batch
+from atedm.tiny.pictures.unet import build_scheduler
+
+CAPTION_DROPOUT = 0.1
+"""Share of the pictures that are learned without their caption, for guidance."""
 PARTS = {
     "text_encoder": "model.safetensors",
     "text_encoder_2": "model.safetensors",
     "unet": "diffusion_pytorch_model.safetensors",
+    "transformer": "diffusion_pytorch_model.safetensors",
 }
-"""Its modules, and the files of their weights in a pipeline's folder."""
+"""The modules, and the files of their weights in a pipeline's folder."""
 
 
 def whole_picture(canvas: int, count: int, device: torch.device) -> Tensor:
     """SDXL's sizes of pictures that are not cropped, (count, 6): original, top and left of the crop, target."""
     return torch.tensor([canvas, canvas, 0, 0, canvas, canvas], device=device).expand(count, 6)
+
+
+def text_of(first: nn.Module, second: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode token ids (B, TOKENS): words of both encoders (B, TOKENS, 2 WIDTH), and the second's pooled caption."""
+    pooled = second(ids, output_hidden_states=True)
+    words = first(ids, output_hidden_states=True).hidden_states[-2]
+    return torch.cat([words, pooled.hidden_states[-2]], dim=-1), pooled.text_embeds
+
+
+def freeze_unread(encoder: nn.Module) -> None:
+    """Freeze the last layer of the first encoder, of which the layer before it is read and no pooled caption."""
+    for name, parameter in encoder.named_parameters():
+        if "encoder.layers.2." in name or "final_layer_norm" in name:
+            parameter.requires_grad_(False)
 
 
 class Denoiser(nn.Module):
@@ -32,12 +52,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.text_encoder, self.text_encoder_2 = text_encoders
         self.unet = unet
-        for name, parameter in self.named_parameters():
-            # SDXL reads the last layer but one of both encoders, and only the second's pooled caption.
-            if name.startswith(("text_encoder.encoder.layers.2", "text_encoder.final_layer_norm")) or name.startswith(
-                ("text_encoder.text_model.encoder.layers.2", "text_encoder.text_model.final_layer_norm")
-            ):
-                parameter.requires_grad_(False)
+        freeze_unread(self.text_encoder)
         self.unet.set_attn_processor(_PlainAttention())
         if compiled:
             self.unet.compile_repeated_blocks()
@@ -52,17 +67,33 @@ class Denoiser(nn.Module):
             keep_caption: (B,); rows where it is 0 see no caption.
             sizes: (B, 6): see `whole_picture`.
         """
-        words = self.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
-        second = self.text_encoder_2(ids, output_hidden_states=True)
-        words = torch.cat([words, second.hidden_states[-2]], dim=-1) * keep_caption[:, None, None]
-        pooled = second.text_embeds * keep_caption[:, None]
-        added = {"text_embeds": pooled, "time_ids": sizes}
+        words, pooled = text_of(self.text_encoder, self.text_encoder_2, ids)
+        words = words * keep_caption[:, None, None]
+        added = {"text_embeds": pooled * keep_caption[:, None], "time_ids": sizes}
         return self.unet(noisy, timesteps, words, added_cond_kwargs=added, return_dict=False)[0]  # type: ignore[no-any-return]
 
-    def load_parts(self, folder: Path) -> None:
-        """Take the weights of a pipeline's folder."""
-        for part, file in PARTS.items():
-            getattr(self, part).load_state_dict(load_file(folder / part / file))
+
+def load_parts(model: nn.Module, folder: Path) -> None:
+    """Take the weights of a pipeline's folder: those of the parts that both have."""
+    for part, file in PARTS.items():
+        if hasattr(model, part) and (folder / part / file).exists():
+            getattr(model, part).load_state_dict(load_file(folder / part / file))
+
+
+def v_loss(model: nn.Module, scenes: Batch) -> Tensor:
+    """Mean square of the error of v, over noisy steps more than over clean ones."""
+    clean, ids, sizes = scenes
+    count, device = len(clean), clean.device
+    alphas = build_scheduler().alphas_cumprod.to(device)
+    # More of the noisy steps, where objects and places are decided.
+    timesteps = (1000 * torch.rand(count, device=device) ** 0.6).long().clamp(max=999)
+    noise = torch.randn_like(clean)
+    signal, sigma = (a[timesteps].sqrt()[:, None, None, None] for a in (alphas, 1 - alphas))
+    keep = (torch.rand(count, device=device) >= CAPTION_DROPOUT).float()
+    with torch.autocast(device.type, torch.bfloat16):
+        v = model(signal * clean + sigma * noise, timesteps, ids, keep, sizes)
+    error: Tensor = v.float() - (signal * noise - sigma * clean)
+    return error.square().mean()
 
 
 class _PlainAttention:

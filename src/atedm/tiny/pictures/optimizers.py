@@ -1,4 +1,4 @@
-"""The optimizers of a training: Muon for all matrices and kernels of the U-Net, AdamW for the rest."""
+"""The optimizers of a training: Muon for all matrices and kernels of what denoises, AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def build_optimizers(model: nn.Module, lr: float, muon: bool = True) -> list[tor
         muon: Without it all is left to AdamW.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    matrices = [p for name, p in trained.items() if muon and name.startswith("unet.") and p.ndim >= 2]
+    matrices = [p for name, p in trained.items() if muon and not name.startswith("text_encoder") and p.ndim >= 2]
     chosen = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in trained.values() if id(parameter) not in chosen]
     optimizers: list[torch.optim.Optimizer] = [

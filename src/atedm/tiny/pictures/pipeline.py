@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
 from atedm.tiny.pictures.checkpoint import averaged_weights, part_of
+from atedm.tiny.pictures.text import build_text_encoders
+from atedm.tiny.pictures.transformer import (
+    CaptionOnlySD3Pipeline,
+    build_flow_scheduler,
+    build_transformer,
+    with_projection,
+)
 from atedm.tiny.pictures.unet import build_scheduler
 
 
@@ -43,7 +50,27 @@ def open_run(
     )
 
 
-def save_half(pipe: StableDiffusionXLPipeline, run: Path, folder: Path) -> None:
+def open_transformer_run(run: Path) -> CaptionOnlySD3Pipeline:
+    """Open the averaged weights of a transformer's training run as a float32 pipeline."""
+    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
+    first, second = build_text_encoders(tokenizer)
+    averaged = averaged_weights(run)
+    parts = {"text_encoder": first, "text_encoder_2": second, "transformer": build_transformer()}
+    for name, part in parts.items():
+        part.load_state_dict(part_of(averaged, name))
+        part.eval()
+    return CaptionOnlySD3Pipeline(
+        **parts | {"text_encoder": with_projection(first)},
+        vae=AutoencoderTiny.from_pretrained(run / "vae"),
+        tokenizer=tokenizer,
+        tokenizer_2=CLIPTokenizer.from_pretrained(run / "tokenizer"),
+        text_encoder_3=None,
+        tokenizer_3=None,
+        scheduler=build_flow_scheduler(),
+    )
+
+
+def save_half(pipe: DiffusionPipeline, run: Path, folder: Path) -> None:
     """Write the pipeline of a run with float16 weights that open as float32 unless a dtype is asked for."""
     for tokenizer in ("tokenizer", "tokenizer_2"):  # older transformers read these two, newer ones tokenizer.json
         (folder / tokenizer).mkdir(parents=True, exist_ok=True)
@@ -54,7 +81,7 @@ def save_half(pipe: StableDiffusionXLPipeline, run: Path, folder: Path) -> None:
         _edit_config(folder / part, set_to={"dtype": "float32"}, drop=("torch_dtype", "_name_or_path"))
     # AutoencoderTiny writes block_out_channels itself and then warns of it when it is read back.
     _edit_config(folder / "vae", drop=("block_out_channels", "_name_or_path"))
-    _edit_config(folder / "unet", drop=("_name_or_path",))
+    _edit_config(folder / ("unet" if hasattr(pipe, "unet") else "transformer"), drop=("_name_or_path",))
 
 
 def _edit_config(part: Path, set_to: dict[str, Any] | None = None, drop: tuple[str, ...] = ()) -> None:

@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
+from torch import nn
 
 from atedm.files import save_image
 from atedm.tiny.pictures.autoencoder import FACTOR
 from atedm.tiny.pictures.data import tokenize
-from atedm.tiny.pictures.denoiser import Denoiser, whole_picture
+from atedm.tiny.pictures.denoiser import whole_picture
 from atedm.tiny.pictures.scenes import held_out_scenes
-from atedm.tiny.pictures.unet import build_scheduler
 
 GUIDANCE = 3.0
 
 
 @torch.no_grad()
 def draw_samples(
-    model: Any,
+    model: nn.Module,
+    scheduler: Any,
     autoencoder: AutoencoderTiny,
     tokenizer: Any,
     canvas: int,
@@ -33,7 +34,8 @@ def draw_samples(
     """Draw held-out scenes with a denoiser, four a row, and write their captions beside the picture.
 
     Args:
-        model: A `Denoiser`.
+        model: A `Denoiser` or a `FlowDenoiser`.
+        scheduler: Its sampler.
         autoencoder: On the same device.
         tokenizer: Of the captions.
         canvas: Pixels a side.
@@ -41,22 +43,21 @@ def draw_samples(
         count: How many scenes.
         steps: Denoising steps.
     """
-    assert isinstance(model, Denoiser)
     device = next(model.parameters()).device
     captions = [scene.caption for scene in held_out_scenes(count)]
     ids = tokenize(tokenizer, captions).to(device).repeat(2, 1)
     keep = torch.cat([torch.zeros(count), torch.ones(count)]).to(device)
-    scheduler = build_scheduler()
     scheduler.set_timesteps(steps, device=device)
     side = canvas // FACTOR
     sizes = whole_picture(canvas, 2 * count, device)
     noise = torch.randn(count, 4, side, side, generator=torch.Generator().manual_seed(0)).to(device)
-    latents = noise * scheduler.init_noise_sigma
+    scale = getattr(scheduler, "scale_model_input", lambda noisy, _: noisy)  # a flow's has none
+    latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for timestep in scheduler.timesteps:
-        both = scheduler.scale_model_input(latents.repeat(2, 1, 1, 1), timestep)
+        both = scale(latents.repeat(2, 1, 1, 1), timestep)
         with torch.autocast(device.type, torch.bfloat16):
-            v = model(both, timestep.expand(2 * count), ids, keep, sizes).float()
-        without, with_caption = v.chunk(2)
+            predicted = model(both, timestep.expand(2 * count), ids, keep, sizes).float()
+        without, with_caption = predicted.chunk(2)
         latents = scheduler.step(without + GUIDANCE * (with_caption - without), timestep, latents).prev_sample
     images = autoencoder.decode(latents / autoencoder.config.scaling_factor).sample
     pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).byte().cpu()

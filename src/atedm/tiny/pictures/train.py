@@ -26,23 +26,23 @@ import torch
 import torch.distributed as dist
 import typer
 from diffusers import AutoencoderTiny
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPTokenizer
 
 from atedm.tiny.pictures.autoencoder import train_autoencoder
 from atedm.tiny.pictures.checkpoint import NAME, load_state, save_state
-from atedm.tiny.pictures.data import Batch, ScenePool
-from atedm.tiny.pictures.denoiser import Denoiser
+from atedm.tiny.pictures.data import ScenePool
+from atedm.tiny.pictures.denoiser import Denoiser, load_parts, v_loss
 from atedm.tiny.pictures.download import load_atlas
 from atedm.tiny.pictures.optimizers import build_optimizers
 from atedm.tiny.pictures.samples import draw_samples
 from atedm.tiny.pictures.scenes import CANVAS
 from atedm.tiny.pictures.text import build_text_encoders, build_tokenizer
 from atedm.tiny.pictures.text_lessons import teach_text_encoders
+from atedm.tiny.pictures.transformer import FlowDenoiser, build_flow_scheduler, build_transformer, flow_loss
 from atedm.tiny.pictures.unet import build_scheduler, build_unet
 
-CAPTION_DROPOUT = 0.1
 AVERAGE_DECAY = 0.995
 """Of the averaged weights, a step: a memory of two hundred steps, because sittings on a CPU have few."""
 _WARMUP = 6000
@@ -57,6 +57,7 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     muon: Annotated[bool, typer.Option(help="Muon in place of AdamW for matrices and kernels of the U-Net.")] = True,
     cooldown: Annotated[int, typer.Option(help="Let the learning rate fall to zero over the last so many images.")] = 0,
+    transformer: Annotated[bool, typer.Option("--transformer", help="Train SD3's class in place of SDXL's.")] = False,
     crop: Annotated[
         int | None, typer.Option(help="Teach squares of so many pixels around an object, not whole pictures.")
     ] = None,
@@ -87,12 +88,19 @@ def train(
     autoencoder = AutoencoderTiny.from_pretrained(run / "vae").to(device)
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     torch.manual_seed(seed)
-    model = Denoiser(build_text_encoders(tokenizer), build_unet(), compiled=not eager).to(device)
+    encoders = build_text_encoders(tokenizer)
+    model: nn.Module
+    if transformer:
+        model = FlowDenoiser(encoders, build_transformer(), tokenizer, compiled=not eager)
+        loss_of, scheduler = flow_loss, build_flow_scheduler()
+    else:
+        model = Denoiser(encoders, build_unet(), compiled=not eager)
+        loss_of, scheduler = v_loss, build_scheduler()
+    model.to(device)
     if not (run / NAME).exists():
         if start_from is not None:
-            model.load_parts(start_from)
+            load_parts(model, start_from)
         elif rank == 0 and text_steps:
-            encoders = (model.text_encoder, model.text_encoder_2)
             teach_text_encoders(encoders, tokenizer, load_atlas(run / "objects").to(device), text_steps, seed=seed)
     # The first process gives its weights to the others.
     trained: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
@@ -115,7 +123,6 @@ def train(
         objects=objects,
         crop=crop,
     )
-    alphas = build_scheduler().alphas_cumprod.to(device)
     steps, total, began, shown, saved, drawn = 0, 0.0, *([time.monotonic()] * 4)
     while seen < images:
         left = (images - seen) / cooldown if cooldown else 1.0
@@ -123,7 +130,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (seen + batch * world) / _WARMUP, left)
         torch.manual_seed(hash((seed, rank, seen)) % 2**31)  # so that a run that is resumed has the same noise
-        loss = _loss(trained, scenes.draw(batch), alphas)
+        loss = loss_of(trained, scenes.draw(batch))
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -147,7 +154,7 @@ def train(
             save_state(run, model, average, optimizers, seen)
             saved = now
         if sample_minutes and now - drawn > 60 * sample_minutes:
-            draw_samples(average, autoencoder, tokenizer, canvas, run / f"samples-{canvas}-{seen}.png")
+            draw_samples(average, scheduler, autoencoder, tokenizer, canvas, run / f"samples-{canvas}-{seen}.png")
             drawn = time.monotonic()
     if rank == 0:
         save_state(run, model, average, optimizers, seen)
@@ -157,21 +164,6 @@ def train(
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-def _loss(model: nn.Module, scenes: Batch, alphas: Tensor) -> Tensor:
-    """Mean square of the error of v, over noisy steps more than over clean ones."""
-    clean, ids, sizes = scenes
-    count, device = len(clean), clean.device
-    # More of the noisy steps, where objects and places are decided.
-    timesteps = (1000 * torch.rand(count, device=device) ** 0.6).long().clamp(max=999)
-    noise = torch.randn_like(clean)
-    signal, sigma = (a[timesteps].sqrt()[:, None, None, None] for a in (alphas, 1 - alphas))
-    keep = (torch.rand(count, device=device) >= CAPTION_DROPOUT).float()
-    with torch.autocast(device.type, torch.bfloat16):
-        v = model(signal * clean + sigma * noise, timesteps, ids, keep, sizes)
-    error: Tensor = v.float() - (signal * noise - sigma * clean)
-    return error.square().mean()
 
 
 def _prepare(
