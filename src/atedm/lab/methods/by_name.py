@@ -15,6 +15,7 @@ from atedm.costs.budget import fit_to_budget, run_cost
 from atedm.costs.tome import ToMe
 from atedm.lab.ablation import Variant, variant_of
 from atedm.lab.methods.candidates import Candidate, Dense, Pruning
+from atedm.lab.methods.diffusers_caches import CACHES
 from atedm.lab.methods.peers import Caching, Merging
 from atedm.lab.methods.planned import Planned
 from atedm.lab.methods.stacked import Stacked
@@ -24,7 +25,7 @@ from atedm.method.presets import METHODS, method_named
 from atedm.plans.plan import read_plan
 from atedm.words import check_name
 
-NAMES = ("dense", *METHODS, "tome", "deepcache")
+NAMES = ("dense", *METHODS, "tome", "deepcache", *CACHES)
 EQUAL_COST = "cost"
 """Key that solves a rate or ratio for the cost of another method: ``tome[cost=paper]``."""
 SOLVED = ("rate", "ratio", "steps_share")
@@ -122,7 +123,8 @@ def _build(name: str, fields: dict[str, Any], model: Any) -> Candidate:
         return Pruning(_changed(method_named(name, transformer=architecture(model).is_transformer), fields))
     if name == "tome":
         return Merging(_replace(ToMe(), fields))
-    candidate: Candidate = _replace(Caching() if name == "deepcache" else Dense(), fields)
+    default = CACHES[name]() if name in CACHES else Caching() if name == "deepcache" else Dense()
+    candidate: Candidate = _replace(default, fields)
     return candidate
 
 
