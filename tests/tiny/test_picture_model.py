@@ -22,9 +22,10 @@ from atedm.tiny.pictures.denoiser import Denoiser, text_of
 from atedm.tiny.pictures.distill import distill
 from atedm.tiny.pictures.download import load_atlas
 from atedm.tiny.pictures.layout import place_objects
+from atedm.tiny.pictures.noise_paths import FlowPath, NoisePath, VPath
 from atedm.tiny.pictures.objects import OBJECTS, with_article
 from atedm.tiny.pictures.optimizers import KernelMuon
-from atedm.tiny.pictures.pipeline import open_transformer_run, save_half
+from atedm.tiny.pictures.pipeline import open_transformer_run
 from atedm.tiny.pictures.rendering import Atlas, render
 from atedm.tiny.pictures.scenes import BACKGROUNDS, RELATIONS, Scene, held_out_scenes, sample_scene
 from atedm.tiny.pictures.text import TOKENS, build_text_encoders, build_tokenizer
@@ -271,10 +272,16 @@ def test_a_transformer_trains_and_becomes_a_pipeline(tmp_path: Path, atlas: Atla
     given = pipe.encode_prompt("a duck", None, None, do_classifier_free_guidance=False)
     torch.testing.assert_close(given[0], words)
     torch.testing.assert_close(given[2], torch.cat([torch.zeros_like(pooled), pooled], dim=-1))
-    save_half(pipe, run, tmp_path / "folder")
+    app = typer.Typer()
+    app.command()(distill)
+    options = ["--images", "2", "--canvas", "64", "--batch", "2", "--rank", "2", "--pool", "32", "--eager"]
+    assert CliRunner().invoke(app, [str(run), *options], catch_exceptions=False).exit_code == 0
+    assemble(run, tmp_path / "folder")
     again = CaptionOnlySD3Pipeline.from_pretrained(tmp_path / "folder")
     again.set_progress_bar_config(disable=True)
     assert np.abs(again("a duck", **asked, generator=torch.manual_seed(0)).images - image).max() < 0.05
+    few = with_few_steps(again, tmp_path / "folder" / "lora")("a duck", **asked, guidance_scale=1.0).images
+    assert np.isfinite(few).all()
     assert sum(file.stat().st_size for file in (tmp_path / "folder").rglob("*.safetensors")) < 12e6
 
 
@@ -291,3 +298,21 @@ def test_crops_are_about_an_object_and_say_where_they_are(atlas: Atlas) -> None:
     whole, at = crop_around_objects(rendered, 256, rng)
     assert torch.equal(whole, rendered.images)
     assert not at.any()
+
+
+@pytest.mark.parametrize("path", [VPath(torch.device("cpu")), FlowPath(torch.device("cpu"), 1.5)], ids=["v", "flow"])
+def test_a_right_answer_is_read_as_the_picture_and_the_noise(path: NoisePath) -> None:
+    generator = torch.Generator().manual_seed(0)
+    times = path.grid(50)
+    assert len(times) == 51
+    assert (times.diff() > 0).all()
+    picture, noise = (torch.randn(51, 4, 3, 3, generator=generator) for _ in range(2))
+    noisy = path.noised(picture, noise, times)
+    torch.testing.assert_close(noisy[0], picture[0])
+    torch.testing.assert_close(noisy[-1], noise[-1])
+    found = path.read(noisy, path.target(picture, noise, times), times)
+    torch.testing.assert_close(found, (picture, noise))
+    drawn = path.draw_times(1000, torch.device("cpu"))
+    assert times[0] <= drawn.min()
+    assert drawn.max() <= times[-1]
+    assert drawn.float().mean() > 500

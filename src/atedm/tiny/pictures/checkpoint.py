@@ -63,6 +63,11 @@ def averaged_weights(run: Path) -> dict[str, Tensor]:
     return part_of(load_file(run / NAME), "average")
 
 
+def denoiser_of(weights: dict[str, Tensor]) -> str:
+    """Say what a run trains, by the weights of its model: "unet" or "transformer"."""
+    return "transformer" if any(name.startswith("transformer.") for name in weights) else "unet"
+
+
 def part_of(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """Return the tensors of a part, without its name."""
     prefix = f"{name}."

@@ -12,11 +12,6 @@ from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from atedm.tiny.pictures.data import Batch
-from atedm.tiny.pictures.unet import build_scheduler
-
-CAPTION_DROPOUT = 0.1
-"""Share of the pictures that are learned without their caption, for guidance."""
 PARTS = {
     "text_encoder": "model.safetensors",
     "text_encoder_2": "model.safetensors",
@@ -78,22 +73,6 @@ def load_parts(model: nn.Module, folder: Path) -> None:
     for part, file in PARTS.items():
         if hasattr(model, part) and (folder / part / file).exists():
             getattr(model, part).load_state_dict(load_file(folder / part / file))
-
-
-def v_loss(model: nn.Module, scenes: Batch) -> Tensor:
-    """Mean square of the error of v, over noisy steps more than over clean ones."""
-    clean, ids, sizes = scenes
-    count, device = len(clean), clean.device
-    alphas = build_scheduler().alphas_cumprod.to(device)
-    # More of the noisy steps, where objects and places are decided.
-    timesteps = (1000 * torch.rand(count, device=device) ** 0.6).long().clamp(max=999)
-    noise = torch.randn_like(clean)
-    signal, sigma = (a[timesteps].sqrt()[:, None, None, None] for a in (alphas, 1 - alphas))
-    keep = (torch.rand(count, device=device) >= CAPTION_DROPOUT).float()
-    with torch.autocast(device.type, torch.bfloat16):
-        v = model(signal * clean + sigma * noise, timesteps, ids, keep, sizes)
-    error: Tensor = v.float() - (signal * noise - sigma * clean)
-    return error.square().mean()
 
 
 class _PlainAttention:

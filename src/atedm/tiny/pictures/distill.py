@@ -4,7 +4,7 @@
 
 The teacher is the run's averaged model under guidance, which the student learns to do without. At a noisy time the
 student says what the picture is; one step of the teacher along its path leads to a less noisy time, where the student
-must say the same. The LoRA opens by ``pipe.load_lora_weights`` and draws by `LCMScheduler` in four steps.
+must say the same. The LoRA opens by ``pipe.load_lora_weights`` and draws in four steps by `build_few_step_scheduler`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import AutoencoderTiny, LCMScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderTiny,
+    FlowMatchLCMScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+)
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,24 +31,30 @@ from torch.nn import functional
 from transformers import CLIPTokenizer
 
 from atedm.files import written_whole
-from atedm.tiny.pictures.checkpoint import averaged_weights
+from atedm.tiny.pictures.checkpoint import averaged_weights, denoiser_of
 from atedm.tiny.pictures.data import ScenePool
 from atedm.tiny.pictures.denoiser import Denoiser
 from atedm.tiny.pictures.download import load_atlas
+from atedm.tiny.pictures.noise_paths import FlowPath, NoisePath, VPath
 from atedm.tiny.pictures.scenes import CANVAS
 from atedm.tiny.pictures.text import build_text_encoders
+from atedm.tiny.pictures.transformer import SHIFT, FlowDenoiser, build_transformer
 from atedm.tiny.pictures.unet import build_scheduler, build_unet
 
 STATE = "distillation.safetensors"
 FOLDER = "lora"
-_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+_OF_TEXT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2"]
+_LAYERS_OF = {"unet": ["proj_in", "proj_out"], "transformer": _OF_TEXT}
 _TEACHER_STEPS = 50
 """Times that the path of the teacher is cut into; a step of it leads from one to the next."""
 _AVERAGE_DECAY = 0.95
 
 
-def build_lcm_scheduler() -> LCMScheduler:
-    """Build the sampler of the distilled model."""
+def build_few_step_scheduler(transformer: bool = False) -> SchedulerMixin:
+    """Build the sampler of a distilled model."""
+    if transformer:
+        return FlowMatchLCMScheduler(shift=SHIFT)
     config = {**build_scheduler().config, "original_inference_steps": _TEACHER_STEPS, "timestep_spacing": "leading"}
     return LCMScheduler.from_config(config)
 
@@ -63,43 +76,54 @@ def distill(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     autoencoder = AutoencoderTiny.from_pretrained(run / "vae").to(device)
-    teacher = Denoiser(build_text_encoders(tokenizer), build_unet(), compiled=not eager).to(device)
-    teacher.eval().requires_grad_(False)
-    teacher.load_state_dict(averaged_weights(run))
+    weights = averaged_weights(run)
+    part = denoiser_of(weights)
+    encoders = build_text_encoders(tokenizer)
+    teacher: nn.Module
+    path: NoisePath
+    if part == "transformer":
+        teacher = FlowDenoiser(encoders, build_transformer(), tokenizer, compiled=not eager)
+        path = FlowPath(device, SHIFT)
+    else:
+        teacher, path = Denoiser(encoders, build_unet(), compiled=not eager), VPath(device)
+    teacher.to(device).eval().requires_grad_(False)
+    teacher.load_state_dict(weights)
     student = copy.deepcopy(teacher)
-    student.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=_TARGETS, init_lora_weights=True))
+    layers = _LAYERS + _LAYERS_OF[part]
+    getattr(student, part).add_adapter(
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, init_lora_weights=True)
+    )
     target = copy.deepcopy(student).requires_grad_(False)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    seen = _resume(run, student.unet, target.unet)
+    learning, averaged = getattr(student, part), getattr(target, part)
+    seen = _resume(run, learning, averaged)
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     scenes = ScenePool(
         load_atlas(run / "objects").to(device), autoencoder, tokenizer, canvas, size=pool, uses=uses, seed=seed + seen
     )
-    alphas = build_scheduler().alphas_cumprod.to(device)
-    times = torch.linspace(-1, 999, _TEACHER_STEPS + 1, device=device).round().long()  # -1 stands for no noise
+    times = path.grid(_TEACHER_STEPS)
     began, shown, saved, steps, total = *([time.monotonic()] * 3), 0, 0.0
     while seen < images:
         torch.manual_seed(hash((seed, seen)) % 2**31)
         clean, ids, sizes = scenes.draw(batch)
         later = torch.randint(1, _TEACHER_STEPS + 1, (batch,), device=device)
         t, before = times[later], times[later - 1]
-        noisy = _noised(clean, torch.randn_like(clean), alphas, t)
+        noisy = path.noised(clean, torch.randn_like(clean), t)
         keep = torch.ones(batch, device=device)
         with torch.autocast(device.type, torch.bfloat16):
-            said = _picture(noisy, student(noisy, t, ids, keep, sizes).float(), alphas, t)
+            said, _ = path.read(noisy, student(noisy, t, ids, keep, sizes).float(), t)
             with torch.no_grad():
-                nearer = _teacher_step(teacher, noisy, t, before, ids, alphas, sizes, guidance)
-                expected = _picture(
-                    nearer, target(nearer, before.clamp_min(0), ids, keep, sizes).float(), alphas, before
-                )
-                expected = torch.where((before < 0)[:, None, None, None], nearer, expected)
+                nearer = _teacher_step(teacher, noisy, t, before, ids, path, sizes, guidance)
+                again = before.clamp_min(0)
+                expected, _ = path.read(nearer, target(nearer, again, ids, keep, sizes).float(), before)
+                expected = torch.where((later == 1)[:, None, None, None], nearer, expected)
         loss = functional.huber_loss(said, expected, delta=0.1)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_([*_lora(target.unet)], [*_lora(student.unet)], 1 - _AVERAGE_DECAY)
+            torch._foreach_lerp_([*_lora(averaged)], [*_lora(learning)], 1 - _AVERAGE_DECAY)
         steps, seen, total = steps + 1, seen + batch, total + float(loss.detach())
         now = time.monotonic()
         if steps % 50 == 0:
@@ -109,26 +133,9 @@ def distill(
             )
             total, shown = 0.0, now
         if now - saved > 300:
-            _save(run, student.unet, target.unet, seen)
+            _save(run, learning, averaged, seen, part)
             saved = now
-    _save(run, student.unet, target.unet, seen)
-
-
-def _picture(noisy: Tensor, v: Tensor, alphas: Tensor, t: Tensor) -> Tensor:
-    """What the picture is, by a prediction ``v`` (B, 4, h, w) at times ``t`` (B,)."""
-    signal, sigma = _scales(alphas, t)
-    return signal * noisy - sigma * v
-
-
-def _noised(clean: Tensor, noise: Tensor, alphas: Tensor, t: Tensor) -> Tensor:
-    signal, sigma = _scales(alphas, t)
-    return signal * clean + sigma * noise
-
-
-def _scales(alphas: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Shares of picture and of noise at times ``t`` (B,), where -1 is no noise; each (B, 1, 1, 1)."""
-    a = torch.where(t < 0, 1.0, alphas[t.clamp_min(0)])[:, None, None, None]
-    return a.sqrt(), (1 - a).sqrt()
+    _save(run, learning, averaged, seen, part)
 
 
 def _teacher_step(
@@ -137,42 +144,40 @@ def _teacher_step(
     t: Tensor,
     before: Tensor,
     ids: Tensor,
-    alphas: Tensor,
+    path: NoisePath,
     sizes: Tensor,
     scale: float,
 ) -> Tensor:
-    """One guided DDIM step from ``t`` to ``before``."""
+    """One guided DDIM (of a flow: Euler) step from ``t`` to ``before``."""
     count = len(noisy)
     keep = torch.cat([torch.zeros(count), torch.ones(count)]).to(noisy.device)
     both = teacher(noisy.repeat(2, 1, 1, 1), t.repeat(2), ids.repeat(2, 1), keep, sizes.repeat(2, 1)).float()
     without, with_caption = both.chunk(2)
-    v = without + scale * (with_caption - without)
-    signal, sigma = _scales(alphas, t)
-    picture, noise = signal * noisy - sigma * v, sigma * noisy + signal * v
-    return _noised(picture, noise, alphas, before)
+    picture, noise = path.read(noisy, without + scale * (with_caption - without), t)
+    return path.noised(picture, noise, before)
 
 
-def _lora(unet: nn.Module) -> list[Tensor]:
-    return [parameter for name, parameter in unet.named_parameters() if "lora_" in name]
+def _lora(model: nn.Module) -> list[Tensor]:
+    return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
 
 
-def _save(run: Path, unet: Any, average: Any, seen: int) -> None:
+def _save(run: Path, learning: Any, average: Any, seen: int, part: str) -> None:
     """Write what a sitting is resumed from, and the averaged LoRA as diffusers opens it."""
-    now, averaged = (get_peft_model_state_dict(model) for model in (unet, average))
+    now, averaged = (get_peft_model_state_dict(model) for model in (learning, average))
     tensors = {f"now.{name}": value for name, value in now.items()}
     tensors |= {f"average.{name}": value for name, value in averaged.items()}
     with written_whole(run / STATE) as partial:
         save_file({name: value.contiguous() for name, value in tensors.items()} | {"seen": torch.tensor(seen)}, partial)
-    StableDiffusionXLPipeline.save_lora_weights(
-        run / FOLDER, unet_lora_layers={name: value.half() for name, value in averaged.items()}
-    )
+    kind = StableDiffusion3Pipeline if part == "transformer" else StableDiffusionXLPipeline
+    layers = {name: value.half() for name, value in averaged.items()}
+    kind.save_lora_weights(run / FOLDER, **{f"{part}_lora_layers": layers})
 
 
-def _resume(run: Path, unet: Any, average: Any) -> int:
+def _resume(run: Path, learning: Any, average: Any) -> int:
     if not (run / STATE).exists():
         return 0
     tensors = load_file(run / STATE)
-    for prefix, model in (("now.", unet), ("average.", average)):
+    for prefix, model in (("now.", learning), ("average.", average)):
         part = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         set_peft_model_state_dict(model, part)
     return int(tensors["seen"])

@@ -33,14 +33,15 @@ from transformers import CLIPTokenizer
 from atedm.tiny.pictures.autoencoder import train_autoencoder
 from atedm.tiny.pictures.checkpoint import NAME, load_state, save_state
 from atedm.tiny.pictures.data import ScenePool
-from atedm.tiny.pictures.denoiser import Denoiser, load_parts, v_loss
+from atedm.tiny.pictures.denoiser import Denoiser, load_parts
 from atedm.tiny.pictures.download import load_atlas
+from atedm.tiny.pictures.noise_paths import FlowPath, NoisePath, VPath, training_loss
 from atedm.tiny.pictures.optimizers import build_optimizers
 from atedm.tiny.pictures.samples import draw_samples
 from atedm.tiny.pictures.scenes import CANVAS
 from atedm.tiny.pictures.text import build_text_encoders, build_tokenizer
 from atedm.tiny.pictures.text_lessons import teach_text_encoders
-from atedm.tiny.pictures.transformer import FlowDenoiser, build_flow_scheduler, build_transformer, flow_loss
+from atedm.tiny.pictures.transformer import SHIFT, FlowDenoiser, build_flow_scheduler, build_transformer
 from atedm.tiny.pictures.unet import build_scheduler, build_unet
 
 AVERAGE_DECAY = 0.995
@@ -90,12 +91,13 @@ def train(
     torch.manual_seed(seed)
     encoders = build_text_encoders(tokenizer)
     model: nn.Module
+    path: NoisePath
     if transformer:
         model = FlowDenoiser(encoders, build_transformer(), tokenizer, compiled=not eager)
-        loss_of, scheduler = flow_loss, build_flow_scheduler()
+        path, scheduler = FlowPath(device, SHIFT), build_flow_scheduler()
     else:
         model = Denoiser(encoders, build_unet(), compiled=not eager)
-        loss_of, scheduler = v_loss, build_scheduler()
+        path, scheduler = VPath(device), build_scheduler()
     model.to(device)
     if not (run / NAME).exists():
         if start_from is not None:
@@ -130,7 +132,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (seen + batch * world) / _WARMUP, left)
         torch.manual_seed(hash((seed, rank, seen)) % 2**31)  # so that a run that is resumed has the same noise
-        loss = loss_of(trained, scenes.draw(batch))
+        loss = training_loss(trained, scenes.draw(batch), path)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from atedm.tiny.pictures.data import Batch, tokenize
-from atedm.tiny.pictures.denoiser import CAPTION_DROPOUT, freeze_unread, text_of
+from atedm.tiny.pictures.data import tokenize
+from atedm.tiny.pictures.denoiser import freeze_unread, text_of
 from atedm.tiny.pictures.text import WIDTH
+
+SHIFT = 1.5
+"""How far sampling leans towards noisy times."""
 
 
 def build_transformer() -> SD3Transformer2DModel:
@@ -36,7 +39,7 @@ def build_transformer() -> SD3Transformer2DModel:
 
 def build_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """Build the sampler: straight lines from noise to picture."""
-    return FlowMatchEulerDiscreteScheduler(shift=1.5)
+    return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
 
 
 class FlowDenoiser(nn.Module):
@@ -70,20 +73,6 @@ class FlowDenoiser(nn.Module):
         # Written-out attention has the fastest backward pass on a CPU.
         with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION] if noisy.is_cuda else [SDPBackend.MATH]):
             return self.transformer(noisy, words, pooled, timesteps, return_dict=False)[0]  # type: ignore[no-any-return]
-
-
-def flow_loss(model: nn.Module, scenes: Batch) -> Tensor:
-    """Mean square of the error of the velocity, over noisy times more than over clean ones."""
-    clean, ids, sizes = scenes
-    count, device = len(clean), clean.device
-    sigma = torch.sigmoid(torch.randn(count, device=device) + 0.4)
-    noise = torch.randn_like(clean)
-    share = sigma[:, None, None, None]
-    keep = (torch.rand(count, device=device) >= CAPTION_DROPOUT).float()
-    with torch.autocast(device.type, torch.bfloat16):
-        velocity = model((1 - share) * clean + share * noise, 1000 * sigma, ids, keep, sizes)
-    error: Tensor = velocity.float() - (noise - clean)
-    return error.square().mean()
 
 
 class CaptionOnlySD3Pipeline(StableDiffusion3Pipeline):  # type: ignore[misc]
