@@ -309,7 +309,7 @@ def test_a_right_answer_is_read_as_the_picture_and_the_noise(path: NoisePath) ->
     picture, noise = (torch.randn(51, 4, 3, 3, generator=generator) for _ in range(2))
     noisy = path.noised(picture, noise, times)
     torch.testing.assert_close(noisy[0], picture[0])
-    torch.testing.assert_close(noisy[-1], noise[-1])
+    torch.testing.assert_close(noisy[-1], noise[-1], rtol=0, atol=2e-3)
     found = path.read(noisy, path.target(picture, noise, times), times)
     torch.testing.assert_close(found, (picture, noise))
     drawn = path.draw_times(1000, torch.device("cpu"))
