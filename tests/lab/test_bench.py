@@ -20,11 +20,9 @@ from atedm.costs.report import cost
 from atedm.costs.tome import ToMe
 from atedm.lab.ablation import Variant
 from atedm.lab.bench import bench as bench_module
-from atedm.lab.bench import turns
-from atedm.lab.bench.bench import bench
+from atedm.lab.bench.bench import bench, images_in_turns, steps_in_turns
 from atedm.lab.bench.peak import peak_of
-from atedm.lab.bench.turns import images_in_turns, steps_in_turns
-from atedm.lab.charts.bench import bench_chart
+from atedm.lab.charts.times import bench_chart
 from atedm.lab.methods.candidates import Candidate, Dense, Pruning
 from atedm.lab.methods.counting import late_step_cost
 from atedm.lab.methods.peers import Caching, Merging
@@ -93,7 +91,7 @@ def test_rounds_are_late_steps_of_one_run_so_that_what_is_remembered_is_at_hand(
     before = snapshot(unet)
     methods: dict[str, Candidate] = {"dense": Dense(), "own": MATCHED, "early": PAPER}
     seen: dict[str, list[tuple[bool, bool]]] = {}
-    make = turns.copy_with_shared_weights
+    make = bench_module.copy_with_shared_weights
 
     def watched_copy(unet: Any) -> Any:
         copied = make(unet)
@@ -110,7 +108,7 @@ def test_rounds_are_late_steps_of_one_run_so_that_what_is_remembered_is_at_hand(
         return copied
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(turns, "copy_with_shared_weights", watched_copy)
+        patch.setattr(bench_module, "copy_with_shared_weights", watched_copy)
         took = steps_in_turns(unet, inputs(unet), methods, 2, silent)
     assert {name: (len(times), peak) for name, (times, peak) in took.items()} == dict.fromkeys(methods, (2, None))
     assert seen == {"own": [(True, False)] * 3, "early": [(False, False)] * 3}
@@ -125,7 +123,7 @@ def test_a_turn_of_what_works_in_cycles_is_a_cycle(monkeypatch: pytest.MonkeyPat
         name = str(method.as_dict())
         yield lambda: calls.append(name)
 
-    monkeypatch.setattr(turns, "run_of_steps", counted)
+    monkeypatch.setattr(bench_module, "run_of_steps", counted)
     kept, known = (Pruning(Variant(refresh_every=steps)) for steps in (2, 1000))
     both = Stacked((kept, Caching(3)))
     methods: dict[str, Candidate] = {

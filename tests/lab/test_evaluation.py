@@ -18,17 +18,15 @@ from atedm.costs.tome import ToMe
 from atedm.lab.ablation import Variant
 from atedm.lab.evaluation.experiments import Experiment
 from atedm.lab.evaluation.images import Drawing, image_file, image_files, missing_groups
-from atedm.lab.evaluation.outcomes import Outcome, run_experiment, setting_name
 from atedm.lab.evaluation.prompts import Prompt, read_prompts
 from atedm.lab.evaluation.references import write_references
 from atedm.lab.evaluation.report import markdown_of, sheet_of, tables, write_report
-from atedm.lab.evaluation.run import evaluate, folder_name
+from atedm.lab.evaluation.run import Outcome, evaluate, folder_name, run_experiment, setting_name
 from atedm.lab.evaluation.scoring import Metrics, Scores, score
 from atedm.lab.methods.candidates import Candidate, Dense, Pruning
 from atedm.lab.methods.peers import Merging
 from atedm.lab.scores.clip_score import TINY_CLIP
-from atedm.lab.scores.lpips_distance import lpips_distances
-from atedm.lab.scores.pixels import distances
+from atedm.lab.scores.pixels import distances, lpips_distances
 
 QUICK = Metrics(names=("distance", "accuracy"))
 SIZE: dict[str, Any] = {"width": 64, "height": 64}
@@ -140,11 +138,11 @@ def test_two_processes_give_the_images_and_figures_of_one(pipe: Any, tmp_path: P
         "from atedm.lab.evaluation import run as module\n"
         "from atedm.lab.evaluation.sharing import shared_work\n"
         "from test_evaluation import run\n"
-        "drawn, draw = [], module.draw_groups\n"
+        "drawn, draw = [], module.draw_group\n"
         "def noted(*args):\n"
-        "    drawn.extend(str(args[4].name) + str(list(group)) for group in args[5])\n"
+        "    drawn.append(str(args[4].name) + str(list(args[5])))\n"
         "    draw(*args)\n"
-        "module.draw_groups = noted\n"
+        "module.draw_group = noted\n"
         "out, rank = Path(sys.argv[3]), shared_work('cpu').process_index\n"
         "found = run(load_pipeline('tiny', device='cpu'), out)\n"
         "figures = [result.as_dict(None) for result in found]\n"

@@ -19,14 +19,11 @@ import atedm
 from atedm import METHODS, AtEdm, Early
 from atedm.app.devices import processor_of
 from atedm.cli import app
-from atedm.cli.lab.latency import table
 from atedm.hosts.attention import queries_and_keys
 from atedm.hosts.unet_spans import find_spans
-from atedm.lab.charts.latency import latency_chart
+from atedm.lab.charts.times import latency_chart
 from atedm.lab.probes import latency as latency_module
-from atedm.lab.probes import pruning_parts
-from atedm.lab.probes.latency import PAPER, LatencyReport, latency, pruned_shapes, why_not
-from atedm.lab.probes.pruning_parts import PARTS, WAYS, prune_once
+from atedm.lab.probes.latency import PAPER, PARTS, WAYS, LatencyReport, latency, prune_once, pruned_shapes, why_not
 from atedm.lab.setup import Setup
 from atedm.lab.timing import Spread
 from atedm.method.contract import Place, View
@@ -63,12 +60,12 @@ def test_parts_give_what_the_method_gives(way: str, iterations: int) -> None:
 
     with torch.no_grad():
         cut = AtEdm(iterations=iterations).drop(View(PLACE, (4, 4), 6, 0, tokens, attention, attention))
-        mine = prune_once(layer, tokens, PLACE, 6, iterations, way, lambda part: None)
+        importance, keep, kept, refilled = prune_once(layer, tokens, PLACE, 6, iterations, way, lambda part: None)
         filled = cut.refill(cut.tokens)
-    torch.testing.assert_close(mine.importance, cut.importance, rtol=1e-4, atol=1e-8)
-    assert torch.equal(mine.keep, cut.keep)
-    assert torch.equal(mine.kept, cut.tokens)
-    assert torch.equal(mine.filled, filled)
+    torch.testing.assert_close(importance, cut.importance, rtol=1e-4, atol=1e-8)
+    assert torch.equal(keep, cut.keep)
+    assert torch.equal(kept, cut.tokens)
+    assert torch.equal(refilled, filled)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -84,13 +81,13 @@ def test_every_part_is_lapped_once_it_is_done(way: str) -> None:
 
 def test_head_by_head_never_holds_two_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     places: list[int] = []
-    real = pruning_parts.maps_in_turn
+    real = latency_module.maps_in_turn
 
     def note(a: torch.Tensor) -> torch.Tensor:
         places.append(a.data_ptr())
         return a
 
-    monkeypatch.setattr(pruning_parts, "maps_in_turn", lambda *attention: map(note, real(*attention)))
+    monkeypatch.setattr(latency_module, "maps_in_turn", lambda *attention: map(note, real(*attention)))
     layer = sdxl_unet().down_blocks[2].attentions[0].transformer_blocks[0]
     prune_once(layer, torch.randn(1, 16, 48), PLACE, 6, 3, "head-by-head", lambda part: None)
     assert len(places) == 3
@@ -198,7 +195,7 @@ def test_chart_shows_a_report(dense: float) -> None:
 
 
 def test_table_by_hand() -> None:
-    lines = table(report_of(), "paper").splitlines()
+    lines = report_of().text("paper").splitlines()
     assert lines[0].startswith("50 steps of sdxl, 1024 x 1024 pixels, batch 1 with guidance, bfloat16")
     assert processor_of("cpu") in lines[0]
     assert lines[2] == "| ms a run | head-by-head | paper, one A100 |"

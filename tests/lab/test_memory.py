@@ -22,8 +22,15 @@ from atedm.lab.ablation import Variant
 from atedm.lab.bench.peak import peak_of
 from atedm.lab.methods.candidates import Pruning
 from atedm.lab.methods.peers import Merging
-from atedm.lab.probes.memory import MemoryReport, memory
-from atedm.lab.probes.memory_traced import BANDWIDTH, Footprint, Tracer, traced_footprint, traced_timeline
+from atedm.lab.probes.memory import (
+    BANDWIDTH,
+    Footprint,
+    MemoryReport,
+    Tracer,
+    memory,
+    traced_footprint,
+    traced_timeline,
+)
 from atedm.method.contract import Method
 from models import EARLY, LATE, sd1_unet, sdxl_unet, small_unet, snapshot
 
@@ -366,10 +373,8 @@ def test_each_kind_of_step_is_traced_where_the_schedule_has_it(changes: dict[str
     assert report.mean_average == pytest.approx(float(average), rel=1e-12)
 
 
-def test_a_short_run_has_its_own_share_of_steps() -> None:
-    assert memory(small_unet(), Pruning(NO_MAPS), steps=4).early_share == 0.5
-    with pytest.raises(ValueError, match="steps must be"):
-        memory(small_unet(), PAPER, steps=0)
+def test_a_run_of_few_steps_has_its_own_share_of_early_ones() -> None:
+    assert memory("sdxl-turbo", Pruning(NO_MAPS), size=SIZE).early_share == 0.5
 
 
 def test_a_batch_of_nothing_is_refused() -> None:

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import atedm
-from atedm.cli.lab.variance import table, variance
+from atedm.cli.lab.dense_runs import variance
 from atedm.hosts.unet_spans import find_spans
-from atedm.lab.charts.variance import variance_chart
+from atedm.lab.charts.over_steps import variance_chart
 from atedm.lab.evaluation.images import Drawing
 from atedm.lab.probes.dense_runs import first_layers_watched
 from atedm.lab.probes.variance import BlockVariance, VarianceReport, attention_variance, map_variance
@@ -222,7 +222,7 @@ def test_report_by_hand() -> None:
     assert report.mean_by_step("head_mean") == pytest.approx([5e-7, 1.5e-5, 2.5e-6, 5e-4])
     assert report.mean_by_level()[2] == pytest.approx([5e-7, 1.5e-5, 2.5e-6, 5e-4])
     assert list(report.mean_by_level()) == [2, 3]
-    assert report.mean_by_level("relative_per_head")[2][0] == pytest.approx(16**2 * 5e-7)
+    assert report.mean_by_step("relative_per_head", 2)[0] == pytest.approx(16**2 * 5e-7)
     assert report.first_step_above(1e-5) == 1  # though step 2 is below again
     assert report.first_step_above(1e-4) == 3
     assert report.first_step_above(1.0) is None
@@ -277,12 +277,12 @@ def test_command_prints_a_table(command: Callable[..., str], tmp_path: Path) -> 
 
 
 def test_table_by_hand() -> None:
-    lines = table(report_of([1e-6, 3e-6, 5e-6, 1e-3]), 1e-5).splitlines()
+    lines = report_of([1e-6, 3e-6, 5e-6, 1e-3]).table(1e-5).splitlines()
     assert lines[2].split(" | ")[1:4] == ["1e-06", "7.6e-05", "5e-07"]
     assert lines[-1].startswith("the mean is first above 1e-05 in step 3: 3 of 4 steps come before it, 75% of the run")
-    assert table(report_of([1e-6]), 1e-5).splitlines()[-1].startswith("the mean is never above 1e-05")
+    assert report_of([1e-6]).table(1e-5).splitlines()[-1].startswith("the mean is never above 1e-05")
     # However long the run, the table is short, and has its first and its last step.
-    shown = [line.split()[1] for line in table(report_of([1e-6] * 50), 1e-5).splitlines()[2:-2]]
+    shown = [line.split()[1] for line in report_of([1e-6] * 50).table(1e-5).splitlines()[2:-2]]
     assert len(shown) == 11
     assert (shown[0], shown[-1]) == ("0", "49")
 

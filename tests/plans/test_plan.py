@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 import atedm
 from atedm.app.models import load_pipeline
 from atedm.lab.methods.by_name import method_by_name
-from atedm.lab.methods.candidates import Dense
+from atedm.lab.methods.candidates import Dense, Planned
 from atedm.lab.methods.counting import counted_run
 from atedm.lab.methods.peers import Caching
-from atedm.lab.methods.planned import Planned
 from atedm.lab.methods.stacked import Stacked
 from atedm.plans.fingerprint import fingerprint
 from atedm.plans.plan import Cache, Plan, full_steps, read_plan, save_plan

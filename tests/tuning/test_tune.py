@@ -16,9 +16,8 @@ import pytest
 import atedm
 from atedm.app.models import load_pipeline
 from atedm.costs.architectures import architecture
-from atedm.lab.methods.candidates import Dense
+from atedm.lab.methods.candidates import Dense, Planned
 from atedm.lab.methods.counting import counted_run
-from atedm.lab.methods.planned import Planned
 from atedm.method.presets import METHODS
 from atedm.plans.fingerprint import fingerprint
 from atedm.plans.plan import Cache, Plan, read_plan

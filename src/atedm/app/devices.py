@@ -1,10 +1,9 @@
 """Where a model runs, and in which precision."""
 
-from __future__ import annotations
-
 import platform
 from pathlib import Path
 
+import diffusers
 import torch
 
 
@@ -23,8 +22,7 @@ def usual_dtype(device: str | torch.device) -> torch.dtype:
 def check_device(name: str) -> None:
     """Check that torch knows a device and that this machine has it.
 
-    Raises:
-        ValueError: If not; the message says what is there.
+    Raises a `ValueError` if not; the message says what is there.
     """
     try:
         device = torch.device(name)
@@ -50,3 +48,8 @@ def processor_of(device: str) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a run depends on."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}

@@ -3,8 +3,6 @@
 Cost is the share of the dense model's multiply-accumulates over the run.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -38,28 +36,23 @@ def request_cost(pipe: Any, request: Request, method: Method | None = None) -> f
 
 def within_budget(pipe: Any, request: Request, budget: float) -> Request:
     """Return ``request`` with the least rate at which its run costs ``budget``, or raise a `ValueError`."""
-    return replace(request, method=_at_cost(pipe, request, request.method, budget))
+    size = image_size(pipe, request)
+    return replace(request, method=fit_to_budget(pipe, request.method, share=budget, size=size, steps=request.steps))
 
 
 def with_other_method(pipe: Any, request: Request, name: str | None = None) -> Request:
     """Return ``request`` with another method to show beside it, at the same cost if it gets there.
 
-    Args:
-        pipe: A pipeline with a model that can be pruned.
-        request: What to make.
-        name: Of the other method. By default "paper" beside our own, and "matched" beside all others. A default
-            that finds nothing to prune in this model is left out.
-
-    Raises:
-        TypeError: If the pipeline has no such model.
-        ValueError: If the name is unknown, or the method finds nothing to prune.
+    By default that is "paper" beside our own and "matched" beside all others, or none where it finds nothing to prune.
+    Raises a `TypeError` if the pipeline has no model that can be pruned, and a `ValueError` if the name is unknown, or
+    the method of that name finds nothing to prune.
     """
     name_or_default = name or ("paper" if isinstance(request.method, Matched) else "matched")
     other = method_named(name_or_default, transformer=has_transformer(pipe))
     if name is None and not can_prune(pipe, other):
         return request
     with suppress(CostOutOfReach):
-        other = _at_cost(pipe, request, other, request_cost(pipe, request))
+        other = within_budget(pipe, replace(request, method=other), request_cost(pipe, request)).method
     return replace(request, other=other)
 
 
@@ -74,7 +67,3 @@ def can_prune(pipe: Any, method: Method) -> bool:
         return bool(choose_spans(spans_of(find_model(pipe)), method))
     except ValueError:
         return False
-
-
-def _at_cost(pipe: Any, request: Request, method: Method, budget: float) -> Method:
-    return fit_to_budget(pipe, method, share=budget, size=image_size(pipe, request), steps=request.steps)

@@ -1,27 +1,24 @@
 """Make images, dense and pruned, and write everything needed to make them again."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from atedm.app.equal_cost import image_size, request_cost
-from atedm.app.output_folder import OutputFolder
 from atedm.app.pictures.comparison import Comparison, PrunedImage, comparison_sheet, psnr
 from atedm.app.pictures.maps import maps_sheet
 from atedm.app.request import ImageResult, Request
-from atedm.app.run_file import run_file
+from atedm.app.run_file import OutputFolder, run_file
 from atedm.hosts.models import check_protected
 from atedm.method.contract import Method
 from atedm.method.protection import region
 from atedm.patch import pruned
+from atedm.plans.plan import Plan
 from atedm.record import Recording, recorded
 
 Progress = Callable[[str, int, int], None]
@@ -63,19 +60,21 @@ def generate(
         ValueError: If there is nothing to prune, or the mask is no picture or protects more than is kept.
     """
     mask = None if request.protect is None else _read_mask(Path(request.protect))
-    methods: dict[str, Method | None] = {"dense": None} if compare else {}
-    methods["pruned"] = request.method
+    methods: dict[str, Method | Plan | None] = {"dense": None} if compare else {}
+    methods["pruned"] = request.plan or request.method
     if compare and request.other is not None:
         methods["other"] = request.other
-    costs = {}
+    names, costs = {}, {}
     width, height = (side // pipe.vae_scale_factor for side in image_size(pipe, request))
     for kind, method in methods.items():
         if method is not None:
-            planned = request.plan if kind == "pruned" else None
-            with pruned(pipe, planned or method, protect=mask):  # before any work: refuses what cannot be pruned
-                if mask is not None and (planned is None or planned.method is not None):
+            with pruned(pipe, method, protect=mask):  # before any work: refuses what cannot be pruned
+                if mask is not None and _drops_tokens(method):
                     check_protected(pipe, (height, width))
-            costs[kind] = request_cost(pipe, request, method) if planned is None else planned.found.get("cost", 1.0)
+            if isinstance(method, Plan):
+                names[kind], costs[kind] = f"plan, {request.steps} steps", method.found.get("cost", 1.0)
+            else:
+                names[kind], costs[kind] = method.name, request_cost(pipe, request, method)
 
     results: list[ImageResult] = []
     comparisons: list[Comparison] = []
@@ -83,18 +82,17 @@ def generate(
     for index, prompt in enumerate(request.prompts):
         made: dict[str, _Made] = {}
         for kind, method in methods.items():
-            made[kind] = _make(pipe, request, index, kind, method, mask, progress)
-            folder.save(made[kind].image, f"{kind}-{index}.png")
+            one = made[kind] = _make(pipe, request, index, kind, method, mask, progress)
+            folder.save(one.image, f"{kind}-{index}.png")
             if watch is not None:
-                watch(kind, made[kind].image, made[kind].recording)
+                watch(kind, one.image, one.recording)
         image, recording = made["pruned"].image, made["pruned"].recording
         if maps and recording is not None and recording.observations:
             folder.save(maps_sheet(image, recording, prompt), f"maps-{index}.png")
         if compare:
             shown = [
-                PrunedImage(f"{_name(request, kind, method)}, cost {costs[kind]:.2f}", made[kind].image, recording)
-                for kind, method in methods.items()
-                if method is not None and ((recording := made[kind].recording) is not None or request.plan is not None)
+                PrunedImage(f"{name}, cost {costs[kind]:.2f}", made[kind].image, made[kind].recording)
+                for kind, name in names.items()
             ]
             comparisons.append(Comparison(prompt, made["dense"].image, tuple(shown)))
         results.append(_result(request, index, made))
@@ -105,8 +103,7 @@ def generate(
     return results
 
 
-@dataclass(frozen=True)
-class _Made:
+class _Made(NamedTuple):
     image: Image.Image
     seconds: float
     recording: Recording | None
@@ -117,7 +114,7 @@ def _make(
     request: Request,
     index: int,
     kind: str,
-    method: Method | None,
+    method: Method | Plan | None,
     mask: Image.Image | None,
     progress: Progress | None,
 ) -> _Made:
@@ -130,11 +127,10 @@ def _make(
         return kwargs
 
     recording = None
-    planned = request.plan if kind == "pruned" else None
     with ExitStack() as stack:
         if method is not None:
-            stack.enter_context(pruned(pipe, planned or method, protect=mask))
-            if planned is None or planned.method is not None:
+            stack.enter_context(pruned(pipe, method, protect=mask))
+            if _drops_tokens(method):
                 recording = stack.enter_context(recorded(pipe))
         started = time.perf_counter()
         images = pipe(
@@ -148,6 +144,10 @@ def _make(
             callback_on_step_end=on_step,
         ).images
         return _Made(images[0], time.perf_counter() - started, recording)
+
+
+def _drops_tokens(method: Method | Plan) -> bool:
+    return not isinstance(method, Plan) or method.method is not None
 
 
 def _result(request: Request, index: int, made: Mapping[str, _Made], kind: str = "pruned") -> ImageResult:
@@ -165,10 +165,6 @@ def _result(request: Request, index: int, made: Mapping[str, _Made], kind: str =
     )
 
 
-def _name(request: Request, kind: str, method: Method) -> str:
-    return f"plan, {request.steps} steps" if kind == "pruned" and request.plan is not None else method.name
-
-
 def _read_mask(file: Path) -> Image.Image:
     """Read a mask, black and white; raise a `ValueError` if it is no picture."""
     try:
@@ -176,5 +172,5 @@ def _read_mask(file: Path) -> Image.Image:
             return Image.fromarray(region(picture).mul(255).byte().numpy())
     except FileNotFoundError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is no picture ({error}); give a PNG, white where nothing is to be dropped") from error

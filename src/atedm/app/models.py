@@ -1,13 +1,13 @@
 """Open the model to work on: the one that ships, a local folder or file, or one from the Hugging Face hub."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from safetensors import safe_open
 
 from atedm.app.devices import best_device, check_device, usual_dtype
 from atedm.costs.architectures import architecture
@@ -51,8 +51,7 @@ def native_size(pipe: Any) -> tuple[int, int]:
 
 def quiet_libraries() -> None:
     """Turn off progress bars and notes of other libraries. What goes wrong still raises."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
+    import transformers.utils.logging  # slow to import
 
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()
@@ -60,19 +59,18 @@ def quiet_libraries() -> None:
 
 
 def _open(model: str, dtype: torch.dtype) -> Any:
-    from diffusers import AutoPipelineForText2Image, StableDiffusionXLPipeline
-
     if not model.strip():
         raise ValueError(f"the name of the model is empty; {_WHAT_WORKS}")
     if model == TINY:
-        return StableDiffusionXLPipeline.from_pretrained(weights_folder(), torch_dtype=dtype)
+        return diffusers.StableDiffusionXLPipeline.from_pretrained(weights_folder(), torch_dtype=dtype)
     if model.startswith("~"):
         model = str(Path(model).expanduser())
     if model.endswith((".safetensors", ".ckpt")):
         return _from_file(Path(model), dtype)
-    if (Path(model) / "model_index.json").exists() or not _looks_local(model):
+    looks_local = model.startswith((".", "/")) or model.count("/") != 1 or Path(model).exists()
+    if (Path(model) / "model_index.json").exists() or not looks_local:
         try:
-            return AutoPipelineForText2Image.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
+            return diffusers.AutoPipelineForText2Image.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
         except Exception as error:  # the libraries raise many kinds for broken files
             found = "; ".join(_broken_files(Path(model))) or _first_line(error)
             raise ValueError(f"cannot open the model {model!r}: {found}") from error
@@ -81,14 +79,8 @@ def _open(model: str, dtype: torch.dtype) -> Any:
     raise FileNotFoundError(f"no model at {model!r}; {_WHAT_WORKS}")
 
 
-def _looks_local(model: str) -> bool:
-    return model.startswith((".", "/", "~")) or model.count("/") != 1 or Path(model).exists()
-
-
 def _from_file(file: Path, dtype: torch.dtype) -> Any:
     """Open a checkpoint of one file; the names of its tensors say whether it is SDXL or SD 1.x."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
     if file.suffix != ".safetensors":
         raise ValueError(f"{file.name} may run code when it is opened; convert it to .safetensors first")
     if not file.exists():
@@ -100,9 +92,9 @@ def _from_file(file: Path, dtype: torch.dtype) -> Any:
             "a LoRA or a single part of a model cannot be opened alone"
         )
     if any(name.startswith("conditioner.embedders.1.") for name in names):
-        kind, base = StableDiffusionXLPipeline, "stabilityai/stable-diffusion-xl-base-1.0"
+        kind, base = diffusers.StableDiffusionXLPipeline, "stabilityai/stable-diffusion-xl-base-1.0"
     else:
-        kind, base = StableDiffusionPipeline, "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        kind, base = diffusers.StableDiffusionPipeline, "stable-diffusion-v1-5/stable-diffusion-v1-5"
     try:
         return kind.from_single_file(str(file), torch_dtype=dtype)
     except OSError as error:
@@ -115,8 +107,6 @@ def _from_file(file: Path, dtype: torch.dtype) -> Any:
 
 
 def _tensor_names(file: Path) -> list[str]:
-    from safetensors import safe_open
-
     try:
         with safe_open(file, framework="pt") as tensors:
             return list(tensors.keys())

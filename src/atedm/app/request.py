@@ -15,8 +15,7 @@ from atedm.words import check_whole, is_number, is_whole
 class Request:
     """What to make.
 
-    Raises:
-        ValueError: If a value is out of its range.
+    Raises a `ValueError` if a value is out of its range.
     """
 
     prompts: tuple[str, ...]
@@ -48,7 +47,6 @@ class Request:
         return self.steps if steps is None else int(steps)
 
     def __post_init__(self) -> None:
-        """Check every value."""
         if not self.prompts or any(not isinstance(prompt, str) or not prompt.strip() for prompt in self.prompts):
             raise ValueError("a prompt is empty; give a line of text for each image")
         for prompt in self.prompts:

@@ -1,6 +1,4 @@
-"""The command line: one file a command, nothing heavy imported before a command runs."""
-
-from __future__ import annotations
+"""The command line: nothing heavy imported before a command runs."""
 
 import os
 import re
@@ -28,48 +26,36 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def about(
-    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version and stop.")
-) -> None:
+def about(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
     """Show the version, or go on to the command."""
     if version:
         from atedm import __version__
 
         typer.echo(__version__)
         raise typer.Exit
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
 
 
-app.command()(generate)
-app.command()(web)
-app.command()(cost)
-app.command()(bench)
-app.command()(evaluate)
-app.command()(tune)
-app.command()(finetune)
+for command in (generate, web, cost, bench, evaluate, tune, finetune):
+    app.command()(command)
 app.add_typer(lab, name="lab")
-
-
-_LOGS = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-"""Notes of torch's profiler, which go past Python to the terminal; read when torch is first imported."""
 
 
 def main() -> None:
     """Run the command line; what the user got wrong ends in one line and status 2."""
-    for name, level in _LOGS.items():
-        os.environ.setdefault(name, level)
+    # Notes of torch's profiler go past Python to the terminal. Torch reads these when it is first imported.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError) as error:
         line = " ".join(str(error).split()) or type(error).__name__
-        typer.secho(f"atedm: {line}", err=True, fg="red")
-        sys.exit(2)
     except RuntimeError as error:
         if not re.search("out of memory|allocate|storage size", str(error), re.IGNORECASE):
             raise
-        line = str(error).strip().splitlines()[0]
-        typer.secho(f"atedm: this takes more memory than there is ({line})", err=True, fg="red")
-        sys.exit(2)
+        line = f"this takes more memory than there is ({str(error).strip().splitlines()[0]})"
     except KeyboardInterrupt:
         sys.exit(130)
+    else:
+        return
+    typer.secho(f"atedm: {line}", err=True, fg="red")
+    sys.exit(2)

@@ -1,17 +1,11 @@
 """`atedm bench`: what an image or a step takes with each method, in turns in one run."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from atedm.cli import lab_options as shared
-from atedm.cli.options import DeviceOption, SizeOption, at_least_one, pixels
-
-if TYPE_CHECKING:
-    from atedm.lab.bench.bench import BenchReport
+from atedm.cli import options, running
 
 DEFAULT = "dense,matched,paper,deepcache"
 MORE = 'More: --steps 20 --repeats 5 --memory, and methods such as "matched,paper,dagger,tome[cost=matched],deepcache".'
@@ -23,34 +17,26 @@ def bench(
     ] = DEFAULT,
     model: Annotated[
         str,
-        typer.Option(
-            help="**tiny**, the model that ships; **sdxl**, **sdxl-turbo**, **sd15**, **sd21** or a hub id, whose "
-            "steps are timed with random weights; a folder or a file, whose own weights draw images.",
-            rich_help_panel="Model",
+        options.MODEL(
+            "**tiny**, the model that ships; **sdxl**, **sdxl-turbo**, **sd15**, **sd21** or a hub id, whose steps "
+            "are timed with random weights; a folder or a file, whose own weights draw images."
         ),
     ] = "tiny",
-    device: DeviceOption = None,
-    dtype: shared.DtypeOption = None,
-    size: SizeOption = None,
-    batch: shared.BatchOption = 1,
-    guidance: shared.TimedGuidanceOption = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    size: options.Size = None,
+    batch: options.Batch = 1,
+    guidance: options.IsGuided = None,
     whole_images: Annotated[
         bool | None,
-        typer.Option(
-            "--images/--step",
-            help="Time whole images, or steps of the U-Net; by default images where the weights are at hand.",
-        ),
+        options.PLAIN("Time whole images, or steps; by default images if weights are at hand.", "--images/--step"),
     ] = None,
-    steps: Annotated[
-        int, typer.Option(help="Denoising steps of an image.", rich_help_panel="Images", callback=at_least_one)
-    ] = 10,
-    repeats: shared.RepeatsOption = 3,
-    memory: Annotated[bool, typer.Option("--memory", help="Also measure the peak of activations.")] = False,
-    json: shared.JsonOption = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Also write the JSON to this file.", rich_help_panel="Output")
-    ] = None,
-    plot: shared.PlotOption = None,
+    steps: options.StepsOfProbe = 10,
+    repeats: options.Repeats = 3,
+    memory: Annotated[bool, options.PLAIN("Also measure the peak of activations.", "--memory")] = False,
+    json: options.Json = False,
+    out: Annotated[Path | None, options.OUTPUT("Also write the JSON to this file.")] = None,
+    plot: options.Plot = None,
 ) -> None:
     """Time each method, in turns, and print it beside its cost.
 
@@ -64,30 +50,23 @@ def bench(
     from atedm.files import check_writable, save_json
     from atedm.lab.bench.bench import bench as measure
     from atedm.lab.methods.by_name import method_by_name, parse_methods
+    from atedm.lab.tables import markdown_table
 
     check_writable(out, plot)
-    setup = shared.setup_of(model, device, dtype, size, batch, guidance, repeats)
-    chosen = {spec: method_by_name(spec, model, size=pixels(size), steps=steps) for spec in parse_methods(methods)}
-    with shared.progress_bar() as tell:
+    setup = running.setup_of(model, size, dtype, device=device, batch=batch, guidance=guidance, repeats=repeats)
+    sides = options.pixels(size)
+    chosen = {spec: method_by_name(spec, model, size=sides, steps=steps) for spec in parse_methods(methods)}
+    with running.progress_bar() as tell:
         report = measure(setup, chosen, whole_images=whole_images, steps=steps, memory=memory, progress=tell)
     if out is not None:
         save_json(report.as_dict(), out)
-    shared.show(report.as_dict(), table(report), json, plot, "bench", report)
+    head = ["method", "cost", f"ms, {report.timed}", "time, dense = 1"]
+    rows = [[name, f"{r.cost:.3f}", f"{r.time.median:.1f}", r.ratio.text(3)] for name, r in report.rows.items()]
+    if any(row.peak is not None for row in report.rows.values()):
+        head.append("peak of activations, MiB")
+        for cells, row in zip(rows, report.rows.values(), strict=True):
+            cells.append("" if row.peak is None else f"{row.peak / 2**20:.0f}")
+    text = f"{report.headline()}\n\n{markdown_table(head, rows)}"
+    running.show(report.as_dict(), text, json, plot, "times.bench_chart", report)
     if methods == DEFAULT and not json:
         typer.echo(MORE)
-
-
-def table(report: BenchReport) -> str:
-    """Show a row a method."""
-    from atedm.lab.tables import markdown_table
-
-    peaks = any(row.peak is not None for row in report.rows.values())
-    head = ["method", "cost", f"ms, {report.timed}", "time, dense = 1", *(["peak of activations, MiB"] * peaks)]
-    rows = [
-        [
-            *(name, f"{row.cost:.3f}", f"{row.time.median:.1f}", row.ratio.text(3)),
-            *([""] if row.peak is None else [f"{row.peak / 2**20:.0f}"])[: int(peaks)],
-        ]
-        for name, row in report.rows.items()
-    ]
-    return f"{report.headline()}\n\n{markdown_table(head, rows)}"

@@ -2,61 +2,38 @@
 
 from __future__ import annotations
 
-from json import dumps
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from atedm.cli import options, running
 
-from atedm.cli.options import (
-    BudgetOption,
-    MethodNameOption,
-    RateOption,
-    SizeOption,
-    StepsOption,
-    at_least_one,
-    pixels,
-    refuse_rate_and_budget,
-)
+if TYPE_CHECKING:
+    from atedm.costs.report import CostReport
+    from atedm.costs.tome import ToMe
+    from atedm.method.contract import Method
 
 
 def cost(
     model: Annotated[
         str,
-        typer.Option(
-            help="**sdxl**, **sdxl-turbo**, **sd15**, **sd21**, **flux**, **sd35-large**, **sd35-medium**, "
-            "**qwen-image**, **z-image**, **pixart-sigma** or **tiny**, which need no download; a diffusers folder or "
-            "a hub id, of which only the config is read.",
-            rich_help_panel="Model",
+        options.MODEL(
+            "**sdxl**, **sdxl-turbo**, **sd15**, **sd21**, **flux**, **sd35-large**, **sd35-medium**, **qwen-image**, "
+            "**z-image**, **pixart-sigma** or **tiny**, which need no download; a diffusers folder or a hub id, of "
+            "which only the config is read."
         ),
     ] = "sdxl",
-    method: MethodNameOption = None,
-    rate: RateOption = None,
-    budget: BudgetOption = None,
-    size: SizeOption = None,
-    batch: Annotated[
-        int, typer.Option(help="Images made at once.", rich_help_panel="Image", callback=at_least_one)
-    ] = 1,
-    guidance: Annotated[
-        bool | None,
-        typer.Option(
-            "--guidance/--no-guidance",
-            help="With guidance the U-Net runs twice for an image; by default what suits the model.",
-            show_default=False,
-            rich_help_panel="Image",
-        ),
-    ] = None,
-    steps: StepsOption = None,
+    method: options.Method = None,
+    rate: options.Rate = None,
+    budget: options.Budget = None,
+    size: options.Size = None,
+    batch: options.Batch = 1,
+    guidance: options.IsGuided = None,
+    steps: options.Steps = None,
     tome_ratio: Annotated[
-        float,
-        typer.Option(
-            help="Share of the tokens that ToMe merges, which is shown beside; up to 0.75.", rich_help_panel="Output"
-        ),
+        float, options.OUTPUT("Share of the tokens that ToMe merges, which is shown beside; up to 0.75.")
     ] = 0.5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Output")] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the cost of each stage to this PNG.", rich_help_panel="Output")
-    ] = None,
+    json: options.Json = False,
+    plot: options.Plot = None,
 ) -> None:
     """Print what a model costs at a size and what pruning saves, without its weights.
 
@@ -73,37 +50,59 @@ def cost(
 
     `atedm cost --budget 0.7` solves for the rate at which a run costs 70 % of the dense one.
     """
-    from rich.console import Console
-    from rich.markup import escape
-
     from atedm.app.equal_cost import method_at
     from atedm.app.models import quiet_libraries
-    from atedm.cli.cost_tables import cost_text
     from atedm.costs.architectures import architecture
     from atedm.costs.budget import fit_to_budget
     from atedm.costs.report import cost as cost_of
     from atedm.costs.spans import CONVENTIONS
     from atedm.costs.tome import LEVELS, MERGES, ToMe
-    from atedm.files import check_writable, save_image
+    from atedm.files import check_writable
     from atedm.suits import suits
 
     check_writable(plot)
-    refuse_rate_and_budget(rate, budget)
+    options.refuse_rate_and_budget(rate, budget)
     quiet_libraries()
     steps = suits(model).steps if steps is None else steps
     is_transformer = architecture(model).is_transformer
     chosen = method_at(suits(model).method if method is None else method.value, rate, transformer=is_transformer)
     tomes = [] if is_transformer else [ToMe(tome_ratio, merge, levels) for levels in LEVELS for merge in MERGES]
-    with Console(stderr=True).status(f"counting {escape(model)}"):
+    run: dict[str, Any] = {"size": options.pixels(size), "guidance": guidance, "steps": steps}
+    with running.status(f"counting {model}"):
         if budget is not None:
-            chosen = fit_to_budget(model, chosen, share=budget, size=pixels(size), guidance=guidance, steps=steps)
-        report = cost_of(model, chosen, size=pixels(size), batch=batch, guidance=guidance, steps=steps)
-    if plot is not None:
-        from atedm.lab.charts.cost import stage_chart
+            chosen = fit_to_budget(model, chosen, share=budget, **run)
+        report = cost_of(model, chosen, batch=batch, **run)
+    beside = [vars(tome) | {name: report.with_tome(tome, name).as_dict() for name in CONVENTIONS} for tome in tomes]
+    content = report.as_dict() | {"tome": beside}
+    running.show(content, tables(report, tomes), json, plot, "cost.stage_chart", report)
 
-        save_image(stage_chart(report), plot)
-    if as_json:
-        beside = [vars(tome) | {name: report.with_tome(tome, name).as_dict() for name in CONVENTIONS} for tome in tomes]
-        typer.echo(dumps(report.as_dict() | {"tome": beside}, indent=2))
-        return
-    typer.echo(cost_text(report, tomes) + (f"\n{plot}" if plot else ""))
+
+def tables(report: CostReport, tomes: Sequence[ToMe]) -> str:
+    """Show what steps, blocks and the run cost, with settings of ToMe beside."""
+    from atedm.costs.spans import CONVENTIONS
+    from atedm.lab.tables import markdown_table
+
+    method: Method = report.method  # type: ignore[assignment]
+    run, (width, height) = report.figures(), report.size
+    unit, scale = ("T", 1e12) if run.dense >= 1e11 else ("G", 1e9)
+    named = {f"{method.name}, {convention}": report.figures(convention) for convention in CONVENTIONS}
+    for tome in tomes:
+        parts = "all parts" if tome.merge == "everything" else "self-attention"
+        levels = "all levels" if tome.levels == "all" else "highest level"
+        named[f"ToMe {tome.ratio:.0%}, {parts}, {levels}"] = report.with_tome(tome)
+    steps = [[name, *(f"{macs / scale:.3f}" for macs in f), f"{f.mean / f.dense:.1%}"] for name, f in named.items()]
+    blocks = []
+    for span in report.spans:
+        place, kept = span.shape.place, f"{span.kept}{', early all' if span.spared else ''}"
+        shares = (f"{100 * step.exact / run.dense:.1f}" for step in (span.dense, span.normal_step))
+        blocks.append([place.name, place.layers, span.shape.tokens, kept, *shares])
+    what = "blocks" if report.spans[0].shape.place.is_stretch else "attention block"
+    return (
+        f"{report.model}, {width} x {height} px, batch {report.batch} {'with' if report.guidance else 'without'} "
+        f"guidance; {report.steps} steps, {report.early_steps} of them early; {method.name}, rate {method.rate:.4g}\n\n"
+        f"{markdown_table([f'{unit} MACs of a step', 'dense', 'normal', 'early', 'mean', 'cost'], steps)}\n\n"
+        f"{markdown_table([what, 'layers', 'tokens', 'kept', 'dense, %', 'normal, %'], blocks)}\n\n"
+        f"The method adds {report.overhead() / scale:.3f} {unit} MACs to a normal step.\n"
+        f"A run of {report.steps} steps: {report.steps * run.dense / scale:.1f} {unit} MACs dense, "
+        f"{report.steps * run.mean / scale:.1f} pruned, a cost of {run.mean / run.dense:.1%} (exact)."
+    )

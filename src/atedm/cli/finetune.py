@@ -1,53 +1,30 @@
 """`atedm finetune`: a LoRA that wins back what a plan's pruning lost."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from atedm.cli import lab_options as shared
-from atedm.cli.options import DeviceOption, at_least_one
+from atedm.cli import options, running
 
-if TYPE_CHECKING:
-    from atedm.tuning.finetune import Training
+TRAINING = options.panel("Training")
 
 
 def finetune(
     model: Annotated[str, typer.Argument(help="The model that the plan is for, as `atedm tune` takes it.")] = "tiny",
-    plan: Annotated[Path, typer.Option(help="A plan.json.")] = Path("out/tune/plan.json"),
-    device: DeviceOption = None,
-    dtype: shared.DtypeOption = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="A .txt file of a prompt a line, or a .csv file: a few hundred. By default a set of ours.",
-            rich_help_panel="Training",
-        ),
-    ] = None,
-    runs: Annotated[
-        int,
-        typer.Option(
-            help="Dense runs to learn from, one prompt each.", rich_help_panel="Training", callback=at_least_one
-        ),
-    ] = 500,
-    rank: Annotated[int, typer.Option(help="Of the LoRA.", rich_help_panel="Training", callback=at_least_one)] = 16,
-    learning_rate: Annotated[float, typer.Option(help="At its highest.", rich_help_panel="Training")] = 1e-3,
-    checkpointing: Annotated[
-        bool,
-        typer.Option("--checkpointing", help="Take less memory and a third more time.", rich_help_panel="Training"),
-    ] = False,
-    seed: shared.SeedOption = 0,
+    plan: Annotated[Path, options.PLAIN("A plan.json.")] = Path("out/tune/plan.json"),
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    prompts: options.OwnPrompts = None,
+    runs: Annotated[int, TRAINING("Dense runs to learn from, one prompt each.", callback=options.at_least_one)] = 500,
+    rank: Annotated[int, TRAINING("Of the LoRA.", callback=options.at_least_one)] = 16,
+    learning_rate: Annotated[float, TRAINING("At its highest.")] = 1e-3,
+    checkpointing: Annotated[bool, TRAINING("Take less memory and a third more time.", "--checkpointing")] = False,
+    seed: options.Seed = 0,
     memory: Annotated[
-        bool,
-        typer.Option(
-            "--memory", help="Print what training MODEL takes, also **sdxl** or **sd15**, and stop. Needs no weights."
-        ),
+        bool, options.PLAIN("Only print what training MODEL takes, also **sdxl**; needs no weights.", "--memory")
     ] = False,
-    out: Annotated[
-        Path, typer.Option(help="Folder; a training that was stopped goes on there.", rich_help_panel="Output")
-    ] = Path("out/finetune"),
+    out: options.Folder = Path("out/finetune"),
 ) -> None:
     """Train a LoRA by which the pruned model predicts what its own dense self predicts.
 
@@ -62,46 +39,38 @@ def finetune(
 
     `atedm evaluate "dense,out/tune/plan.json,out/finetune/plan.json"`
     """
+    import torch
+
+    from atedm.costs.architectures import architecture
     from atedm.lab.evaluation.prompts import read_prompts
     from atedm.lab.evaluation.sharing import shared_work
     from atedm.lab.extra import optional
     from atedm.plans.plan import read_plan
     from atedm.tuning.finetune import Training
     from atedm.tuning.finetune import finetune as train
+    from atedm.tuning.memory import training_needs
     from atedm.tuning.prompts import tuning_prompts
 
     optional("peft", "tune")
+    training = Training(runs, rank, learning_rate, seed, checkpointing)
     if memory:
-        typer.echo(needs_of(model, Training(runs, rank, learning_rate, seed, checkpointing), dtype))
+        arch = architecture(model)
+        needs = training_needs(arch, training, torch.float32 if dtype is None else getattr(torch, dtype.value))
+        parts = (needs.weights, needs.lora, needs.activations, needs.total)
+        weights, lora, activations, all_parts = (f"{part / 1e9:.2f} GB" for part in parts)
+        typer.echo(
+            f"{model} at {' x '.join(map(str, arch.default_size))}: {all_parts}, of which U-Net {weights}, LoRA of "
+            f"rank {rank} with its optimiser {lora}, activations {activations} if no token were dropped"
+        )
         return
     found = read_plan(plan)
-    training = Training(runs, rank, learning_rate, seed, checkpointing)
     texts = [one.text for one in read_prompts(str(prompts))] if prompts is not None else tuning_prompts(model, runs)
     state = shared_work(device)
-    pipe = shared.open_pipeline(model, device or str(state.device), dtype)
-    with shared.progress_bar(quiet=not state.is_main_process) as tell:
+    pipe = running.open_pipeline(model, device or str(state.device), dtype)
+    with running.progress_bar(quiet=not state.is_main_process) as tell:
         trained = train(pipe, found, texts, training, out, state=state, progress=tell)
     if state.is_main_process:
         tenth = max(1, len(trained.losses) // 10)
         first, last = (sum(part) / tenth for part in (trained.losses[:tenth], trained.losses[-tenth:]))
         typer.echo(f"error of a step, share of the output's square: {first:.2e} at first, {last:.2e} at the end")
         typer.echo(str(trained.file))
-
-
-def needs_of(model: str, training: Training, dtype: shared.Dtype | None) -> str:
-    """Say in a line what training a model takes."""
-    import torch
-
-    from atedm.costs.architectures import architecture
-    from atedm.tuning.memory import training_needs
-
-    precision = torch.float32 if dtype is None else getattr(torch, dtype.value)
-    arch = architecture(model)
-    needs = training_needs(arch, training, precision)
-    parts = (needs.weights, needs.lora, needs.activations, needs.total)
-    weights, lora, activations, total = (f"{part / 1e9:.2f} GB" for part in parts)
-    width, height = arch.default_size
-    return (
-        f"{model} at {width} x {height}: {total}, of which U-Net {weights}, LoRA of rank {training.rank} with its "
-        f"optimiser {lora}, activations {activations} if no token were dropped"
-    )

@@ -1,70 +1,33 @@
 """`atedm tune`: find the plan that a model bears at a budget."""
 
-from __future__ import annotations
-
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from atedm.cli import lab_options as shared
-from atedm.cli.options import DeviceOption, SizeOption, at_least_one, pixels
+from atedm.cli import options, running
 
-IMAGES, SEARCH = "Images", "Search"
-
-
-class BudgetOf(str, Enum):
-    """What a budget is of."""
-
-    time = "time"
-    arithmetic = "arithmetic"
+SEARCH = options.panel("Search")
+BudgetOf = Enum("BudgetOf", {"time": "time", "arithmetic": "arithmetic"})
 
 
 def tune(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="**tiny**, the model that ships; a hub id; a diffusers folder; or a single .safetensors file."
-        ),
-    ] = "tiny",
-    budget: Annotated[
-        float, typer.Option(help="What a run may take, as a share of the dense run.", rich_help_panel=SEARCH)
-    ] = 0.5,
+    model: Annotated[str, typer.Argument(help=options.MODEL_HELP)] = "tiny",
+    budget: Annotated[float, SEARCH("What a run may take, as a share of the dense run.")] = 0.5,
     of: Annotated[
-        BudgetOf,
-        typer.Option(
-            help="**time** on this device, measured at the start; or **arithmetic**, the same everywhere.",
-            rich_help_panel=SEARCH,
-        ),
+        BudgetOf, SEARCH("**time** on this device, measured at the start; or **arithmetic**, the same everywhere.")
     ] = BudgetOf.time,
-    images: Annotated[
-        float, typer.Option(help="What the search may take, in dense images.", rich_help_panel=SEARCH)
-    ] = 100.0,
-    device: DeviceOption = None,
-    dtype: shared.DtypeOption = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="Your own: a .txt file of a prompt a line, or a .csv file. By default a set of ours.",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None,
-    captions: Annotated[
-        int, typer.Option(help="How many prompts to draw.", rich_help_panel=IMAGES, callback=at_least_one)
-    ] = 8,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            help="Of the dense run; by default what suits the model.", rich_help_panel=IMAGES, callback=at_least_one
-        ),
-    ] = None,
-    guidance: shared.GuidanceOption = None,
-    size: SizeOption = None,
-    seed: shared.SeedOption = 0,
-    out: Annotated[
-        Path, typer.Option(help="Folder; a search that was stopped goes on there.", rich_help_panel="Output")
-    ] = Path("out/tune"),
+    images: Annotated[float, SEARCH("What the search may take, in dense images.")] = 100.0,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    prompts: options.OwnPrompts = None,
+    captions: options.Captions = 8,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    size: options.Size = None,
+    seed: options.Seed = 0,
+    out: options.Folder = Path("out/tune"),
 ) -> None:
     """Find the steps, scheduler, pruning and cache whose images are nearest to dense ones at a budget.
 
@@ -79,27 +42,16 @@ def tune(
 
     `atedm generate "a fox in snow" --model ./my-checkpoint.safetensors --plan out/tune/plan.json --compare`
     """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress
-
     from atedm.lab.evaluation.prompts import read_prompts
     from atedm.lab.extra import optional
     from atedm.tuning.prompts import tuning_prompts
     from atedm.tuning.tune import tune as search
 
     optional("optuna", "tune")
-    if prompts is None:
-        texts = tuning_prompts(model, captions)
-    else:
-        texts = [prompt.text for prompt in read_prompts(str(prompts), at_most=captions)]
-    pipe = shared.open_pipeline(model, device, dtype)
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("starting", total=images)
-
-        def tell(what: str, done: float, total: float) -> None:
-            bar.update(task, description=escape(what), completed=done, total=total)
-
+    read = [] if prompts is None else read_prompts(str(prompts), at_most=captions)
+    texts = [prompt.text for prompt in read] or tuning_prompts(model, captions)
+    pipe = running.open_pipeline(model, device, dtype)
+    with running.progress_bar() as tell:
         tuned = search(
             pipe,
             budget,
@@ -107,7 +59,7 @@ def tune(
             prompts=texts,
             steps=steps,
             guidance=guidance,
-            size=pixels(size),
+            size=options.pixels(size),
             images=images,
             seed=seed,
             model=model,

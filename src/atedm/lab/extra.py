@@ -1,21 +1,11 @@
 """Import packages of the extras where they are needed, and say how to install them where they are missing."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 
 
 def optional(module: str, extra: str = "lab") -> Any:
-    """Import a module of a package that the base install lacks.
-
-    Args:
-        module: Its name, such as "cleanfid.fid".
-        extra: The extra of atedm that brings it.
-
-    Raises:
-        ImportError: If it cannot be imported; the message says how to install it.
-    """
+    """Import a module such as "cleanfid.fid", or raise an `ImportError` that names the extra which brings it."""
     try:
         return import_module(module)
     except ImportError as error:

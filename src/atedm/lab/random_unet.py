@@ -1,10 +1,8 @@
 """A U-Net with random weights, for timing: how long a step takes does not depend on what the weights are."""
 
-from __future__ import annotations
-
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 
 from atedm.costs.architectures import Architecture
 
@@ -21,10 +19,8 @@ def random_unet(
     Weights are normal with variance one over the fan-in, norms are the identity, biases are zero. So nothing overflows
     in any dtype, and no denormal numbers slow it down.
 
-    It is filled on its device, and no second copy is held. The same seed gives the same weights on every device.
-
-    Raises:
-        ValueError: If diffusers cannot build it.
+    It is filled on its device, and no second copy is held. The same seed gives the same weights on every device. Raises
+    a `ValueError` if diffusers cannot build it.
     """
     # The method of torch: that of diffusers warns of modules to be kept in float32, of which a U-Net has none.
     unet = nn.Module.to(arch.on_meta(), dtype).to_empty(device=device)
@@ -35,16 +31,11 @@ def random_unet(
     for index, (name, parameter) in enumerate(unet.named_parameters()):
         if parameter.ndim > 1:
             start = index * 7919 % _NOISE  # or all weights would begin alike
-            _repeat(ring[start : start + _NOISE] * parameter[0].numel() ** -0.5, parameter.view(-1))
+            pattern = ring[start : start + _NOISE] * parameter[0].numel() ** -0.5
+            times = -(-parameter.numel() // len(pattern))
+            parameter.view(-1).copy_(pattern.repeat(times)[: parameter.numel()])
         else:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
     for buffer in unet.buffers():
         buffer.zero_()
     return unet
-
-
-def _repeat(pattern: Tensor, out: Tensor) -> None:
-    """Fill ``out`` (n,) with ``pattern`` (m,), repeated as often as it fits and cut off at the end."""
-    whole = out.numel() // pattern.numel() * pattern.numel()
-    out[:whole].view(-1, pattern.numel()).copy_(pattern)
-    out[whole:].copy_(pattern[: out.numel() - whole])

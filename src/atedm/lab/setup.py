@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
-from atedm.app.devices import best_device, processor_of, usual_dtype
+from atedm.app.devices import best_device, processor_of, usual_dtype, versions
 from atedm.costs.architectures import architecture
 from atedm.suits import TINY, suits
 from atedm.words import check_whole
@@ -31,8 +29,8 @@ class Setup:
     device: str
     repeats: int
     processor: str
-    threads: int
-    versions: dict[str, str]
+    threads: int = field(default_factory=torch.get_num_threads)
+    versions: dict[str, str] = field(default_factory=versions)
 
     @classmethod
     def of(
@@ -49,11 +47,9 @@ class Setup:
         """Fill in what suits the model and what this machine says of itself.
 
         By default the size is the model's own, guidance as the model is run, the device the fastest there is, and the
-        dtype float32 on the CPU and float16 elsewhere. ``repeats`` rounds count, after one to warm up.
-
-        Raises:
-            FileNotFoundError: If ``model`` is a folder that is not there.
-            ValueError: If a count is below 1, or a size does not suit the model.
+        dtype float32 on the CPU and float16 elsewhere. ``repeats`` rounds count, after one to warm up. Raises a
+        `FileNotFoundError` if ``model`` is a folder that is not there, and a `ValueError` if a count is below 1, or a
+        size does not suit the model.
         """
         check_whole("batch", batch)
         check_whole("repeats", repeats)
@@ -70,8 +66,6 @@ class Setup:
             device,
             repeats,
             processor_of(device),
-            torch.get_num_threads(),
-            {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__},
         )
 
     @property

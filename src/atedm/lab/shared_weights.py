@@ -1,7 +1,5 @@
 """A second U-Net on the same weights, so that one can be patched and the other run beside it."""
 
-from __future__ import annotations
-
 import copy
 
 from diffusers import UNet2DConditionModel

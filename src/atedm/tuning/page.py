@@ -9,7 +9,7 @@ from PIL import Image
 
 from atedm.app.pictures.canvas import Cell, draw_sheet
 from atedm.files import save_text
-from atedm.lab.charts.figure import new_chart, picture_of
+from atedm.lab.charts.figure import new_charts, picture_of
 from atedm.lab.evaluation.report import page_of
 from atedm.plans.plan import Plan
 from atedm.tuning.drawing import Easel
@@ -44,7 +44,7 @@ def write_page(file: Path, plan: Plan, tried: Sequence[Tried], easel: Easel) -> 
 
 def _chart(tried: Sequence[Tried], of: str) -> Image.Image:
     """Draw distance against cost: all plans, and those that none is both cheaper and nearer than."""
-    figure, axes = new_chart(7, 4, "Distance to dense against cost")
+    figure, (axes,) = new_charts(7, 4, title="Distance to dense against cost")
     for whole, colour, label in ((True, "tab:blue", "all prompts drawn"), (False, "tab:gray", "given up")):
         some = [one for one in tried if one.is_whole == whole]
         axes.scatter([one.share for one in some], [one.distance for one in some], s=18, color=colour, label=label)

@@ -20,7 +20,7 @@ from atedm.costs.architectures import architecture
 from atedm.files import check_writable, read_json, save_json
 from atedm.hosts.unet_spans import find_spans, find_unet
 from atedm.lab.extra import optional
-from atedm.lab.scores.lpips_distance import lpips_distances
+from atedm.lab.scores.pixels import lpips_distances
 from atedm.patch import is_applied
 from atedm.plans.fingerprint import checksum, fingerprint
 from atedm.plans.plan import Plan, save_plan

@@ -1,14 +1,11 @@
 """One picture, drawn dense and pruned in a thread of its own. It reports progress and can be stopped."""
 
-from __future__ import annotations
-
 import queue
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -17,8 +14,7 @@ from atedm.app.request import ImageResult, Request
 from atedm.record import Recording
 
 
-@dataclass(frozen=True)
-class StepDone:
+class StepDone(NamedTuple):
     """A denoising step is done."""
 
     #: "dense" or "pruned".
@@ -27,8 +23,7 @@ class StepDone:
     steps: int
 
 
-@dataclass(frozen=True)
-class ImageDone:
+class ImageDone(NamedTuple):
     """An image is done."""
 
     kind: str
@@ -36,8 +31,7 @@ class ImageDone:
     recording: Recording | None
 
 
-@dataclass(frozen=True)
-class JobDone:
+class JobDone(NamedTuple):
     """Everything is done, and in the folder."""
 
     result: ImageResult
@@ -55,14 +49,8 @@ def run_job(pipe: Any, request: Request, folder: Path, model: str, stop: threadi
     """Draw one prompt dense and pruned into ``folder``, and yield what happens.
 
     If the job is stopped, raises, or nobody listens any more, the thread ends with the step it is in, the pipeline is
-    as before, and the folder is gone.
-
-    Args:
-        pipe: A text-to-image pipeline, not patched.
-        request: Of one prompt.
-        folder: Made for this job.
-        model: Name of the model, for the run file.
-        stop: Set from another thread to end it, which raises `Stopped` here.
+    as before, and the folder, which is made for this job, is gone. ``stop`` is set from another thread to end it, which
+    raises `Stopped` here.
     """
     events: queue.Queue[Event | BaseException] = queue.Queue()
 
@@ -72,17 +60,12 @@ def run_job(pipe: Any, request: Request, folder: Path, model: str, stop: threadi
             raise Stopped(f"stopped at step {step} of {steps}, {kind}")
         events.put(StepDone(kind, step, steps))
 
+    def on_image(kind: str, image: Image.Image, recording: Recording | None) -> None:
+        events.put(ImageDone(kind, image, recording))
+
     def work() -> None:
         try:
-            (result,) = generate(
-                pipe,
-                request,
-                folder,
-                compare=True,
-                model=model,
-                progress=on_step,
-                watch=lambda kind, image, recording: events.put(ImageDone(kind, image, recording)),
-            )
+            (result,) = generate(pipe, request, folder, compare=True, model=model, progress=on_step, watch=on_image)
             if stop.is_set():
                 raise Stopped("stopped after the last step")
             events.put(JobDone(result, folder))
@@ -91,16 +74,15 @@ def run_job(pipe: Any, request: Request, folder: Path, model: str, stop: threadi
 
     thread = threading.Thread(target=work, name="atedm-job", daemon=True)
     thread.start()
-    finished = False
+    event: Event | BaseException | None = None
     try:
-        while not finished:
+        while not isinstance(event, JobDone):
             event = events.get()
             if isinstance(event, BaseException):
                 raise event
-            finished = isinstance(event, JobDone)
             yield event
     finally:
-        if not finished:
+        if not isinstance(event, JobDone):
             stop.set()
             thread.join()
             shutil.rmtree(folder, ignore_errors=True)

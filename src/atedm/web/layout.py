@@ -1,7 +1,5 @@
 """What is on the page, and where."""
 
-from __future__ import annotations
-
 import gradio as gr
 
 from atedm.web.messages import hint

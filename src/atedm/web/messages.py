@@ -1,7 +1,5 @@
 """What the page says: how far a job is, what went wrong, what was saved."""
 
-from __future__ import annotations
-
 import html
 
 from atedm.app.request import ImageResult

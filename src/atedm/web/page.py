@@ -1,19 +1,14 @@
 """The page: what happens when something on it is pressed."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
 from atedm.app.pictures.maps import importance_overlay, kept_overlay
-from atedm.app.request import ImageResult
-from atedm.hosts.state import Observation
 from atedm.record import Recording
 from atedm.web.job import ImageDone, StepDone, Stopped
 from atedm.web.layout import KEPT, Controls, Results, cost_slider
@@ -24,23 +19,8 @@ GALLERY = 24  # images of a visitor that are shown again
 QUEUE = 16  # visitors that may wait
 LARGE = 512  # pixels a side up to which small pictures are enlarged
 
-
-@dataclass(frozen=True)
-class VisibleImage:
-    """The picture that a visitor looks at, and what was kept while it was drawn."""
-
-    image: Image.Image
-    recording: Recording
-
-    @property
-    def steps(self) -> int:
-        """Denoising steps of the run."""
-        return 1 + max(seen.step for seen in self.recording.observations)
-
-    def seen(self, block: str, step: int) -> Observation | None:
-        """Return what one block did in one step; None if it was spared."""
-        found = (seen for seen in self.recording.observations if seen.block == block and seen.step == step)
-        return next(found, None)
+Shown = tuple[Image.Image, Recording]
+"""The picture that a visitor looks at, and what was kept while it was drawn."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +30,7 @@ class Page:
     service: Service
     controls: Controls
     results: Results
-    #: `VisibleImage`, or None.
+    #: `Shown`, or None.
     shown: gr.State
     #: (file, caption) of every image, newest first.
     drawn: gr.State
@@ -75,7 +55,7 @@ class Page:
             asked = self.service.request(model, prompt, method, cost, steps, guidance, seed)
             busy = {controls.draw: gr.Button(interactive=False), controls.cancel: gr.Button(interactive=True)}
             yield busy | {controls.status: progress(StepDone("dense", 0, asked.dense_steps))}
-            for event in self.service.draw(_visitor(request), model, asked):
+            for event in self.service.draw(str(request.session_hash), model, asked):
                 if isinstance(event, StepDone):
                     yield {controls.status: progress(event)}
                 elif isinstance(event, ImageDone):
@@ -83,14 +63,19 @@ class Page:
                     dense = dense or image
                     yield {results.compared: (dense, image)}
                     if event.recording is not None and event.recording.observations:
-                        yield self._about_blocks(VisibleImage(image, event.recording))
+                        yield self._about_blocks(image, event.recording)
                 else:
-                    drawn = [*_entries(event.result, event.folder), *drawn][:GALLERY]
+                    made, folder = event.result, event.folder
+                    captions = {
+                        str(made.file): f"pruned, seed {made.seed}: {made.prompt}",
+                        str(made.dense_file): f"dense, seed {made.seed}",
+                    }
+                    drawn = [*((str(folder / file), caption) for file, caption in captions.items()), *drawn][:GALLERY]
                     yield idle | {
                         controls.status: message("Done."),
-                        results.figures: figures(event.result, cost),
+                        results.figures: figures(made, cost),
                         results.gallery: drawn,
-                        results.run_file: gr.DownloadButton(value=str(event.folder / "run.json"), interactive=True),
+                        results.run_file: gr.DownloadButton(value=str(folder / "run.json"), interactive=True),
                         self.drawn: drawn,
                     }
         except Stopped as reason:
@@ -98,16 +83,16 @@ class Page:
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             yield idle | {controls.status: complaint(str(error))}
 
-    def _about_blocks(self, shown: VisibleImage) -> dict[Any, Any]:
+    def _about_blocks(self, image: Image.Image, recording: Recording) -> dict[Any, Any]:
         """Change what can be seen block by block to a new image."""
         results = self.results
-        block, last = shown.recording.blocks[0], shown.steps - 1
+        block, last = recording.blocks[0], max(seen.step for seen in recording.observations)
         return {
-            results.block: gr.Dropdown([*shown.recording.blocks], value=block),
+            results.block: gr.Dropdown([*recording.blocks], value=block),
             results.step: gr.Slider(0, max(1, last), last, label=f"Step, from 0 to {last}"),
-            results.overlay: overlay(shown, block, last, KEPT),
+            results.overlay: overlay((image, recording), block, last, KEPT),
             results.overlay_of: KEPT,
-            self.shown: shown,
+            self.shown: (image, recording),
         }
 
     def choose_model(self, model: str) -> dict[Any, Any]:
@@ -115,17 +100,15 @@ class Page:
         controls = self.controls
         try:
             suiting, methods = self.service.suits(model), self.service.methods(model)
-            method = next(iter(methods.values()))
-            slider = cost_slider(self.service, model, method, suiting.steps)
         except (ValueError, TypeError, OSError) as error:
             return {controls.status: complaint(str(error))}
+        method = next(iter(methods.values()))
         return {
             controls.prompt: suiting.prompts[0],
             controls.method: gr.Radio([*methods.items()], value=method),
             controls.steps: suiting.steps,
             controls.guidance: suiting.guidance,
-            controls.cost: slider,
-            controls.status: hint(model, self.service.plan_of(method)),
+            **self.choose_method(model, method, suiting.steps),
         }
 
     def choose_method(self, model: str, method: str, steps: int) -> dict[Any, Any]:
@@ -140,7 +123,7 @@ class Page:
 
     def cancel(self, request: gr.Request) -> None:
         """End what this visitor is drawing."""
-        self.service.stop(_visitor(request))
+        self.service.stop(str(request.session_hash))
 
     def wire(self) -> None:
         """Connect what is pressed with what happens."""
@@ -148,24 +131,20 @@ class Page:
         private: dict[str, Any] = {"api_visibility": "private"}
         asked = [on.prompt, on.model, on.method, on.cost, on.steps, on.guidance, on.seed, self.drawn]
         told = [on.draw, on.cancel, on.status, self.shown, self.drawn, *vars(results).values()]
+        # One image at a time, whoever asks; the others see their place in the queue.
+        one_by_one: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "drawing", **private}
         for trigger in (on.draw.click, on.prompt.submit):
-            trigger(
-                self.draw,
-                asked,
-                told,
-                concurrency_limit=1,
-                concurrency_id="drawing",  # one image at a time, whoever asks; the others see their place in the queue
-                show_progress_on=[on.status],
-                **private,
-            )
+            trigger(self.draw, asked, told, show_progress_on=[on.status], **one_by_one)
         on.cancel.click(self.cancel, None, None, queue=False, **private)
         offered = [on.prompt, on.method, on.steps, on.guidance, on.cost, on.status]
         on.model.input(self.choose_model, on.model, offered, **private)
-        on.another_seed.click(_another_seed, None, on.seed, **private)
+        on.another_seed.click(lambda: random.randint(0, MAX_SEED), None, on.seed, **private)
         at_once: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **private}
         for control in (on.method, on.steps):
             control.input(self.choose_method, [on.model, on.method, on.steps], [on.cost, on.status], **at_once)
-        results.wipe.input(_wipe, results.wipe, results.compared, **at_once)
+        results.wipe.input(
+            lambda position: gr.ImageSlider(slider_position=position), results.wipe, results.compared, **at_once
+        )
         looked_at = [self.shown, results.block, results.step, results.overlay_of]
         for control in (results.block, results.step, results.overlay_of):
             control.input(overlay, looked_at, results.overlay, **at_once)
@@ -173,7 +152,6 @@ class Page:
 
 def build_page(service: Service) -> gr.Blocks:
     """Return the page of a service, not launched. Opens its first model."""
-    model = service.models[0]
     blocks: gr.Blocks
     with gr.Blocks(title="atedm", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(
@@ -182,7 +160,7 @@ def build_page(service: Service) -> gr.Blocks:
         shown, drawn = gr.State(None), gr.State([])
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                controls = Controls(service, model)
+                controls = Controls(service, service.models[0])
             with gr.Column(scale=3, min_width=300):
                 results = Results()
         page = Page(service, controls, results, shown, drawn)
@@ -192,35 +170,18 @@ def build_page(service: Service) -> gr.Blocks:
     return blocks
 
 
-def overlay(shown: VisibleImage | None, block: str, step: int, what: str) -> Image.Image | None:
+def overlay(shown: Shown | None, block: str, step: int, what: str) -> Image.Image | None:
     """Lay over the picture what one block kept in one step, or how important it found each token."""
     if shown is None:
         return None
-    seen = shown.seen(block, step)
-    if seen is None:
-        return shown.image  # spared: all was kept
-    return kept_overlay(shown.image, seen) if what == KEPT else importance_overlay(shown.image, seen)
+    image, recording = shown
+    for seen in recording.observations:
+        if (seen.block, seen.step) == (block, step):
+            return kept_overlay(image, seen) if what == KEPT else importance_overlay(image, seen)
+    return image  # spared: all was kept
 
 
 def _large(image: Image.Image) -> Image.Image:
     """Enlarge a small picture by a whole factor, so that its tokens can be seen."""
     factor = max(1, LARGE // max(image.size))
     return image.resize((factor * image.width, factor * image.height), Image.Resampling.BICUBIC)
-
-
-def _entries(result: ImageResult, folder: Path) -> list[tuple[str, str]]:
-    """Return (file, caption) of the pruned and the dense image."""
-    pruned = (str(folder / result.file), f"pruned, seed {result.seed}: {result.prompt}")
-    return [pruned, (str(folder / str(result.dense_file)), f"dense, seed {result.seed}")]
-
-
-def _visitor(request: gr.Request) -> str:
-    return str(request.session_hash)
-
-
-def _wipe(position: float) -> gr.ImageSlider:
-    return gr.ImageSlider(slider_position=position)
-
-
-def _another_seed() -> int:
-    return random.randint(0, MAX_SEED)

@@ -1,15 +1,12 @@
 """Serve the page to this machine alone, or to others behind a password."""
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import secrets
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
@@ -22,8 +19,7 @@ from atedm.web.service import Service
 USER = "atedm"
 
 
-@dataclass(frozen=True)
-class Served:
+class Served(NamedTuple):
     """A page that is being served."""
 
     page: gr.Blocks
@@ -52,14 +48,9 @@ def serve(
 ) -> Served:
     """Open the page and return once it is up.
 
-    Args:
-        models: Names as `atedm.load_pipeline`; visitors choose among these. The first one is opened at once.
-        out: Each run has a folder in it. Nothing else is served.
-        host: Address to listen at.
-        port: None is the first free one from 7860.
-        password: What visitors are asked for. None asks for none on this machine, and makes one up elsewhere.
-        device: Where models go.
-        plan: Offered for the first model, beside the methods.
+    Visitors choose among ``models``, names as `atedm.load_pipeline`; the first one is opened at once, and ``plan`` is
+    offered for it. Each run has a folder in ``out``, and nothing else is served. No ``port`` is the first free one from
+    7860. No ``password`` asks for none on this machine, and makes one up elsewhere.
 
     Raises:
         OSError: If the port is taken, or the address is not of this machine.
@@ -74,7 +65,6 @@ def serve(
     if password is None and not is_loopback(host):
         password = secrets.token_urlsafe(12)
     page = build_page(service)
-    options: dict[str, Any] = {"theme": gr.themes.Base(), "css": _CSS, "footer_links": []}
     _, url, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -86,7 +76,9 @@ def serve(
         share=False,
         show_error=False,
         quiet=True,
-        **options,
+        theme=gr.themes.Base(),
+        css=_CSS,
+        footer_links=[],
     )
     return Served(page, url, password)
 

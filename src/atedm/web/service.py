@@ -1,7 +1,5 @@
 """What the page asks of: models, the limits of what may be asked, and who is drawing."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import os
@@ -10,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from atedm.app.equal_cost import can_prune, has_transformer, method_at, within_budget
 from atedm.app.models import load_pipeline
@@ -21,7 +19,7 @@ from atedm.plans.fingerprint import refuse_other_model
 from atedm.plans.plan import Plan
 from atedm.suits import Suits, draws_in_few_steps, suits
 from atedm.web.job import Event, run_job
-from atedm.words import check_name
+from atedm.words import check_name, is_number
 
 BY_PLAN = "plan"
 """Name of what a plan does, among those of methods."""
@@ -32,8 +30,7 @@ MAX_PROMPT = 1000
 MAX_SEED = 2**32 - 1
 
 
-@dataclass(frozen=True)
-class CostRange:
+class CostRange(NamedTuple):
     """What the slider offers, in whole percents of the dense arithmetic."""
 
     #: With nine tenths of the tokens dropped.
@@ -46,11 +43,7 @@ class CostRange:
 
 @dataclass
 class Service:
-    """Opens the models that it was given the names of, and no others; draws one image at a time.
-
-    Raises:
-        ValueError: If no model is named.
-    """
+    """Opens the models that it was given the names of, at least one, and no others; draws one image at a time."""
 
     models: tuple[str, ...]
     folder: Path
@@ -65,7 +58,6 @@ class Service:
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
-        """Leave out repeats."""
         if not self.models:
             raise ValueError("name at least one model, such as tiny")
         self.models = tuple(dict.fromkeys(self.models))
@@ -94,9 +86,8 @@ class Service:
     def cost_range(self, model: str, method: str, steps: int) -> CostRange:
         """Return what runs with a method can cost.
 
-        Raises:
-            TypeError: If the model has no U-Net.
-            ValueError: If a name is unknown or the steps are out of their range.
+        Raises a `TypeError` if the model has no U-Net, and a `ValueError` if a name is unknown or the steps are out of
+        their range.
         """
         _check_range("Steps", steps, 1, MAX_STEPS)
         pipe = self.pipe(model)
@@ -118,8 +109,7 @@ class Service:
     def pipe(self, model: str) -> Any:
         """Return the pipeline of one of `models`, opened when it is first asked for.
 
-        Raises:
-            ValueError: If the plan is for another model than the first one, or does not say what it costs.
+        Raises a `ValueError` if the plan is for another model than the first one, or does not say what it costs.
         """
         check_name("model", model, self.models)
         if model in self._pipes:  # without waiting for whoever draws
@@ -140,8 +130,7 @@ class Service:
     ) -> Request:
         """Check what a visitor asks for, because limits in a browser can be got around, and solve for the rate.
 
-        Raises:
-            ValueError: If something is out of its range; the message says what would work.
+        Raises a `ValueError` that says what would work if something is out of its range.
         """
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError("The prompt is empty: write what to draw, or choose an example.")
@@ -154,14 +143,9 @@ class Service:
         if (plan := self.plan_of(method)) is not None:  # whose steps and cost are its own
             return Request.by_plan((prompt.strip(),), plan, guidance=float(guidance), seed=int(seed))
         _check_range("The cost", cost, offered.lowest, offered.highest)
-        request = Request(
-            (prompt.strip(),),
-            self._method(self.pipe(model), method),
-            steps=int(steps),
-            guidance=float(guidance),
-            seed=int(seed),
-        )
-        return request if cost == offered.usual else within_budget(self.pipe(model), request, cost / 100)
+        pipe = self.pipe(model)
+        request = Request((prompt.strip(),), self._method(pipe, method), int(steps), float(guidance), seed=int(seed))
+        return request if cost == offered.usual else within_budget(pipe, request, cost / 100)
 
     def draw(self, visitor: str, model: str, request: Request) -> Iterator[Event]:
         """Draw dense and pruned, and yield what happens. Raises `Stopped` after `stop` for the same visitor."""
@@ -177,12 +161,11 @@ class Service:
 
     def stop(self, visitor: str) -> bool:
         """End what is being drawn for a visitor; return whether there was anything."""
-        stop = self._running.get(visitor)
-        if stop is not None:
+        if stop := self._running.get(visitor):
             stop.set()
         return stop is not None
 
 
 def _check_range(what: str, value: float, lowest: float, highest: float) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not lowest <= value <= highest:
+    if not is_number(value) or not lowest <= value <= highest:
         raise ValueError(f"{what} must be from {lowest:.10g} to {highest:.10g}, not {value}.")

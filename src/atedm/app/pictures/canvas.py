@@ -1,9 +1,7 @@
 """A plain sheet: cells of pictures with a caption above each, drawn with Pillow."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -15,8 +13,7 @@ _LINE = 560
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One picture with a line or two above it."""
 
     picture: Image.Image
@@ -36,33 +33,30 @@ def draw_sheet(
     Rows may differ in length. The headline and the line above each row are cut where the sheet ends.
     """
     small, large = ImageFont.load_default(14), ImageFont.load_default(17)
-    rows = [[replace(cell, title=_drawable(cell.title)) for cell in row] for row in rows]
+    rows = [[Cell(_fit(cell.picture, side), _drawable(cell.title)) for cell in row] for row in rows]
+    cells = [cell for row in rows for cell in row]
     columns = max(len(row) for row in rows)
-    column_width = max(_fit(cell.picture, side).width for row in rows for cell in row)
-    words = max(small.getlength(line) for row in rows for cell in row for line in cell.title.split("\n"))
-    column_width = max(column_width, min(round(words), side))
+    words = max(small.getlength(line) for cell in cells for line in cell.title.split("\n"))
+    column_width = max(*(cell.picture.width for cell in cells), min(round(words), side))
     headline, *row_titles = (_drawable(" ".join(line.split())) for line in (headline, *row_titles))
     longest = max(large.getlength(line) for line in (headline, *row_titles))
     width = max(gap + columns * (column_width + gap), min(round(longest) + 2 * gap, _LINE))
     top = 34 if headline else gap
     title_height = 26 if any(row_titles) else 0
-    label_height = 18 * max((cell.title.count("\n") + bool(cell.title) for row in rows for cell in row), default=0)
-    heights = [max(_fit(cell.picture, side).height for cell in row) for row in rows]
+    label_height = 18 * max(cell.title.count("\n") + bool(cell.title) for cell in cells)
+    heights = [max(cell.picture.height for cell in row) for row in rows]
     sheet = Image.new("RGB", (width, top + sum(title_height + label_height + h + gap for h in heights)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    if headline:
-        draw.text((gap, 9), _cut(headline, large, width - 2 * gap), INK, large)
+    draw.text((gap, 9), _cut(headline, large, width - 2 * gap), INK, large)
     y = top
-    for index, row in enumerate(rows):
-        if title_height:
-            line = row_titles[index] if index < len(row_titles) else ""
-            draw.text((gap, y + 5), _cut(line, large, width - 2 * gap), INK, large)
+    for row, height, line in zip(rows, heights, [*row_titles, *([""] * len(rows))], strict=False):
+        draw.text((gap, y + 5), _cut(line, large, width - 2 * gap), INK, large)
         y += title_height
         for column, cell in enumerate(row):
             x = gap + column * (column_width + gap)
             draw.multiline_text((x, y), cell.title, FAINT, small, spacing=3)
-            sheet.paste(_fit(cell.picture, side), (x, y + label_height))
-        y += label_height + heights[index] + gap
+            sheet.paste(cell.picture, (x, y + label_height))
+        y += label_height + height + gap
     return sheet
 
 

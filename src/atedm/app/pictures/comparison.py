@@ -1,9 +1,7 @@
 """The comparison sheet: the dense image, pruned ones, their difference, and where tokens were kept."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +12,7 @@ from atedm.app.pictures.maps import mean_kept_overlay
 from atedm.record import Recording
 
 
-@dataclass(frozen=True)
-class PrunedImage:
+class PrunedImage(NamedTuple):
     """An image made with tokens pruned."""
 
     #: What to call it.
@@ -25,8 +22,7 @@ class PrunedImage:
     recording: Recording | None
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """One prompt, made several times from the same seed."""
 
     prompt: str
@@ -67,5 +63,5 @@ def _cells(pruned: PrunedImage, dense: Image.Image) -> tuple[Cell, ...]:
     )
 
 
-def _pixels(image: Image.Image) -> NDArray[np.float32]:
-    return np.asarray(image.convert("RGB"), dtype=np.float32)
+def _pixels(image: Image.Image) -> NDArray[np.float64]:
+    return np.asarray(image.convert("RGB"), dtype=np.float64)

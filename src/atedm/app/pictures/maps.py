@@ -1,7 +1,5 @@
 """Importance and kept tokens, drawn over the image."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,17 +1,10 @@
-"""The commands of `atedm lab`: one file a command."""
-
-from __future__ import annotations
+"""The commands of `atedm lab`."""
 
 import typer
 
 from atedm.cli.evaluate import evaluate
-from atedm.cli.lab.agreement import agreement
-from atedm.cli.lab.errors import errors
-from atedm.cli.lab.latency import latency
-from atedm.cli.lab.memory import memory
-from atedm.cli.lab.objects import objects
-from atedm.cli.lab.scaling import scaling
-from atedm.cli.lab.variance import variance
+from atedm.cli.lab.costs import latency, memory, scaling
+from atedm.cli.lab.dense_runs import agreement, errors, objects, variance
 
 REPRODUCE = """Run one of the paper's experiments by its name: `atedm evaluate` with the methods already chosen.
 

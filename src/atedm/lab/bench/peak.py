@@ -1,7 +1,5 @@
 """The most bytes that a call holds, as the device at hand says."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """A chart as a picture: matplotlib without its global state, in the colours of the sheets."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,21 +21,21 @@ def new_charts(width: float, height: float, columns: int = 1, title: str = "", *
     Other options are those of `matplotlib.figure.Figure.subplots`.
     """
     figure = Figure(figsize=(width, height), dpi=144, layout="constrained")
-    FigureCanvasAgg(figure)
     plots = figure.subplots(1, columns, squeeze=False, **options)[0]
     for axes in plots:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(FAINT_HEX)
         axes.tick_params(colors=INK_HEX, which="both", width=0.6)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.label.set_color(INK_HEX)
     if title:
         figure.suptitle(title, x=0.01, ha="left", color=INK_HEX, fontsize=10, wrap=True)
     return figure, plots
 
 
-def new_chart(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:
-    """Return a figure and its one plot, as `new_charts`."""
-    figure, (axes,) = new_charts(width, height, 1, title)
-    return figure, axes
+def headed(axes: Axes, text: str, size: float = 10) -> None:
+    """Put a heading over the left end of a plot."""
+    axes.set_title(text, loc="left", color=INK_HEX, fontsize=size)
 
 
 def rows_named(axes: Axes, names: Sequence[str]) -> None:

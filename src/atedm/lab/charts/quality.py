@@ -1,15 +1,14 @@
 """Charts of quality: figures against cost, a row a method, or FID against CLIP score."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from atedm.lab.charts.figure import FAINT_HEX, INK_HEX, marks, new_chart, new_charts, picture_of, rows_named
+from atedm.lab.charts.figure import FAINT_HEX, marks, new_charts, picture_of, rows_named
 from atedm.lab.evaluation.experiments import Experiment
-from atedm.lab.evaluation.outcomes import Outcome
+from atedm.lab.evaluation.run import Outcome
 from atedm.lab.evaluation.scoring import ACCURACY, CLIP, COLUMNS, DISTANCE, FID
 from atedm.lab.scores.intervals import Interval
 
@@ -34,9 +33,7 @@ def experiment_chart(experiment: Experiment, outcomes: Sequence[Outcome]) -> Ima
     if not shown:
         return None
     if experiment.against_cost:
-        points = {
-            r.name: (r.candidate.kind, r.cost, figures[shown[0]]) for _, r, figures in found if shown[0] in figures
-        }
+        points = {r.name: (r.candidate.kind, r.cost, got[shown[0]]) for _, r, got in found if shown[0] in got}
         return cost_chart(points, shown[0], experiment.title)
     rows = {}
     for outcome, result, figures in found:
@@ -51,19 +48,13 @@ def cost_chart(points: Mapping[str, tuple[str, float, Interval]], metric: str, t
     ``points`` holds (kind, cost, figure) by method; those of one kind are joined by a line. ``metric`` is of `SHOWN`.
     """
     what, factor, _ = COLUMNS[metric]
-    figure, axes = new_chart(8.5, 5.0, title)
-    styles = marks(list(dict.fromkeys(kind for kind, _, _ in points.values())))
-    for kind, style in styles.items():
-        here = sorted((cost, value) for other, cost, value in points.values() if other == kind)
-        costs = [cost for cost, _ in here]
-        means = [factor * value.mean for _, value in here]
-        ends = [
-            [factor * (value.mean - value.low) for _, value in here],
-            [factor * (value.high - value.mean) for _, value in here],
-        ]
-        axes.errorbar(costs, means, ends, ls="-", ms=6, lw=1.2, capsize=3, label=kind, **style)
-    axes.set_xlabel("cost of a run, share of dense", color=INK_HEX)
-    axes.set_ylabel(what, color=INK_HEX)
+    figure, (axes,) = new_charts(8.5, 5.0, title=title)
+    for kind, style in marks(list(dict.fromkeys(kind for kind, _, _ in points.values()))).items():
+        here = sorted((cost, *value) for other, cost, value in points.values() if other == kind)
+        costs, *figures = np.array(here).T
+        mean, low, high = factor * np.array(figures)
+        axes.errorbar(costs, mean, [mean - low, high - mean], ls="-", ms=6, lw=1.2, capsize=3, label=kind, **style)
+    axes.set(xlabel="cost of a run, share of dense", ylabel=what)
     # Beside the plot, because methods of one cost lie on top of each other.
     figure.legend(frameon=False, fontsize=9, loc="outside right upper")
     axes.margins(0.12)
@@ -86,7 +77,7 @@ def rows_chart(rows: Mapping[str, Mapping[str, Interval | None]], title: str = "
                 ends = [[mean - low], [high - mean]]
                 axes.errorbar([mean], [row], xerr=ends, fmt="o", ms=5, capsize=3, color=colormaps["viridis"](0.35))
         rows_named(axes, list(rows))
-        axes.set_xlabel(what, color=INK_HEX)
+        axes.set_xlabel(what)
         axes.grid(color=FAINT_HEX, alpha=0.15)
     return picture_of(figure)
 
@@ -100,7 +91,6 @@ def curve_chart(curves: Mapping[str, Sequence[tuple[float, float, float]]], titl
     points = sorted((point for curve in curves.values() for point in curve), key=lambda point: point[2])
     good = points[: max(2, len(points) // 3)]
     figure, panels = new_charts(11.0, 5.0, 2, title)
-    panels[0].set_yscale("log")
     for place, set_limits in ((1, panels[1].set_xlim), (2, panels[1].set_ylim)):
         low, high = min(point[place] for point in good), max(point[place] for point in good)
         edge = 0.08 * (high - low) or 0.01 * high
@@ -111,7 +101,7 @@ def curve_chart(curves: Mapping[str, Sequence[tuple[float, float, float]]], titl
             panel.plot([p[1] for p in curve], [p[2] for p in curve], ls="-", ms=4, lw=1.2, label=name, **style)
         for guidance, clip, fid in next(iter(curves.values())):
             panel.annotate(f"{guidance:g}", (clip, fid), fontsize=7, color=FAINT_HEX, annotation_clip=True)
-        panel.set_xlabel("CLIP score", color=INK_HEX)
-    panels[0].set_ylabel("FID", color=INK_HEX)
+        panel.set_xlabel("CLIP score")
+    panels[0].set(ylabel="FID", yscale="log")
     panels[0].legend(frameon=False, fontsize=9)
     return picture_of(figure)

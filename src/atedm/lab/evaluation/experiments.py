@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 PAIRINGS = ("F-L", "F-F", "F-M", "L-F", "L-M", "L-L")
@@ -10,9 +11,9 @@ PAIRINGS = ("F-L", "F-F", "F-M", "L-F", "L-M", "L-L")
 #: Guidance scales of the paper's FID-CLIP curves (supplement Fig. 5).
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 9.0, 12.0, 15.0)
 
-#: Pruning rates at which a normal step of SDXL at 1024 px costs the paper's 2.9, 3.6, 4.1 and 4.52 T MACs, in its own
-#: convention. The paper states the third.
-BUDGETS = {"a": 0.934, "b": 0.746, "c": 0.63, "d": 0.513}
+#: Methods at whose pruning rates a normal step of SDXL at 1024 px costs the paper's 2.9, 3.6, 4.1 and 4.52 T MACs, in
+#: its own convention. The paper states the third, which is written as elsewhere, so that experiments share its images.
+BUDGETS = {"a": "paper[rate=0.934]", "b": "paper[rate=0.746]", "c": "paper", "d": "paper[rate=0.513]"}
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,14 @@ class Experiment:
         )
 
 
-def _paper(changes: str) -> str:
-    return f"paper[{changes}]"
+def _each(method: str, values: Iterable[object], label: str = "{}") -> dict[str, str]:
+    """One method a value, which is written into the method and its label."""
+    return {label.format(value): method.format(value) for value in values}
 
 
 def _budgets() -> dict[str, str]:
     methods = {"dense": "dense"}
-    for name, rate in BUDGETS.items():
-        # Written alike wherever it comes, so that experiments share its images.
-        ours = "paper" if name == "c" else _paper(f"rate={rate}")
+    for name, ours in BUDGETS.items():
         methods[f"AT-EDM-{name}"] = ours
         methods[f"ToMe-{name}"] = f"tome[cost={ours}]"
         methods[f"ToMe-{name}, DSAP"] = f"tome[early_share=0.3,cost={ours}]"
@@ -63,36 +63,43 @@ def _pareto() -> dict[str, str]:
         for label, name in (("fewer steps", "dense"), ("AT-EDM", "paper"), ("ToMe", "tome"), ("matched", "matched")):
             methods[f"{label} {cost}"] = f"{name}[cost={cost}]"
     methods["matched 0.5"] = "matched[cost=0.5]"
-    caching = {f"DeepCache {n}": f"deepcache[interval={n}]" for n in (2, 3, 5)}
-    stacked = {f"matched + DeepCache {n}": f"matched[rate=0.4]+deepcache[interval={n}]" for n in (2, 3)}
-    return methods | caching | stacked
-
-
-def _matched(changes: str) -> str:
-    """Matched pruning with one part changed, at the cost of the whole."""
-    return f"matched[{changes},cost=matched]"
+    stacked = _each("matched[rate=0.4]+deepcache[interval={}]", (2, 3), "matched + DeepCache {}")
+    return methods | _each("deepcache[interval={}]", (2, 3, 5), "DeepCache {}") | stacked
 
 
 _BASE = {"dense": "dense", "paper": "paper"}
-_PLACES = {name: _paper(f"place={name}") for name in ("before-feed-forward", "after-self-attention")}
+_PLACES = _each("paper[place={}]", ("before-feed-forward", "after-self-attention"))
+_MAPPINGS = ("entropy", "power", "soft-clip", "hard-clip")
 _RANKS = {
-    name: _paper(f"rank={name}")
-    for name in (
-        "cross-attention-entropy",
-        "cross-attention-power",
-        "cross-attention-soft-clip",
-        "cross-attention-hard-clip",
-        "attention-received",
-        "uniform-random",
-    )
+    **_each("paper[rank={}]", [f"cross-attention-{mapping}" for mapping in _MAPPINGS]),
+    **_each("paper[rank={}]", ("attention-received", "uniform-random")),
 }
-_REFILLS = {
-    **{name: _paper(f"refill={name}") for name in ("zero-padding", "bicubic", "direct-copy")},
-    "copy by cosine": _paper("match=cosine"),
+_COPY_BY_COSINE = {"copy by cosine": "paper[match=cosine]"}
+_REFILLS = {**_each("paper[refill={}]", ("zero-padding", "bicubic", "direct-copy")), **_COPY_BY_COSINE}
+_SCHEDULES = _each("paper[schedule={},cost=paper]", ("prune-more-early", "constant"))
+_HEADS = {"heads averaged": "paper[head_fusion=mean-map]"}
+_RANDOM_COPIES = {"random, copy by cosine": "paper[rank=uniform-random,match=cosine]"}
+_MATCHED = {
+    "kept by G-WPR": "rank=self-attention",
+    "kept at random": "rank=uniform-random",
+    "kept by cells": "rank=cells",
+    "kept by importance in cells": "rank=important-of-cells",
+    "kept by lattice": "rank=lattice",
+    "kept by facility location": "rank=facility-location",
+    "copied": "refill=similarity-copy,merge=false,own_update_share=0",
+    "no own update": "own_update_share=0",
+    **_each("match={}", ("cosine", "attention"), "match by {}"),
+    "not merged": "merge=false",
+    "attention does not count": "counts=false",
+    "neither": "merge=false,counts=false",
+    "after the first layer": "place=after-feed-forward",
+    "after self-attention": "place=after-self-attention",
+    "one rate for all levels": "level_factors=[]",
+    **_each("schedule=prune-{}-early", ("less", "more"), "{} early"),
+    **_each("refresh_every={}", (2, 5), "a choice for {} steps"),
+    "not the second level": "where=not-second-level",
 }
-_SCHEDULES = {name: _paper(f"schedule={name},cost=paper") for name in ("prune-more-early", "constant")}
-_HEADS = {"heads averaged": _paper("head_fusion=mean-map")}
-_RANDOM_COPIES = {"random, copy by cosine": _paper("rank=uniform-random,match=cosine")}
+"""Matched pruning with one part changed."""
 
 EXPERIMENTS: dict[str, Experiment] = {
     "table1": Experiment("AT-EDM and ToMe at equal cost", "Table 1, Fig. 7", _budgets(), against_cost=True),
@@ -111,7 +118,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "blocks": Experiment(
         "Which blocks early steps spare",
         "supplement C.3, Fig. 10",
-        {"dense": "dense", "F-L": "paper", **{name: _paper(f"pairing={name}") for name in PAIRINGS if name != "F-L"}},
+        {"dense": "dense", PAIRINGS[0]: "paper", **_each("paper[pairing={}]", PAIRINGS[1:])},
     ),
     "early": Experiment(
         "Prune less early, more early, or always alike, at equal cost",
@@ -122,12 +129,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     "prune-less-steps": Experiment(
         "How many steps prune less, at equal cost",
         "supplement C.4",
-        {**_BASE, **{f"{share:.0%}": _paper(f"early_share={share},cost=paper") for share in (0.0, 0.1, 0.2, 0.5)}},
+        {**_BASE, **{f"{share:.0%}": f"paper[early_share={share},cost=paper]" for share in (0.0, 0.1, 0.2, 0.5)}},
     ),
     "gradual": Experiment(
         "Later and gradual pruning inside a block",
         "supplement A.2",
-        {**_BASE, "after layer 2": _paper("gradual=[[1,0.63]]"), "in two layers": _paper("gradual=[[0,0.4],[1,0.4]]")},
+        {**_BASE, "after layer 2": "paper[gradual=[[1,0.63]]]", "in two layers": "paper[gradual=[[0,0.4],[1,0.4]]]"},
     ),
     "reuse": Experiment(
         "A choice of tokens kept for several steps, at equal cost",
@@ -135,19 +142,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         {
             "dense": "dense",
             "AT-EDM†": "dagger",
-            **{f"kept for {n} steps": f"dagger[refresh_every={n},cost=dagger]" for n in (2, 5)},
+            **_each("dagger[refresh_every={},cost=dagger]", (2, 5), "kept for {} steps"),
         },
     ),
     "few-steps": Experiment(
         "On top of few-step sampling",
         "supplement E",
-        {
-            "dense": "dense",
-            "turbo": "turbo",
-            "paper": "paper",
-            "ToMe": "tome[cost=turbo]",
-            "matched": "matched[cost=turbo]",
-        },
+        {**_each("{}", ("dense", "turbo", "paper")), "ToMe": "tome[cost=turbo]", "matched": "matched[cost=turbo]"},
         steps=(1, 2, 4, 8),
     ),
     "ablation": Experiment(
@@ -159,48 +160,23 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Beside and on top of DeepCache",
         "what users pick today",
         {
-            **_BASE,
-            "dagger": "dagger",
-            "matched": "matched",
-            "DeepCache 2": "deepcache[interval=2]",
-            "DeepCache 3": "deepcache[interval=3]",
-            "dagger + DeepCache 2": "dagger+deepcache[interval=2]",
-            "matched + DeepCache 2": "matched+deepcache[interval=2]",
+            **_each("{}", ("dense", "paper", "dagger", "matched")),
+            **_each("deepcache[interval={}]", (2, 3), "DeepCache {}"),
+            **_each("{}+deepcache[interval=2]", ("dagger", "matched"), "{} + DeepCache 2"),
         },
     ),
     "questions": Experiment(
         "What the paper leaves open",
         "heads, iterations",
-        {**_BASE, **_HEADS, **{f"{n} iterations": _paper(f"iterations={n}") for n in (1, 10, 50)}},
+        {**_BASE, **_HEADS, **_each("paper[iterations={}]", (1, 10, 50), "{} iterations")},
     ),
     "pareto": Experiment("Quality against cost", "our own method beside its peers", _pareto(), against_cost=True),
     "matched": Experiment(
         "What each part of matched pruning is worth, at equal cost",
         "our own method, one part changed",
         {
-            "dense": "dense",
-            "matched": "matched",
-            "kept by G-WPR": _matched("rank=self-attention"),
-            "kept at random": _matched("rank=uniform-random"),
-            "kept by cells": _matched("rank=cells"),
-            "kept by importance in cells": _matched("rank=important-of-cells"),
-            "kept by lattice": _matched("rank=lattice"),
-            "kept by facility location": _matched("rank=facility-location"),
-            "copied": _matched("refill=similarity-copy,merge=false,own_update_share=0"),
-            "no own update": _matched("own_update_share=0"),
-            "match by cosine": _matched("match=cosine"),
-            "match by attention": _matched("match=attention"),
-            "not merged": _matched("merge=false"),
-            "attention does not count": _matched("counts=false"),
-            "neither": _matched("merge=false,counts=false"),
-            "after the first layer": _matched("place=after-feed-forward"),
-            "after self-attention": _matched("place=after-self-attention"),
-            "one rate for all levels": _matched("level_factors=[]"),
-            "less early": _matched("schedule=prune-less-early"),
-            "more early": _matched("schedule=prune-more-early"),
-            "a choice for 2 steps": _matched("refresh_every=2"),
-            "a choice for 5 steps": _matched("refresh_every=5"),
-            "not the second level": _matched("where=not-second-level"),
+            **_each("{}", ("dense", "matched")),
+            **{label: f"matched[{change},cost=matched]" for label, change in _MATCHED.items()},
         },
     ),
     "why": Experiment(
@@ -208,18 +184,17 @@ EXPERIMENTS: dict[str, Experiment] = {
         "our own question",
         {
             **_BASE,
-            "keep the least important": _paper("rank=self-attention-reversed"),
-            "keep at random": _paper("rank=uniform-random"),
-            "copy by cosine": _paper("match=cosine"),
-            "least important, copy by cosine": _paper("rank=self-attention-reversed,match=cosine"),
+            "keep the least important": "paper[rank=self-attention-reversed]",
+            "keep at random": "paper[rank=uniform-random]",
+            **_COPY_BY_COSINE,
+            "least important, copy by cosine": "paper[rank=self-attention-reversed,match=cosine]",
             **_RANDOM_COPIES,
-            "direct copy": _paper("refill=direct-copy"),
-            "random, direct copy": _paper("rank=uniform-random,refill=direct-copy"),
-            "second level only": _paper("where=only-second-level"),
+            "direct copy": "paper[refill=direct-copy]",
+            "random, direct copy": "paper[rank=uniform-random,refill=direct-copy]",
+            "second level only": "paper[where=only-second-level]",
             "third level only": "dagger",
-            "no schedule": _paper("schedule=constant,cost=paper"),
-            "rate 0.4": _paper("rate=0.4"),
-            "rate 0.2": _paper("rate=0.2"),
+            "no schedule": "paper[schedule=constant,cost=paper]",
+            **_each("paper[rate={}]", (0.4, 0.2), "rate {}"),
         },
     ),
 }

@@ -5,16 +5,13 @@ how often a run was stopped, how many processes it was shared among, or whether 
 group may be smaller. Where fewer images are asked for later, those of a group that is cut are kept.
 """
 
-from __future__ import annotations
-
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from atedm.files import read_json, remove_partials, save_image, save_json
 from atedm.lab.evaluation.prompts import Prompt
@@ -29,8 +26,7 @@ SETTINGS = "settings.json"
 class Drawing:
     """What is the same for every method.
 
-    Raises:
-        ValueError: If a value is out of its range.
+    Raises a `ValueError` if a value is out of its range.
     """
 
     model: str = "tiny"
@@ -45,7 +41,6 @@ class Drawing:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        """Check every value."""
         check_whole("steps", self.steps)
         check_whole("batch", self.batch)
         if not 0 <= self.guidance < 1000:
@@ -88,59 +83,45 @@ def claim_folder(folder: Path, candidate: Candidate, drawing: Drawing, prompts: 
     """Write down in ``folder`` what is drawn there, or check that it is the same if images are there.
 
     ``weights`` is a checksum of the model. More prompts may be asked for later, as long as those before stay the same.
-
-    Raises:
-        ImportError: If psutil is not installed, which tells files of killed processes from those being written.
-        ValueError: If images of something else are there, or of nobody knows what.
+    Raises an `ImportError` if psutil is not installed, which tells files of killed processes from those being written,
+    and a `ValueError` if images of something else are there, or of nobody knows what.
     """
     optional("psutil")
     folder.mkdir(parents=True, exist_ok=True)
     remove_partials(folder)
     asked: dict[str, Any] = {"method": candidate.as_dict(), "drawing": asdict(drawing), "weights": weights}
-    asked["prompts"] = [zlib.crc32(prompt.text.encode()) for prompt in prompts]
+    checksums = [zlib.crc32(prompt.text.encode()) for prompt in prompts]
     file = folder / SETTINGS
     if any(folder.glob("*.png")):
         if not file.exists():
             raise ValueError(f"{folder} holds images, but no {SETTINGS} says of what; give another --out, or remove it")
-        stored = _settings(file)
-        shorter = min(len(stored["prompts"]), len(asked["prompts"]))
-        changed = [key for key in ("method", "drawing", "weights") if stored.get(key) != asked[key]]
-        if changed or stored["prompts"][:shorter] != asked["prompts"][:shorter]:
-            what = f"another {changed[0]}" if changed else "other prompts"
-            raise ValueError(f"{folder} holds images of {what}; give another --out, or remove it")
-        if len(stored["prompts"]) >= len(asked["prompts"]):
+        try:
+            stored = read_json(file)
+            before = list(stored["prompts"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} does not say what is drawn in its folder; give another --out, or remove the folder"
+            ) from error
+        changed = [f"another {key}" for key in asked if stored.get(key) != asked[key]]
+        if any(ours != theirs for ours, theirs in zip(checksums, before, strict=False)):
+            changed.append("other prompts")
+        if changed:
+            raise ValueError(f"{folder} holds images of {changed[0]}; give another --out, or remove it")
+        if len(before) >= len(checksums):
             return
-    save_json(asked, file)
+    save_json({**asked, "prompts": checksums}, file)
 
 
-def _settings(file: Path) -> dict[str, Any]:
-    try:
-        stored: dict[str, Any] = read_json(file)
-        return stored | {"prompts": list(stored["prompts"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} does not say what is drawn in its folder; give another --out, or remove the folder"
-        ) from error
-
-
-def draw_groups(
-    pipe: Any,
-    prompts: Sequence[Prompt],
-    candidate: Candidate,
-    drawing: Drawing,
-    folder: Path,
-    todo: Sequence[range],
-    progress: Callable[[int], None] = lambda count: None,
+def draw_group(
+    pipe: Any, prompts: Sequence[Prompt], candidate: Candidate, drawing: Drawing, folder: Path, group: range
 ) -> None:
-    """Draw groups of images, from `missing_groups`, and tell how many. Each is written whole or not at all."""
-    for group in todo:
-        with candidate.applied(pipe, seed=drawing.seed + group.start):
-            images: list[Image.Image] = pipe(
-                [prompts[i].text for i in group],
-                num_inference_steps=candidate.steps_of(drawing.steps),
-                generator=drawing.noise(group),
-                **drawing.call,
-            ).images
-        for index, image in zip(group, images, strict=True):
-            save_image(image, image_file(folder, index))
-        progress(len(group))
+    """Draw a group of images, from `missing_groups`. Each is written whole or not at all."""
+    with candidate.applied(pipe, seed=drawing.seed + group.start):
+        images = pipe(
+            [prompts[i].text for i in group],
+            num_inference_steps=candidate.steps_of(drawing.steps),
+            generator=drawing.noise(group),
+            **drawing.call,
+        ).images
+    for index, image in zip(group, images, strict=True):
+        save_image(image, image_file(folder, index))

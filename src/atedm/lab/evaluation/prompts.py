@@ -1,7 +1,5 @@
 """What is drawn: scenes, a file of prompts, or the captions of MS-COCO."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -30,19 +28,14 @@ class Prompt:
 
 
 def read_prompts(source: str, count: int | None = None, seed: int = 0, *, at_most: int | None = None) -> list[Prompt]:
-    """Read prompts.
+    """Read the first ``count`` prompts, by default all or 500 scenes; ``seed`` says which scenes.
 
-    Args:
-        source: "scenes" for held-out captions of the scenes that the shipped model draws; a text file of a prompt a
-            line; a CSV file with a column "prompt" or "caption"; or a folder of MS-COCO, with
-            ``annotations/captions_*.json`` and the pictures of that split beside.
-        count: How many, from the first; None takes all, or 500 scenes.
-        seed: Which scenes.
-        at_most: How many where no ``count`` is given; a file may hold fewer.
+    ``source`` is "scenes" for held-out captions of the scenes that the shipped model draws; a text file of a prompt a
+    line; a CSV file with a column "prompt" or "caption"; or a folder of MS-COCO, with ``annotations/captions_*.json``
+    and the pictures of that split beside. Where no ``count`` is given, ``at_most`` so many are read.
 
-    Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If there are no prompts in it, or fewer than ``count``.
+    Raises a `FileNotFoundError` if it is not there, and a `ValueError` if there are no prompts in it, or fewer than
+    ``count``.
     """
     if count is not None and count < 1:
         raise ValueError(f"captions must be at least 1, not {count}")

@@ -1,7 +1,5 @@
 """Real pictures that images are held against, for FID."""
 
-from __future__ import annotations
-
 import itertools
 import zlib
 from collections.abc import Iterator, Sequence
@@ -9,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from atedm.files import read_json, save_image, save_json
 from atedm.lab.evaluation.images import SETTINGS, image_file
@@ -22,10 +20,8 @@ def write_references(prompts: Sequence[Prompt], folder: Path, size: tuple[int, i
     """Write one picture of ``size`` (width, height) a prompt, PNGs named by number, and yield the number after each.
 
     MS-COCO is cropped to the middle and resized, as the paper does; scenes are rendered with jitter from ``seed``.
-    Pictures of the same prompts, size and seed that are there already stay; others are replaced.
-
-    Raises:
-        ValueError: If a prompt has no picture, or one cannot be read; the message names it.
+    Pictures of the same prompts, size and seed that are there already stay; others are replaced. Every prompt has a
+    picture, or is a scene. Raises a `ValueError` that names a picture which cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / SETTINGS
@@ -34,7 +30,7 @@ def write_references(prompts: Sequence[Prompt], folder: Path, size: tuple[int, i
     stored = read_json(file) if file.exists() else {}
     same = stored.get("size") == asked["size"] and stored.get("seed") == seed
     pairs = zip(stored.get("prompts", []) if same else [], checksums, strict=False)
-    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    shared = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)])
     if shared < len(prompts):  # until all are there, the file vouches for those only
         save_json(asked | {"prompts": checksums[:shared]}, file)
     for index, prompt in enumerate(prompts):
@@ -49,10 +45,5 @@ def _reference(prompt: Prompt, size: tuple[int, int], seed: list[int]) -> Image.
     if prompt.scene is not None:
         pixels = render(prompt.scene, np.random.default_rng(seed)).permute(1, 2, 0)
         return Image.fromarray((pixels * 255).round().byte().numpy()).resize(size, Image.Resampling.BICUBIC)
-    if prompt.picture is None:
-        raise ValueError(f"there is no picture to hold {prompt.text!r} against")
-    picture = read_picture(prompt.picture)
-    scale = max(size[0] / picture.width, size[1] / picture.height)
-    width, height = size[0] / scale, size[1] / scale
-    left, top = (picture.width - width) / 2, (picture.height - height) / 2
-    return picture.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    assert prompt.picture is not None
+    return ImageOps.fit(read_picture(prompt.picture), size)

@@ -1,7 +1,5 @@
 """Results to read: tables, a chart, a sheet of images, and one HTML page with all of them."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io
@@ -20,11 +18,9 @@ from atedm.files import save_image, save_json, save_text
 from atedm.lab.charts.quality import experiment_chart
 from atedm.lab.evaluation.experiments import Experiment
 from atedm.lab.evaluation.images import image_file
-from atedm.lab.evaluation.outcomes import Outcome
 from atedm.lab.evaluation.prompts import Prompt
-from atedm.lab.evaluation.run import Result
-from atedm.lab.evaluation.scoring import COLUMNS, Metrics
-from atedm.lab.scores.judge import ALL
+from atedm.lab.evaluation.run import Outcome, Result
+from atedm.lab.evaluation.scoring import ALL, COLUMNS, Metrics
 from atedm.lab.tables import markdown_table
 
 Table = tuple[list[str], list[list[str]]]
@@ -38,33 +34,28 @@ FOOT = (
 
 def tables(outcomes: Sequence[Outcome]) -> list[Table]:
     """Return cost and figures of every method, with 95 % intervals; where it was judged, also what is right of what."""
+    setting = [*outcomes[0].setting]
+    quality: list[list[str]] = []
+    right: list[list[str]] = []
     found = [(outcome, result) for outcome in outcomes for result in outcome.results]
-    head = [*outcomes[0].setting, "method"]
-    names = [[*(f"{value:g}" for value in outcome.setting.values()), result.name] for outcome, result in found]
     figures = [result.scores.intervals() for _, result in found]
     shares = [result.scores.attributes() for _, result in found]
-    shown = [name for name in COLUMNS if any(name in own for own in figures)]
-    asked = list(dict.fromkeys(name for own in shares for name in own))
-    quality = [
-        [*name, f"{result.cost:.3f}", *(own[what].text(*COLUMNS[what][1:]) if what in own else "" for what in shown)]
-        for name, (_, result), own in zip(names, found, figures, strict=True)
-    ]
-    both = [([*head, "cost", *(COLUMNS[what][0] for what in shown)], quality)]
-    if asked:
-        rows = [
-            [*name, *(f"{100 * own[what].mean:.1f}" if what in own else "" for what in asked)]
-            for name, own in zip(names, shares, strict=True)
-        ]
-        both.append(([*head[:-1], "right, %", *asked], rows))
-    return both
+    shown = [what for what in COLUMNS if any(what in own for own in figures)]
+    asked = list(dict.fromkeys(what for own in shares for what in own))
+    for (outcome, result), own, share in zip(found, figures, shares, strict=True):
+        name = [*(f"{value:g}" for value in outcome.setting.values()), result.name]
+        cells = (own[what].text(*COLUMNS[what][1:]) if what in own else "" for what in shown)
+        quality.append([*name, f"{result.cost:.3f}", *cells])
+        right.append([*name, *(f"{100 * share[what].mean:.1f}" if what in share else "" for what in asked)])
+    both = [([*setting, "method", "cost", *(COLUMNS[what][0] for what in shown)], quality)]
+    return both + [([*setting, "right, %", *asked], right)] * bool(asked)
 
 
 def markdown_of(outcomes: Sequence[Outcome]) -> str:
     """Show the tables in Markdown, and what was left out and why."""
-    reasons = {f"- {label}: {reason}" for outcome in outcomes for label, reason in outcome.left_out.items()}
-    return "\n\n".join(
-        filter(None, [*(markdown_table(*table) for table in tables(outcomes)), "\n".join(sorted(reasons))])
-    )
+    reasons = sorted({f"- {label}: {reason}" for outcome in outcomes for label, reason in outcome.left_out.items()})
+    parts = [*(markdown_table(*table) for table in tables(outcomes)), "\n".join(reasons)]
+    return "\n\n".join(filter(None, parts))
 
 
 def sheet_of(outcomes: Sequence[Outcome], prompts: Sequence[Prompt], count: int = 6, side: int = 160) -> Image.Image:
@@ -108,10 +99,7 @@ def write_report(
     """Write NAME.json, NAME.md, NAME.html, NAME.png (a chart) and NAME-sheet.png, each whole or not at all.
 
     ``outcomes`` come from `run_experiment`; ``rows`` is how many rows of images the sheet shows. Returns what NAME.md
-    holds.
-
-    Raises:
-        OSError: If a file cannot be written.
+    holds, or raises an `OSError` if a file cannot be written.
     """
     title = f"{experiment.title} ({experiment.source})" if experiment.source else experiment.title
     drawing = outcomes[0].drawing

@@ -1,28 +1,31 @@
 """Draw, score and compare methods on equal prompts and noise: a run that resumes and can be shared out by accelerate.
 
-Layout of the folder: ``images/METHOD/00000.png`` and so on with what was drawn in ``settings.json``, and
-``images/reference`` with the real pictures.
+An experiment is such a run under each of its settings. The folder of one: ``images/METHOD/00000.png`` and so on with
+what was drawn in ``settings.json``, and ``images/reference`` with the real pictures.
 """
 
 from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
 from atedm.app.models import native_size
+from atedm.costs.budget import CostOutOfReach
 from atedm.files import read_json, save_json
 from atedm.hosts.models import find_model
-from atedm.lab.evaluation.images import Drawing, claim_folder, draw_groups, missing_groups
+from atedm.lab.evaluation.experiments import Experiment
+from atedm.lab.evaluation.images import Drawing, claim_folder, draw_group, missing_groups
 from atedm.lab.evaluation.prompts import Prompt
 from atedm.lab.evaluation.references import write_references
-from atedm.lab.evaluation.scoring import FID, Metrics, Scores, score
+from atedm.lab.evaluation.scoring import DISTANCE, FID, LPIPS, Metrics, Scores, score
 from atedm.lab.evaluation.sharing import shared_work
+from atedm.lab.methods.by_name import method_by_name
 from atedm.lab.methods.candidates import Candidate, Dense
 from atedm.lab.methods.counting import counted_run
 from atedm.lab.progress import Progress, silent
@@ -63,19 +66,9 @@ def evaluate(
 ) -> list[Result]:
     """Draw what is missing, and score everything. Dense is always there if a distance to it is asked for.
 
-    Args:
-        pipe: A text-to-image pipeline, as it is.
-        methods: By name.
-        prompts: What to draw.
-        drawing: What is the same for every method.
-        metrics: Which figures, by which models.
-        out: Where images are kept.
-        state: Of `accelerate`, where several processes share the work; each calls this function. None is
-            `shared_work`.
-        progress: Told of every group of images and every metric.
-
-    Returns:
-        The results in the order of the methods; an empty list in all processes but the first.
+    Where several processes share the work, each calls this with its ``state`` of `accelerate`, by default that of
+    `shared_work`. ``progress`` is told of every group of images and every metric. The results are in the order of the
+    methods, and empty in all processes but the first.
 
     Raises:
         ImportError: If a package is missing.
@@ -87,32 +80,33 @@ def evaluate(
     takes_fid = FID in metrics.names and has_references
     if takes_fid and len(prompts) < 2:
         raise ValueError("FID needs at least two images; ask for more captions, or leave fid out of the metrics")
-    if metrics.to_dense and Dense() not in methods.values():
+    if {DISTANCE, LPIPS} & {*metrics.names} and Dense() not in methods.values():
         methods = {"dense": Dense(), **methods}
     folders = {name: out / "images" / folder_name(name) for name in methods}
-    left = {name: _images(missing_groups(folder, len(prompts), drawing.batch)) for name, folder in folders.items()}
-    undrawn = [name for name, images in left.items() if images]
-    for name in undrawn:  # tell now what cannot be applied, not when all methods before it are drawn
+    # Before anything is drawn, or one process would see what another has just drawn.
+    todo = {name: missing_groups(folder, len(prompts), drawing.batch) for name, folder in folders.items()}
+    for name in filter(todo.get, methods):  # tell now what cannot be applied, not when all methods before it are drawn
         try:
             with methods[name].applied(pipe):
                 pass
         except ValueError as error:
             raise ValueError(f"{name} cannot be applied: {error}") from error
     if state.is_main_process:
-        if undrawn:
+        if any(todo.values()):
             metrics.check(str(state.device), has_references=has_references)
         weights = checksum(find_model(pipe))
         for name, candidate in methods.items():
             claim_folder(folders[name], candidate, drawing, prompts, weights)
     state.wait_for_everyone()
-    before, total = 0, sum(left.values())  # over all methods, so that the time left is that of the whole
+    last, total = 0, sum(len(group) for groups in todo.values() for group in groups)
     for name, candidate in methods.items():
-
-        def tell_images(done: int, name: str = name) -> None:
-            progress(name, done, total)
-
-        _draw_share(pipe, prompts, candidate, drawing, folders[name], state, before, tell_images)
-        before += left[name]
+        done, last = last, last + sum(map(len, todo[name]))
+        progress(name, done, total)  # over all methods, so that the time left is that of the whole
+        with state.split_between_processes(todo[name]) as mine:
+            for group in mine:
+                draw_group(pipe, prompts, candidate, drawing, folders[name], group)
+                done = min(done + len(group) * state.num_processes, last)
+                progress(name, done, total)
     state.wait_for_everyone()
     if not state.is_main_process:
         return []
@@ -138,35 +132,6 @@ def evaluate(
     return results
 
 
-def _draw_share(
-    pipe: Any,
-    prompts: Sequence[Prompt],
-    candidate: Candidate,
-    drawing: Drawing,
-    folder: Path,
-    state: PartialState,
-    before: int,
-    tell: Callable[[int], None],
-) -> None:
-    """Draw this process' share of the groups; ``tell`` is told how many images there are, with those ``before``."""
-    todo = missing_groups(folder, len(prompts), drawing.batch)
-    state.wait_for_everyone()  # or one process would see what another has just drawn
-    last, done = before + _images(todo), before
-
-    def drawn(count: int) -> None:
-        nonlocal done
-        done = min(done + count * state.num_processes, last)
-        tell(done)
-
-    tell(done)
-    with state.split_between_processes(todo) as mine:
-        draw_groups(pipe, prompts, candidate, drawing, folder, mine, drawn)
-
-
-def _images(groups: Sequence[Sequence[int]]) -> int:
-    return sum(map(len, groups))
-
-
 def _macs(pipe: Any, candidate: Candidate, drawing: Drawing, folder: Path | None) -> int:
     """MACs of a run of one image, kept beside the images, because counting takes a run."""
     file = None if folder is None else folder / "macs.json"
@@ -182,3 +147,72 @@ def folder_name(method: str) -> str:
     """Return a method's name as that of a folder; names that differ in signs only are told apart by a checksum."""
     plain = re.sub(r"[^A-Za-z0-9.]+", "-", method).strip("-")
     return plain if plain == method else f"{plain}-{zlib.crc32(method.encode()) & 0xFFFF:04x}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Results of an experiment under one setting."""
+
+    drawing: Drawing
+    results: tuple[Result, ...]
+    #: What the experiment varies, by name, such as {"guidance": 7.0}.
+    setting: Mapping[str, float] = field(default_factory=dict)
+    #: Methods that cannot be had under this setting, and why.
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        dense = next((result for result in self.results if result.name == "dense"), None)
+        results = [result.as_dict(dense) for result in self.results]
+        return {"drawing": asdict(self.drawing), "results": results, "left_out": dict(self.left_out)}
+
+
+def run_experiment(
+    experiment: Experiment,
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    drawing: Drawing,
+    metrics: Metrics,
+    out: Path,
+    *,
+    state: PartialState | None = None,
+    progress: Progress = silent,
+) -> list[Outcome]:
+    """Run an experiment, as `evaluate` under each of its settings, of which each has an outcome.
+
+    Images are kept by setting and method, so that experiments share them and runs resume. It raises as `evaluate`, or
+    a `ValueError` if every cost is out of reach on this model.
+    """
+    outcomes = []
+    labels = {spec: label for label, spec in experiment.methods.items()}
+    for steps in experiment.steps or (drawing.steps,):
+        for guidance in experiment.guidance or (drawing.guidance,):
+            here = replace(drawing, steps=steps, guidance=guidance)
+            methods, left_out = _methods(experiment, here)
+            folder = out / setting_name(here)
+            found = evaluate(pipe, methods, prompts, here, metrics, folder, state=state, progress=progress)
+            named = tuple(replace(result, name=labels.get(result.name, result.name)) for result in found)
+            setting: dict[str, float] = {"steps": steps} if experiment.steps else {}
+            setting |= {"guidance": guidance} if experiment.guidance else {}
+            outcomes.append(Outcome(here, named, setting, left_out))
+    return outcomes
+
+
+def _methods(experiment: Experiment, drawing: Drawing) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """Return the methods by what describes them, and by label why others cannot be had."""
+    methods: dict[str, Candidate] = {}
+    left_out: dict[str, str] = {}
+    for label, spec in experiment.methods.items():
+        try:
+            methods[spec] = method_by_name(spec, drawing.model, size=drawing.size, steps=drawing.steps)
+        except CostOutOfReach as error:
+            left_out[label] = str(error)
+    if not methods:
+        raise ValueError(next(iter(left_out.values())))
+    return methods, left_out
+
+
+def setting_name(drawing: Drawing) -> str:
+    """Name of the folder that holds the images of a setting."""
+    size = f"-{drawing.width}x{drawing.height}" if drawing.size else ""
+    return f"{drawing.steps}-steps-guidance-{drawing.guidance:g}{size}-{drawing.dtype}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from atedm.files import read_json, save_json
 from atedm.lab.evaluation.images import image_files
@@ -17,10 +18,10 @@ from atedm.lab.evaluation.prompts import Prompt
 from atedm.lab.scores.clip_score import CLIP_MODEL, CLIP_WEIGHTS, clip_scores, open_clip_model
 from atedm.lab.scores.fid import INCEPTION, fid_interval, file_features, open_extractor
 from atedm.lab.scores.intervals import Interval, mean_interval, ratio_interval
-from atedm.lab.scores.judge import ALL, caption_accuracy
-from atedm.lab.scores.lpips_distance import lpips_distances, lpips_model
-from atedm.lab.scores.pixels import distances, read_pixels
-from atedm.tiny.scenes import CANVAS
+from atedm.lab.scores.pixels import distances, lpips_distances, lpips_model, read_pixels
+from atedm.tiny import weights_folder
+from atedm.tiny.classifier import ATTRIBUTES, judge, load_classifier
+from atedm.tiny.scenes import CANVAS, Scene
 
 DISTANCE, ACCURACY, CLIP, FID, LPIPS = METRICS = ("distance", "accuracy", "clip", "fid", "lpips")
 COLUMNS = {
@@ -33,6 +34,8 @@ COLUMNS = {
 """Title, factor and digits of each figure."""
 PACKAGES = {CLIP: "open_clip", FID: "cleanfid", LPIPS: "lpips"}
 """What a metric needs of the extra ``lab``."""
+ALL = "all"
+"""Everything that a caption says at once."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,10 @@ class Metrics:
     #: Features that FID compares: "inception", or an open_clip model, with the same weights.
     fid_features: str = INCEPTION
 
-    @property
-    def to_dense(self) -> bool:
-        """Whether one of them compares with the dense images."""
-        return DISTANCE in self.names or LPIPS in self.names
-
     def check(self, device: str, *, has_references: bool) -> None:
         """Open every model that is needed, so that what is missing is told before anything is drawn.
 
-        Raises:
-            ImportError: If a package is missing.
-            ValueError: If weights cannot be had.
+        Raises an `ImportError` if a package is missing, and a `ValueError` if weights cannot be had.
         """
         if CLIP in self.names:
             open_clip_model(self.clip_model, self.clip_pretrained, device)
@@ -110,17 +106,25 @@ def score(
     """Score the N images of one method against N prompts. What was scored before under the same terms is read back.
 
     ``dense`` and ``references`` are folders of the dense images and of real pictures, which some metrics need; without
-    them these are left out. ``progress`` is told each metric.
-
-    Raises:
-        ImportError: If a package is missing.
-        ValueError: If an image is missing or cannot be read, or the weights of a metric cannot be had.
+    them these are left out. ``progress`` is told each metric. Raises an `ImportError` if a package is missing, and a
+    `ValueError` if an image is missing or cannot be read, or the weights of a metric cannot be had.
     """
     count = len(prompts)
     files, dense_files, real_files = ([] if f is None else image_files(f, count) for f in (folder, dense, references))
     if missing := [file.name for file in files if not file.exists()]:
         raise ValueError(f"{folder} lacks {len(missing)} of {count} images, such as {missing[0]}")
     scenes = [prompt.scene for prompt in prompts if prompt.scene is not None]
+    of_clip, of_fid = ((model, metrics.clip_pretrained) for model in (metrics.clip_model, metrics.fid_features))
+
+    def clip() -> list[float]:
+        return clip_scores(open_clip_model(*of_clip, device), files, [prompt.text for prompt in prompts])
+
+    def features(files: Sequence[Path]) -> Any:
+        def take() -> Any:
+            return file_features(open_extractor(*of_fid, device), files).tolist()
+
+        return np.asarray(_kept(files, "features.json", of_fid, take))
+
     per_image: dict[str, list[float]] = {}
     accuracy: dict[str, tuple[list[int], list[int]]] = {}
     fid = None
@@ -133,22 +137,23 @@ def score(
         elif metric == ACCURACY and len(scenes) == count:
             accuracy = caption_accuracy(scenes, torch.stack([read_pixels(file, CANVAS) for file in files]))
         elif metric == CLIP:
-            per_image[metric] = _clip(files, prompts, metrics, device)
+            per_image[metric] = _kept(files, "clip.json", of_clip, clip)
         elif metric == FID and real_files:
-            fid = fid_interval(_features(files, metrics, device), _features(real_files, metrics, device))
+            fid = fid_interval(features(files), features(real_files))
     return Scores(per_image, accuracy, fid)
 
 
-def _clip(files: Sequence[Path], prompts: Sequence[Prompt], metrics: Metrics, device: str) -> list[float]:
-    terms = (metrics.clip_model, metrics.clip_pretrained)
-    texts = [prompt.text for prompt in prompts]
-    return list(_kept(files, "clip.json", terms, lambda: clip_scores(open_clip_model(*terms, device), files, texts)))
+def caption_accuracy(scenes: Sequence[Scene], images: Tensor) -> dict[str, tuple[list[int], list[int]]]:
+    """Judge (N, 3, 128, 128) uint8 images against the N scenes they were drawn from.
 
-
-def _features(files: Sequence[Path], metrics: Metrics, device: str) -> Any:
-    terms = (metrics.fid_features, metrics.clip_pretrained)
-    taken = _kept(files, "features.json", terms, lambda: file_features(open_extractor(*terms, device), files).tolist())
-    return np.asarray(taken)
+    Returns:
+        By attribute, and for `ALL` of them, how much of each caption is right and how much it asks for.
+    """
+    reader = load_classifier(weights_folder() / "classifier.safetensors")
+    seen = [scene for chunk in torch.split(images, 64) for scene in reader.read(chunk.float() / 255)]
+    found = [judge(asked, got) for asked, got in zip(scenes, seen, strict=True)]
+    table = {name: ([one.right[name] for one in found], [one.asked[name] for one in found]) for name in ATTRIBUTES}
+    return {**table, ALL: ([int(one.all_right) for one in found], [1] * len(found))}
 
 
 def _kept(files: Sequence[Path], name: str, terms: tuple[str, ...], take: Callable[[], Any]) -> Any:

@@ -1,7 +1,5 @@
 """Sharing work among the processes that `accelerate launch` or `torchrun` started."""
 
-from __future__ import annotations
-
 import os
 
 import torch
@@ -14,10 +12,8 @@ def shared_work(device: str | None = None) -> PartialState:
     """Return this process' place among those that share the work: alone, unless a launcher started several.
 
     `accelerate` shares work among CPU processes only if it is told that the CPU is meant. Otherwise each process takes
-    itself for the only one and does everything.
-
-    Raises:
-        ValueError: If a launcher started several processes that do not see each other.
+    itself for the only one and does everything. Raises a `ValueError` if a launcher started several processes that do
+    not see each other.
     """
     state = PartialState(cpu=torch.device(device or best_device()).type == "cpu")
     launched = int(os.environ.get("WORLD_SIZE", "1"))

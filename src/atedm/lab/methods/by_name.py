@@ -1,29 +1,28 @@
 """Methods as a user writes them: ``paper``, ``tome[ratio=0.5]``, ``paper[refill=direct-copy]+deepcache``."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from atedm.costs.architectures import architecture
 from atedm.costs.budget import fit_to_budget, run_cost
 from atedm.costs.tome import ToMe
 from atedm.lab.ablation import Variant, variant_of
-from atedm.lab.methods.candidates import Candidate, Dense, Pruning
+from atedm.lab.methods.candidates import Candidate, Dense, Planned, Pruning
 from atedm.lab.methods.diffusers_caches import CACHES
 from atedm.lab.methods.peers import Caching, Merging
-from atedm.lab.methods.planned import Planned
 from atedm.lab.methods.stacked import Stacked
 from atedm.method.contract import Method
 from atedm.method.places import WHERES
 from atedm.method.presets import METHODS, method_named
 from atedm.plans.plan import read_plan
 from atedm.words import check_name
+
+T = TypeVar("T")
 
 NAMES = ("dense", *METHODS, "tome", "deepcache", *CACHES)
 EQUAL_COST = "cost"
@@ -35,8 +34,7 @@ SOLVED = ("rate", "ratio", "steps_share")
 def parse_methods(specs: str) -> list[str]:
     """Split "dense, paper[...], tome" at the commas outside of brackets.
 
-    Raises:
-        ValueError: If there is none, or one is named twice.
+    Raises a `ValueError` if there is none, or one is named twice.
     """
     found = [spec for spec in _split(specs, ",") if spec]
     if not found:
@@ -55,10 +53,8 @@ def method_by_name(
     right. Fields that `AtEdm` and `Matched` do not have make a `Variant`. ``cost=NAME`` in the brackets solves for the
     rate or ratio at which a run of ``model`` at ``size`` (width, height) pixels and ``steps`` costs what NAME does,
     ``cost=0.7`` for a share of the dense cost; for dense itself that is a share of the steps. What is one's own is
-    imported: ``paper[rank=MODULE:NAME]``. The path of a ``plan.json`` is the plan in it.
-
-    Raises:
-        ValueError: If a name or a field is unknown, a cost cannot be had, or is given beside what is solved for it.
+    imported: ``paper[rank=MODULE:NAME]``. The path of a ``plan.json`` is the plan in it. Raises a `ValueError` if a
+    name or a field is unknown, a cost cannot be had, or is given beside what is solved for it.
     """
     if spec.strip().endswith(".json"):
         return Planned(read_plan(spec.strip()))
@@ -85,7 +81,12 @@ def method_by_name(
         if not isinstance(other, Pruning | Merging):
             raise ValueError(f"cost must be a share of dense, or the name of a way to prune or of tome, not {target!r}")
         target = run_cost(model, _setting(other), size=size, steps=steps)
-    return _at_cost(target, candidate, model, size, steps)
+    if isinstance(candidate, Dense):
+        return Dense(target)
+    if not isinstance(candidate, Pruning | Merging):
+        raise ValueError("a cost is solved for dense steps, for pruning and for ToMe")
+    fitted: Any = fit_to_budget(model, _setting(candidate), share=target, size=size, steps=steps)
+    return type(candidate)(fitted)
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -123,9 +124,8 @@ def _build(name: str, fields: dict[str, Any], model: Any) -> Candidate:
         return Pruning(_changed(method_named(name, transformer=architecture(model).is_transformer), fields))
     if name == "tome":
         return Merging(_replace(ToMe(), fields))
-    default = CACHES[name]() if name in CACHES else Caching() if name == "deepcache" else Dense()
-    candidate: Candidate = _replace(default, fields)
-    return candidate
+    others: dict[str, type[Candidate]] = {"dense": Dense, "deepcache": Caching, **CACHES}
+    return _replace(others[name](), fields)
 
 
 def _changed(method: Method, fields: dict[str, Any]) -> Method:
@@ -139,19 +139,16 @@ def _changed(method: Method, fields: dict[str, Any]) -> Method:
     known = {field.name for field in dataclasses.fields(method)}  # type: ignore[arg-type]
     named = any(isinstance(value, str) for value in fields.values())  # such as a ranking, which only variants name
     if not named and fields.keys() <= known:
-        changed: Method = _replace(method, fields)
-        return changed
+        return _replace(method, fields)
     for field in fields:
         check_name("field", field, known | {field.name for field in dataclasses.fields(Variant)})
-    variant: Method = _replace(variant_of(method), fields)
-    return variant
+    return _replace(variant_of(method), fields)
 
 
 def imported(name: str) -> Any:
     """Import something of one's own by MODULE:NAME; the current folder is looked in too.
 
-    Raises:
-        ValueError: If there is none.
+    Raises a `ValueError` if there is none.
     """
     module, _, attribute = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # Python itself does so for a script
@@ -162,20 +159,11 @@ def imported(name: str) -> Any:
         raise ValueError(f"cannot import {name!r}, read as MODULE:NAME: {error}") from error
 
 
-def _replace(default: Any, fields: dict[str, Any]) -> Any:
+def _replace(default: T, fields: dict[str, Any]) -> T:
     for key in fields:
-        check_name("field", key, [field.name for field in dataclasses.fields(default)])
-    return dataclasses.replace(default, **fields)
+        check_name("field", key, [field.name for field in dataclasses.fields(default)])  # type: ignore[arg-type]
+    return dataclasses.replace(default, **fields)  # type: ignore[type-var]
 
 
 def _setting(candidate: Pruning | Merging) -> Method | ToMe:
     return candidate.method if isinstance(candidate, Pruning) else candidate.tome
-
-
-def _at_cost(share: float, candidate: Candidate, model: Any, size: tuple[int, int] | None, steps: int) -> Candidate:
-    if isinstance(candidate, Dense):
-        return Dense(share)
-    if not isinstance(candidate, Pruning | Merging):
-        raise ValueError("a cost is solved for dense steps, for pruning and for ToMe")
-    fitted: Any = fit_to_budget(model, _setting(candidate), share=share, size=size, steps=steps)
-    return Merging(fitted) if isinstance(fitted, ToMe) else Pruning(fitted)

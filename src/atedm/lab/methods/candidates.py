@@ -1,6 +1,4 @@
-"""What is compared, behind one interface: the model as it is, and pruning by any method."""
-
-from __future__ import annotations
+"""What is compared, behind one interface: the model as it is, pruning by any method, and a plan."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -8,19 +6,21 @@ from typing import Any
 
 from atedm.method.contract import Method
 from atedm.patch import pruned
+from atedm.plans.plan import Plan
 from atedm.words import is_number
 
 _LONGEST_CYCLE = 10
 """A choice of tokens that is kept for more steps than these counts as kept for the whole run."""
 
 
+@dataclass(frozen=True)
 class Candidate:
-    """A way to make images cheaper, or none."""
+    """A way to make images cheaper, or none; its settings are its fields."""
 
     #: What charts call it. Candidates that differ in their cost alone have the same kind.
-    kind: str
+    kind = ""
     #: Steps after which what it does repeats itself.
-    cycle: int = 1
+    cycle = 1
 
     def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[Any]:
         """Change a pipeline for the length of a ``with`` block; ``seed`` is for methods that draw at random."""
@@ -36,22 +36,20 @@ class Candidate:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything that makes a difference as plain JSON values."""
-        return {"kind": self.kind}
+        return {"kind": self.kind, **asdict(self)}
 
 
 @dataclass(frozen=True)
 class Dense(Candidate):
     """The model as it is, or with fewer steps: what anyone can do without a method.
 
-    Raises:
-        ValueError: If the share is out of its range.
+    Raises a `ValueError` if the share is out of its range.
     """
 
     #: Share of the denoising steps that are taken, in (0, 1].
     steps_share: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the share."""
         if not is_number(self.steps_share) or not 0 < self.steps_share <= 1:
             raise ValueError(f"steps_share must be above 0 and at most 1, not {self.steps_share!r}")
 
@@ -65,7 +63,7 @@ class Dense(Candidate):
         return max(1, round(self.steps_share * steps))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the kind and the share."""
+        """Return the share."""
         return {"kind": "dense", **asdict(self)}
 
 
@@ -97,3 +95,25 @@ class Pruning(Candidate):
     def as_dict(self) -> dict[str, Any]:
         """Return the method's settings."""
         return {"kind": "pruning", **self.method.as_dict()}
+
+
+@dataclass(frozen=True)
+class Planned(Candidate):
+    """A plan that was found for the model, in as many steps of those asked for as it takes of its own dense steps."""
+
+    plan: Plan
+
+    kind = "plan"
+
+    def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[Any]:
+        """Apply the plan."""
+        return pruned(pipe, self.plan)
+
+    def steps_of(self, steps: int) -> int:
+        """Return the plan's steps where its own dense steps are asked for, or that share of ``steps``."""
+        dense = int(self.plan.found.get("dense_steps", self.plan.steps))
+        return self.plan.steps if steps == dense else max(1, round(steps * self.plan.steps / dense))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what the plan does."""
+        return {"kind": "plan", **self.plan.moved().settings()}

@@ -1,7 +1,5 @@
 """Cost: the share of the dense model's multiply-accumulates (MACs) over a run, counted by torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace

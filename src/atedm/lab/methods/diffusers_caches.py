@@ -1,11 +1,9 @@
 """The caches that diffusers ships for transformers: first block, TaylorSeer, pyramid attention broadcast."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +22,7 @@ class TransformerCache(Candidate):
     #: Names of its hooks in the registry of diffusers.
     hooks: ClassVar[tuple[str, ...]]
 
-    def lay_over(self, model: nn.Module, timestep: Callable[[], float]) -> None:
+    def _lay_over(self, model: nn.Module, timestep: Callable[[], float]) -> None:
         """Register the hooks; ``timestep`` returns the one of the current call, from 1000 down to 0."""
         raise NotImplementedError
 
@@ -32,8 +30,7 @@ class TransformerCache(Candidate):
     def applied(self, pipe: Any, seed: int = 0) -> Iterator[None]:
         """Cache. Nothing is carried from one run to the next.
 
-        Raises:
-            ValueError: If the pipeline has no transformer.
+        Raises a `ValueError` if the pipeline has no transformer.
         """
         model = find_model(pipe)
         if not is_transformer(model):
@@ -48,15 +45,15 @@ class TransformerCache(Candidate):
             given = named["timestep"] if "timestep" in named else arguments[where]
             at = float(torch.as_tensor(given).flatten()[0])
             if at > now and left_alone:
-                CacheMixin._reset_stateful_cache(model)
-                naming.__enter__()
+                CacheMixin._reset_stateful_cache(model)  # which forgets the name
+                naming.enter_context(CacheMixin.cache_context(model, "call"))
             now = at
 
-        self.lay_over(model, lambda: 1000 * now if now <= 1 else now)
-        naming = _Named(model)
+        self._lay_over(model, lambda: 1000 * now if now <= 1 else now)
         watch = model.register_forward_pre_hook(follow, with_kwargs=True)
         try:
-            with naming:
+            with ExitStack() as naming:
+                naming.enter_context(CacheMixin.cache_context(model, "call"))
                 yield
         finally:
             watch.remove()
@@ -64,31 +61,12 @@ class TransformerCache(Candidate):
             for hook in self.hooks:
                 registry.remove_hook(hook, recurse=True)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the setting."""
-        return {"kind": self.kind, **asdict(self)}  # type: ignore[call-overload]
-
-
-class _Named:
-    """Names all calls of a model alike; may be entered again after the caches were cleared, which forgets the name."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._context: Any = CacheMixin.cache_context(self._model, "call")
-        self._context.__enter__()
-
-    def __exit__(self, *problem: Any) -> None:
-        self._context.__exit__(None, None, None)
-
 
 @dataclass(frozen=True)
 class FirstBlockCache(TransformerCache):
     """Where the first block changes by less than ``threshold`` since the last whole step, the others are skipped.
 
-    Raises:
-        ValueError: If the threshold is negative.
+    Raises a `ValueError` if the threshold is negative.
     """
 
     threshold: float = 0.1
@@ -97,16 +75,11 @@ class FirstBlockCache(TransformerCache):
     hooks = ("fbc_leader_block_hook", "fbc_block_hook")
 
     def __post_init__(self) -> None:
-        """Check the threshold."""
         if not is_number(self.threshold) or self.threshold < 0:
             raise ValueError(f"threshold must be 0 or more, not {self.threshold!r}")
 
-    def lay_over(self, model: nn.Module, timestep: Callable[[], float]) -> None:
-        """Register the hooks.
-
-        Raises:
-            ValueError: If the last block returns no text, as in SD3, of which diffusers takes a difference.
-        """
+    def _lay_over(self, model: nn.Module, timestep: Callable[[], float]) -> None:
+        """Register the hooks, or raise a `ValueError` for SD3, whose last block returns no text."""
         if any(getattr(block, "context_pre_only", False) for block in model.modules()):
             raise ValueError("the first-block cache of diffusers does not run on SD3, whose last block returns no text")
         hooks.apply_first_block_cache(model, hooks.FirstBlockCacheConfig(threshold=self.threshold))
@@ -116,8 +89,7 @@ class FirstBlockCache(TransformerCache):
 class TaylorSeer(TransformerCache):
     """Attention runs in every ``interval``-th step, and is extrapolated in the others.
 
-    Raises:
-        ValueError: If a value is out of its range.
+    Raises a `ValueError` if a value is out of its range.
     """
 
     interval: int = 3
@@ -130,13 +102,11 @@ class TaylorSeer(TransformerCache):
     hooks = ("taylorseer_cache",)
 
     def __post_init__(self) -> None:
-        """Check every value."""
         check_whole("interval", self.interval)
         check_whole("warmup", self.warmup)
         check_whole("order", self.order, least=0)
 
-    def lay_over(self, model: nn.Module, timestep: Callable[[], float]) -> None:
-        """Register the hooks."""
+    def _lay_over(self, model: nn.Module, timestep: Callable[[], float]) -> None:
         config = hooks.TaylorSeerCacheConfig(
             cache_interval=self.interval,
             disable_cache_before_step=self.warmup,
@@ -150,8 +120,7 @@ class TaylorSeer(TransformerCache):
 class PyramidBroadcast(TransformerCache):
     """Pyramid attention broadcast: attention runs in every ``interval``-th step of the middle of a run.
 
-    Raises:
-        ValueError: If the interval is below 1.
+    Raises a `ValueError` if the interval is below 1.
     """
 
     interval: int = 2
@@ -160,14 +129,11 @@ class PyramidBroadcast(TransformerCache):
     hooks = ("pyramid_attention_broadcast",)
 
     def __post_init__(self) -> None:
-        """Check the interval."""
         check_whole("interval", self.interval)
 
-    def lay_over(self, model: nn.Module, timestep: Callable[[], float]) -> None:
-        """Register the hooks."""
+    def _lay_over(self, model: nn.Module, timestep: Callable[[], float]) -> None:
         config = hooks.PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=self.interval,
-            current_timestep_callback=timestep,
+            spatial_attention_block_skip_range=self.interval, current_timestep_callback=timestep
         )
         hooks.apply_pyramid_attention_broadcast(model, config)
 

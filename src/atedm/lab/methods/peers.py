@@ -1,9 +1,7 @@
 """The peers of pruning, each by the package of its authors: ToMe (tomesd) and DeepCache."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,9 +33,14 @@ class Merging(Candidate):
         """Merge tokens. ToMe draws its destinations in every layer of every step, from ``seed``."""
         tomesd, unet = optional("tomesd", "peers"), _unet_of(pipe, "tomesd")
         everything = self.tome.merge == "everything"
-        downsample = 1 if self.tome.levels == "highest" else 8
-        more = {"merge_crossattn": everything, "merge_mlp": everything}
-        tomesd.apply_patch(unet, ratio=self.tome.ratio, max_downsample=downsample, merge_attn=True, **more)
+        tomesd.apply_patch(
+            unet,
+            ratio=self.tome.ratio,
+            max_downsample=1 if self.tome.levels == "highest" else 8,
+            merge_attn=True,
+            merge_crossattn=everything,
+            merge_mlp=everything,
+        )
         info = unet._tome_info
         # A generator of its own: by default it is a copy of the global one, which depends on what ran before.
         info["args"]["generator"] = torch.Generator("cpu").manual_seed(seed)
@@ -63,10 +66,8 @@ class Merging(Candidate):
 class Caching(Candidate):
     """DeepCache: most of the U-Net runs in every ``interval``-th step only.
 
-    It needs several steps a run: with few-step models it has nothing to reuse.
-
-    Raises:
-        ValueError: If a value is out of its range.
+    It needs several steps a run: with few-step models it has nothing to reuse. Raises a `ValueError` if a value is out
+    of its range.
     """
 
     interval: int = 2
@@ -76,7 +77,6 @@ class Caching(Candidate):
     kind = "DeepCache"
 
     def __post_init__(self) -> None:
-        """Check every value."""
         check_whole("interval", self.interval)
         check_whole("branch", self.branch, least=0)
 
@@ -85,12 +85,10 @@ class Caching(Candidate):
         """The interval."""
         return self.interval
 
-    @contextmanager
-    def applied(self, pipe: Any, seed: int = 0) -> Iterator[None]:
+    def applied(self, pipe: Any, seed: int = 0) -> AbstractContextManager[None]:
         """Cache."""
         _unet_of(pipe, "DeepCache")
-        with deep_cached(pipe, lambda steps: range(0, steps, self.interval), self.branch):
-            yield
+        return deep_cached(pipe, lambda steps: range(0, steps, self.interval), self.branch)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the setting."""

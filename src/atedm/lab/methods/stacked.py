@@ -1,11 +1,8 @@
 """Several methods at once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import reduce
 from math import lcm
 from typing import Any
 
@@ -17,15 +14,13 @@ from atedm.lab.methods.peers import Caching, Merging
 class Stacked(Candidate):
     """Several candidates at once, the first one applied first.
 
-    Raises:
-        ValueError: If there are two of a kind, something after caching, which wraps what it finds, or both ToMe and
-            pruning: ToMe merges over a whole grid, which pruning takes apart.
+    Raises a `ValueError` if there are two of a kind, something after caching, which wraps what it finds, or both ToMe
+    and pruning: ToMe merges over a whole grid, which pruning takes apart.
     """
 
     parts: tuple[Candidate, ...]
 
     def __post_init__(self) -> None:
-        """Refuse what cannot go together."""
         kinds = [type(part) for part in self.parts]
         if {Pruning, Merging} <= set(kinds):
             raise ValueError(
@@ -58,7 +53,9 @@ class Stacked(Candidate):
 
     def steps_of(self, steps: int) -> int:
         """Return what is left of ``steps`` after all of them."""
-        return reduce(lambda left, part: part.steps_of(left), self.parts, steps)
+        for part in self.parts:
+            steps = part.steps_of(steps)
+        return steps
 
     def as_dict(self) -> dict[str, Any]:
         """Return what each of them says."""

@@ -1,8 +1,6 @@
 """How far a mode of the attention map agrees with the whole map, measured in dense runs on equal queries and keys."""
 
-from __future__ import annotations
-
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +11,7 @@ import torch
 from atedm.lab.ablation import Variant
 from atedm.lab.ablation.choosing import Ranking, rank_tokens
 from atedm.lab.evaluation.images import Drawing
-from atedm.lab.probes.dense_runs import dense_unet, draw_dense, first_layers_watched
+from atedm.lab.probes.dense_runs import dense_spans, draw_dense, first_layers_watched
 from atedm.lab.progress import Progress, silent
 from atedm.method.contract import View
 from atedm.method.keep import keep_most_important
@@ -27,10 +25,8 @@ class Agreement:
     level: int
     #: Of the tokens that the whole map keeps, those that the mode keeps too. By chance it is the share kept.
     kept: float
-    #: Importance by the whole map of what the mode keeps, of the most that it could keep.
-    importance: float
-    #: Of the tokens that the whole map drops, those that copy the same kept token.
-    source: float
+    importance: float  #: Importance by the whole map of what the mode keeps, of the most that it could keep.
+    source: float  #: Of the tokens that the whole map drops, those that copy the same kept token.
 
 
 def map_agreement(
@@ -48,10 +44,10 @@ def map_agreement(
     the half of the batch that knows the prompt is looked at. ``rate`` is the share of the tokens that is dropped.
 
     Raises:
-        TypeError: If the pipeline has no U-Net.
-        ValueError: If it is patched or compiled, or there is nothing to draw or nothing dropped.
+        TypeError: By `dense_spans`.
+        ValueError: By `dense_spans` and `draw_dense`, or if nothing is dropped.
     """
-    _, spans = dense_unet(pipe)
+    spans = dense_spans(pipe)
     values: defaultdict[tuple[str, int], list[tuple[float, float, float]]] = defaultdict(list)
 
     def compare(view: View) -> None:
@@ -59,13 +55,24 @@ def map_agreement(
         for name, variant in modes.items():
             values[name, view.place.level] += compared(whole, rank_tokens(variant, view), view.count)
 
-    for _ in draw_dense(pipe, prompts, drawing, partial(first_layers_watched, spans, compare, rate), progress=progress):
-        pass  # the images are not looked at
-    order = {name: index for index, name in enumerate(modes)}
+    watch = partial(first_layers_watched, spans, compare, rate)
+    deque(draw_dense(pipe, prompts, drawing, watch, progress=progress), maxlen=0)  # the images are not looked at
+    levels = sorted({place.level for place, _ in spans.values()})
     return [
         Agreement(mode, level, *torch.tensor(values[mode, level]).mean(0).tolist())
-        for mode, level in sorted(values, key=lambda key: (order[key[0]], key[1]))
+        for mode in modes
+        for level in levels
     ]
+
+
+def variant_of_mode(name: str) -> Variant:
+    """Read a map mode, with the number of rows of a sample, such as "sampled/64", or raise a `ValueError`."""
+    mode, _, rows = name.partition("/")
+    if rows and not rows.isdecimal():
+        raise ValueError(f"a number of rows follows the slash, as in sampled/64, not {rows!r}")
+    if rows and mode != "sampled":
+        raise ValueError(f"only a sample has a number of rows, as in sampled/64, not {name!r}")
+    return Variant(map_mode=mode, sampled_rows=int(rows)) if rows else Variant(map_mode=mode)
 
 
 def compared(whole: Ranking, ours: Ranking, count: int) -> list[tuple[float, float, float]]:

@@ -1,14 +1,11 @@
 """Look into the first layer of every attention block while a pipeline draws dense. The images are left as they are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from atedm.hosts.attention import queries_and_keys
@@ -20,8 +17,8 @@ from atedm.method.keep import keep_count
 from atedm.patch import is_applied
 
 
-def dense_unet(pipe: Any) -> tuple[UNet2DConditionModel, UnetSpans]:
-    """Return the U-Net of a pipeline and its attention blocks.
+def dense_spans(pipe: Any) -> UnetSpans:
+    """Return the attention blocks of the U-Net of a pipeline.
 
     Raises:
         TypeError: If the pipeline has no U-Net.
@@ -36,7 +33,7 @@ def dense_unet(pipe: Any) -> tuple[UNet2DConditionModel, UnetSpans]:
     spans = find_spans(unet)
     if not spans:
         raise ValueError("this U-Net has no attention blocks (Transformer2DModel), so there is nothing to measure")
-    return unet, spans
+    return spans
 
 
 def draw_dense(
@@ -48,13 +45,10 @@ def draw_dense(
     output_type: str = "latent",
     progress: Progress = silent,
 ) -> Iterator[tuple[int, Any]]:
-    """Draw prompts, a batch at a time; image i has the noise of seed ``drawing.seed + i``.
+    """Draw prompts, and yield of each batch the number of its first image, and the images.
 
-    ``watch`` is given the number of images of a batch, and gives what surrounds the drawing of it. ``output_type`` is
-    as pipelines take it.
-
-    Yields:
-        The number of the first image of a batch, and the images.
+    Image i has the noise of seed ``drawing.seed + i``. ``watch`` is given the number of images of a batch, and gives
+    what surrounds the drawing of it. ``output_type`` is as pipelines take it.
 
     Raises:
         ValueError: If there is nothing to draw.
@@ -62,8 +56,7 @@ def draw_dense(
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("there are no prompts to draw, or a prompt is empty")
     batches = -(-len(prompts) // drawing.batch)
-    for batch in range(batches):
-        start = batch * drawing.batch
+    for batch, start in enumerate(range(0, len(prompts), drawing.batch)):
         group = list(prompts[start : start + drawing.batch])
 
         def end_call(_: Any, call: int, __: Any, kwargs: dict[str, Any], batch: int = batch) -> dict[str, Any]:

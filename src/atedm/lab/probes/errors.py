@@ -6,13 +6,12 @@ scheduler it moves the image in proportion, so the moves of all steps have a sum
 would grow as the root of their squares does; if they were equal, as they do.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,9 +22,10 @@ from torch.nn import functional
 from atedm.hosts.diffusers_unet import after_forward, before_forward
 from atedm.hosts.unet_spans import find_spans
 from atedm.lab.evaluation.images import Drawing
-from atedm.lab.probes.dense_runs import dense_unet, draw_dense
+from atedm.lab.probes.dense_runs import dense_spans, draw_dense
 from atedm.lab.progress import Progress, silent
 from atedm.lab.shared_weights import copy_with_shared_weights
+from atedm.lab.tables import markdown_table
 from atedm.method.contract import Method
 from atedm.patch import apply
 
@@ -37,16 +37,12 @@ class MethodErrors:
     """Errors of one way to prune, averaged over images as a root of mean squares."""
 
     name: str
-    #: By block, each step's error of what the block adds, relative to it.
-    blocks: Mapping[str, tuple[float, ...]]
-    #: Each step's error of the guided prediction, relative to it.
-    steps: tuple[float, ...]
+    blocks: Mapping[str, tuple[float, ...]]  #: By block, each step's error of what the block adds, relative to it.
+    steps: tuple[float, ...]  #: Each step's error of the guided prediction, relative to it.
     #: After each step, how far the image has been moved by all errors so far, relative to the final image.
     moved: tuple[float, ...]
-    #: The same if errors of different steps were independent.
-    moved_if_independent: tuple[float, ...]
-    #: Mean cosine between the errors of one step and the next.
-    successive: float
+    moved_if_independent: tuple[float, ...]  #: The same if errors of different steps were independent.
+    successive: float  #: Mean cosine between the errors of one step and the next.
 
 
 @dataclass(frozen=True)
@@ -54,24 +50,30 @@ class ErrorsReport:
     """All methods over the same images."""
 
     methods: tuple[MethodErrors, ...]
-    #: Feature level by block.
-    levels: Mapping[str, int]
+    levels: Mapping[str, int]  #: Feature level by block.
     images: int
     steps: int
 
     def of_level(self, method: MethodErrors, level: int) -> float:
         """Root of the mean square over the blocks of a level and all steps; nan if none is there."""
-        values = [v for name, steps in method.blocks.items() if self.levels[name] == level for v in steps]
-        return root_mean_square(values) if values else float("nan")
+        blocks = [steps for name, steps in method.blocks.items() if self.levels[name] == level]
+        return root_mean_square([*chain(*blocks)])
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        return asdict(self)
+    def table(self) -> str:
+        """Show a line a method."""
+        levels = sorted(set(self.levels.values()))
+        head = ["method", *(f"block, level {level}" for level in levels), "step", "one step and the next"]
+        rows = []
+        for one in self.methods:
+            blocks = (f"{self.of_level(one, level):.3f}" for level in levels)
+            moved = (f"{one.moved[-1]:.4f}", f"{one.moved_if_independent[-1]:.4f}")
+            rows.append([one.name, *blocks, f"{root_mean_square(one.steps):.4f}", f"{one.successive:.2f}", *moved])
+        return markdown_table([*head, "image moved", "if independent"], rows)
 
 
 def root_mean_square(values: Sequence[float]) -> float:
-    """Root of the mean of squares; 0 of no values."""
-    return (sum(value * value for value in values) / len(values)) ** 0.5 if values else 0.0
+    """Root of the mean of squares; nan of no values."""
+    return (sum(value * value for value in values) / len(values)) ** 0.5 if values else float("nan")
 
 
 def find_errors(
@@ -79,30 +81,22 @@ def find_errors(
 ) -> ErrorsReport:
     """Draw prompts dense, and prune beside.
 
-    ``pipe`` has an `EulerDiscreteScheduler`, and is neither patched nor compiled.
-
     Raises:
-        TypeError: If the pipeline has no U-Net.
-        ValueError: If it is patched or compiled, there is nothing to draw or prune, or steps do not sum up to a move.
+        TypeError: By `dense_spans`.
+        ValueError: By `dense_spans` and `draw_dense`, or if the scheduler is not one whose steps sum up to a move.
     """
-    unet, spans = dense_unet(pipe)
+    levels = {name: place.level for name, (place, _) in dense_spans(pipe).items()}
     prediction = pipe.scheduler.config.get("prediction_type")
     if not isinstance(pipe.scheduler, EulerDiscreteScheduler) or prediction not in _PREDICTIONS:
         raise ValueError(
             f"errors of steps sum up under an EulerDiscreteScheduler that predicts {' or '.join(_PREDICTIONS)}, not "
             f"under a {type(pipe.scheduler).__name__} that predicts {prediction}"
         )
-    runs = {name: _PrunedBeside(unet, method) for name, method in methods.items()}
-    if not runs:
-        raise ValueError("there must be at least one way to prune")
-
-    def watch(images: int) -> AbstractContextManager[None]:
-        return _beside(pipe, [*runs.values()], images, drawing.guidance)
-
+    runs = {name: _PrunedBeside(pipe.unet, method) for name, method in methods.items()}
+    watch = partial(_beside, pipe, [*runs.values()], drawing.guidance)
     for _, latents in draw_dense(pipe, prompts, drawing, watch, progress=progress):
         for each in runs.values():
             each.end_images(latents)
-    levels = {name: place.level for name, (place, _) in spans.items()}
     found = tuple(each.errors(name) for name, each in runs.items())
     return ErrorsReport(found, levels, len(prompts), drawing.steps)
 
@@ -114,11 +108,11 @@ class _PrunedBeside:
         self.whole, self.parts = (copy_with_shared_weights(unet) for _ in range(2))
         for copied in (self.whole, self.parts):
             apply(copied, method)
-        #: Squares summed over images, by block and by figure, one a step.
-        self.blocks: defaultdict[str, float | Tensor] = defaultdict(float)
-        self.figures: defaultdict[str, float | Tensor] = defaultdict(float)
-        self.images = 0
-        self._errors: list[tuple[Tensor, float, Tensor]] = []
+        #: By block and by figure, a batch each: squares (steps, images).
+        self.blocks: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self.figures: defaultdict[str, list[Tensor]] = defaultdict(list)
+        # Of the batch that is being drawn, a step each.
+        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
         self._of_blocks: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     def see_block(self, name: str, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -132,44 +126,41 @@ class _PrunedBeside:
         """Run all of it on what the dense one was given."""
         expected = _guided(dense, guidance)
         error = _guided(_first(self.whole(*args, **kwargs)), guidance) - expected
-        self._errors.append((error, move, _norm(error) / _norm(expected)))
+        self._steps.append((error.flatten(1), move * error.flatten(1), _norm(error) / _norm(expected)))
 
     def end_images(self, latents: Tensor) -> None:
         """Add up what was seen of one batch of images, of which ``latents`` came."""
         size = _norm(latents)
-        errors = torch.stack([error.flatten(1) for error, _, _ in self._errors])
-        moves = errors * torch.tensor([move for _, move, _ in self._errors], device=errors.device)[:, None, None]
-        cosines = functional.cosine_similarity(errors[:-1], errors[1:], dim=-1, eps=1e-12)
-        squares = {
+        errors, moves, relative = (torch.stack(of_steps) for of_steps in zip(*self._steps, strict=True))
+        found = {
             "moved": (moves.cumsum(0).norm(dim=-1) / size).square(),
             "independent": moves.square().sum(-1).cumsum(0) / size.square(),
-            "steps": torch.stack([relative for _, _, relative in self._errors]).square(),
-            "successive": cosines,
+            "steps": relative.square(),
+            "successive": functional.cosine_similarity(errors[:-1], errors[1:], dim=-1, eps=1e-12),
         }
-        for name, values in squares.items():
-            self.figures[name] = self.figures[name] + values.sum(-1).cpu()
+        for name, values in found.items():
+            self.figures[name].append(values.cpu())
         for name, of_block in self._of_blocks.items():
             # Both halves of guidance count alike.
-            halves = torch.unflatten(torch.stack(of_block).square(), -1, (-1, len(latents))).mean(1)
-            self.blocks[name] = self.blocks[name] + halves.sum(-1).cpu()
-        self.images += len(latents)
-        self._errors.clear()
+            halves = torch.unflatten(torch.stack(of_block).square(), -1, (-1, len(latents)))
+            self.blocks[name].append(halves.mean(1).cpu())
+        self._steps.clear()
         self._of_blocks.clear()
 
     def errors(self, name: str) -> MethodErrors:
         """Give the roots of the mean squares."""
 
-        def root(values: float | Tensor) -> tuple[float, ...]:
-            return tuple((torch.as_tensor(values) / self.images).sqrt().tolist())
+        def root(squares: list[Tensor]) -> tuple[float, ...]:
+            return tuple(torch.cat(squares, -1).mean(-1).sqrt().tolist())
 
-        blocks = {block: root(values) for block, values in self.blocks.items()}
+        blocks = {block: root(squares) for block, squares in self.blocks.items()}
         steps, moved, independent = (root(self.figures[figure]) for figure in ("steps", "moved", "independent"))
-        cosines = torch.as_tensor(self.figures["successive"]) / self.images
+        cosines = torch.cat(self.figures["successive"], -1)
         return MethodErrors(name, blocks, steps, moved, independent, float(cosines.mean()) if cosines.numel() else 0.0)
 
 
 @contextmanager
-def _beside(pipe: Any, runs: Sequence[_PrunedBeside], images: int, guidance: float) -> Iterator[None]:
+def _beside(pipe: Any, runs: Sequence[_PrunedBeside], guidance: float, images: int) -> Iterator[None]:
     """Let the pruned U-Nets run beside every call of the dense one."""
     unet = pipe.unet
     calls = 0
@@ -206,8 +197,7 @@ def _beside(pipe: Any, runs: Sequence[_PrunedBeside], images: int, guidance: flo
 
 def _first(output: Any) -> Tensor:
     """The tensor in what a module of diffusers returns."""
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output.sample
-    return tensor
+    return output[0] if isinstance(output, tuple) else output.sample  # type: ignore[no-any-return]
 
 
 def _guided(prediction: Tensor, guidance: float) -> Tensor:
@@ -219,5 +209,4 @@ def _guided(prediction: Tensor, guidance: float) -> Tensor:
 
 def _norm(tensor: Tensor) -> Tensor:
     """Norm of each element of the batch."""
-    norm: Tensor = tensor.float().flatten(1).norm(dim=-1)
-    return norm
+    return tensor.float().flatten(1).norm(dim=-1)  # type: ignore[no-any-return]

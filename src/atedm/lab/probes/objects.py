@@ -5,13 +5,12 @@ Three figures: whether a ranking puts tokens of objects before tokens of backgro
 it is to the kept token that the attention map names.
 """
 
-from __future__ import annotations
-
+import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,25 +19,18 @@ from torch.nn import functional
 from atedm.lab.ablation import Variant
 from atedm.lab.ablation.choosing import rank_tokens
 from atedm.lab.evaluation.images import Drawing
-from atedm.lab.probes.dense_runs import dense_unet, draw_dense, first_layers_watched
+from atedm.lab.probes.dense_runs import dense_spans, draw_dense, first_layers_watched
 from atedm.lab.progress import Progress, silent
+from atedm.lab.tables import markdown_table
 from atedm.method.contract import View
 from atedm.method.keep import gather_tokens, keep_most_important
 from atedm.method.matching import match_by_features
 from atedm.tiny.scenes import BACKGROUNDS, COLOURS, Scene
 
 RANKINGS = (
-    "self-attention",
-    "attention-received",
-    "cross-attention-entropy",
-    "cross-attention-power",
-    "cross-attention-soft-clip",
-    "cross-attention-hard-clip",
-    "uniform-random",
-    "cells",
-    "lattice",
-    "facility-location",
-    "representative",
+    *("self-attention", "attention-received"),
+    *(f"cross-attention-{mapping}" for mapping in ("entropy", "power", "soft-clip", "hard-clip")),
+    *("uniform-random", "cells", "lattice", "facility-location", "representative"),
 )
 # How far light, texture and shadow take a colour: see `atedm.tiny.scenes.render`.
 _LIT = (0.8, 1.0, 1.2)
@@ -53,12 +45,9 @@ class Finding:
     step: int
     block: str
     level: int
-    #: Chance that a token of an object ranks above one of the background, ties counting half.
-    auc: float
-    #: Mean cosine of a dropped token's features to those of the kept token most like it.
-    best_match: float
-    #: The same to the kept token from which the paper's rule copies.
-    attention_match: float
+    auc: float  #: Chance that a token of an object ranks above one of the background, ties counting half.
+    best_match: float  #: Mean cosine of a dropped token's features to those of the kept token most like it.
+    attention_match: float  #: The same to the kept token from which the paper's rule copies.
 
 
 @dataclass(frozen=True)
@@ -89,17 +78,19 @@ class ObjectsReport:
         """In the order they were asked for."""
         return list(dict.fromkeys(found.ranking for found in self.findings))
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        return asdict(self)
+    def table(self) -> str:
+        """Show a ranking a row, a figure of a level a column."""
+        names = {"auc": "AUC", "best_match": "best match", "attention_match": "attention's match"}
+        columns = [(what, level) for what in names for level in self.levels]
+        rows = [
+            [ranking, *(f"{self.mean(what, ranking=ranking, level=level):.3f}" for what, level in columns)]
+            for ranking in self.rankings
+        ]
+        return markdown_table(["ranking", *(f"{names[what]}, level {level}" for what, level in columns)], rows)
 
 
 def object_mask(image: Tensor, scene: Scene) -> Tensor:
-    """Say which pixels of an image (3, H, W) in [0, 1] are nearer to an object's colour than to the background's.
-
-    Returns:
-        (H, W) bool.
-    """
+    """Return (H, W) bool: pixels of an image (3, H, W) in [0, 1] nearer to an object's colour than the background's."""
     objects = _shades([COLOURS[colour] for colour, _ in scene.objects], _LIT)
     background = _shades([BACKGROUNDS[scene.background]], _SHADED)
     nearest = torch.cdist(image.float().flatten(1).mT, torch.cat([objects, background])).argmin(-1)
@@ -113,24 +104,10 @@ def _shades(colours: Sequence[tuple[int, int, int]], factors: Sequence[float]) -
 def area_under_curve(importance: Tensor, is_object: Tensor) -> float:
     """Chance that a token of an object is more important than one of the background; ties count half.
 
-    ``importance`` is (N,), ``is_object`` (N,) bool.
-
-    Raises:
-        ValueError: If all tokens are of one kind.
+    ``importance`` is (N,), ``is_object`` (N,) bool; nan if all tokens are of one kind.
     """
-    if is_object.all() or not is_object.any():
-        raise ValueError("all tokens are of one kind, so none ranks above the other")
     ours, theirs = importance[is_object].unsqueeze(1), importance[~is_object].unsqueeze(0)
     return float(((ours > theirs).double() + 0.5 * (ours == theirs).double()).mean())
-
-
-class _Ranked(NamedTuple):
-    """One ranking of one block in one call of the U-Net."""
-
-    size: tuple[int, int]
-    importance: Tensor
-    best_match: float
-    attention_match: float
 
 
 def find_objects(
@@ -148,28 +125,28 @@ def find_objects(
     of `RANKINGS`; ``rate`` is the share of the tokens taken for dropped, for the two measures of likeness.
 
     Raises:
-        TypeError: If the pipeline has no U-Net.
-        ValueError: If it is patched or compiled, there is nothing to draw or nothing dropped, or a ranking is unknown.
+        TypeError: By `dense_spans`.
+        ValueError: By `dense_spans` and `draw_dense`, or if nothing is dropped or a ranking is unknown.
     """
-    _, spans = dense_unet(pipe)
+    spans = dense_spans(pipe)
     variants = {name: Variant(rank=name, map_mode="full") for name in rankings}
     values: defaultdict[tuple[str, int, str], list[tuple[float, float, float]]] = defaultdict(list)
-    seen: dict[tuple[str, int, str], _Ranked] = {}
+    seen: dict[tuple[str, int, str], tuple[tuple[int, int], Tensor, float, float]] = {}
 
     def rank(view: View) -> None:
-        seen.update(((name, int(view.step), view.place.name), _rank(view, each)) for name, each in variants.items())
+        for name, variant in variants.items():
+            seen[name, int(view.step), view.place.name] = (view.size, *ranked(view, variant))
 
     captions = [scene.caption for scene in scenes]
     watch = partial(first_layers_watched, spans, rank, rate)
     for start, images in draw_dense(pipe, captions, drawing, watch, output_type="pt", progress=progress):
         group = scenes[start : start + drawing.batch]
         masks = torch.stack([object_mask(image.cpu(), scene) for image, scene in zip(images, group, strict=True)])
-        for key, ranked in seen.items():
-            is_object = functional.adaptive_avg_pool2d(masks.float(), ranked.size).flatten(1) > 0.5
-            for importance, mask in zip(ranked.importance, is_object, strict=True):
-                if mask.any() and not mask.all():
-                    auc = area_under_curve(importance, mask)
-                    values[key].append((auc, ranked.best_match, ranked.attention_match))
+        for key, (size, importance, best_match, attention_match) in seen.items():
+            is_object = functional.adaptive_avg_pool2d(masks.float(), size).flatten(1) > 0.5
+            for of_image, mask in zip(importance, is_object, strict=True):
+                if not math.isnan(auc := area_under_curve(of_image, mask)):
+                    values[key].append((auc, best_match, attention_match))
         seen.clear()
     findings = tuple(
         Finding(ranking, step, block, spans[block][0].level, *torch.tensor(found).mean(0).tolist())
@@ -178,8 +155,8 @@ def find_objects(
     return ObjectsReport(findings, len(scenes), drawing.steps, rate)
 
 
-def _rank(view: View, variant: Variant) -> _Ranked:
-    """Rank the tokens of one layer, and see how alike its dropped ones are to what they would be refilled from."""
+def ranked(view: View, variant: Variant) -> tuple[Tensor, float, float]:
+    """Rank the tokens of one layer: their importance (B, N), and best_match and attention_match of `Finding`."""
     tokens = view.tokens
     ranking = rank_tokens(variant, view)
     assert ranking.source is not None  # every variant here copies by attention
@@ -192,4 +169,4 @@ def _rank(view: View, variant: Variant) -> _Ranked:
         return float((cosine * is_dropped).sum() / is_dropped.sum())
 
     most_alike = match_by_features(functional.normalize(tokens, dim=-1), keep).source
-    return _Ranked(view.size, ranking.importance.cpu(), likeness(most_alike), likeness(ranking.source(keep)))
+    return ranking.importance.cpu(), likeness(most_alike), likeness(ranking.source(keep))

@@ -1,20 +1,16 @@
 """How cost grows with the size of the image, model by model (supplement Fig. 2)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from atedm.app.equal_cost import can_prune
 from atedm.costs.architectures import architecture
 from atedm.costs.counting import count_dense
 from atedm.costs.spans import span_shape, step_macs
-from atedm.hosts.unet_spans import choose_spans, find_spans
+from atedm.hosts.unet_spans import find_spans
 from atedm.lab.progress import Progress, silent
 from atedm.method.contract import Method
-
-MODELS = ("sdxl", "sd21", "sd15")
-SIDES = (512, 768, 1024, 1280, 1536, 1792, 2048)
 
 
 @dataclass(frozen=True)
@@ -22,8 +18,7 @@ class Point:
     """T MACs of one image's step, guidance counted, by torch's count."""
 
     model: str
-    #: Pixels of a square image.
-    side: int
+    side: int  #: Pixels of a square image.
     attention: float
     resnet: float
     other: float
@@ -41,13 +36,10 @@ class Point:
 
 
 def scaling(models: Sequence[str], sides: Sequence[int], method: Method, *, progress: Progress = silent) -> list[Point]:
-    """Count models at sizes. Nothing is computed and no weights are read.
+    """Count models at sizes, with a method beside the dense cost. Nothing is computed and no weights are read.
 
-    Args:
-        models: As `atedm.costs.architectures.architecture`; each is counted once.
-        sides: Pixels of square images, counted from the smallest.
-        method: What is shown beside the dense cost.
-        progress: Told of each model and size.
+    ``models`` are as `atedm.costs.architectures.architecture` takes them, ``sides`` pixels of square images. Each is
+    counted once, sizes from the smallest.
 
     Raises:
         ValueError: If a model is unknown or a size does not divide, before anything is counted.
@@ -61,16 +53,11 @@ def scaling(models: Sequence[str], sides: Sequence[int], method: Method, *, prog
     for arch in architectures:
         unet = arch.on_meta()
         tera = (2 if arch.guidance else 1) / 1e12
-        spans = find_spans(unet)
-        try:
-            choose_spans(spans, method)
-            has_something = True
-        except ValueError:
-            has_something = False
+        places, has_something = [place for place, _ in find_spans(unet).values()], can_prune(unet, method)
         for side in sides:
             progress(f"{arch.name} at {side} px", len(points), len(architectures) * len(sides))
             counted = count_dense(arch, (side, side))
-            shapes = [span_shape(unet, place, arch.latents((side, side)), arch.words) for place, _ in spans.values()]
+            shapes = [span_shape(unet, place, arch.latents((side, side)), arch.words) for place in places]
             resnet = sum(counted.resnets.values())
             attention, other = counted.total - counted.rest, counted.rest - resnet
             pruned = tera * step_macs(shapes, method).exact if has_something else None

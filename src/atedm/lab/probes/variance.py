@@ -4,11 +4,8 @@ A map whose entries are all alike ranks no token above another. The paper finds 
 15 of 50 denoising steps, and for that reason prunes less in those 15. Measured here on any dense pipeline.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,8 +14,9 @@ import torch
 from torch import Tensor
 
 from atedm.lab.evaluation.images import Drawing
-from atedm.lab.probes.dense_runs import dense_unet, draw_dense, first_layers_watched
+from atedm.lab.probes.dense_runs import dense_spans, draw_dense, first_layers_watched
 from atedm.lab.progress import Progress, silent
+from atedm.lab.tables import markdown_table
 from atedm.method.attention_map import attention_maps, empty_map
 from atedm.method.contract import View
 
@@ -26,23 +24,19 @@ THRESHOLD = 1e-5
 """The variance that the paper finds exceeded after its early steps (supplement C.4)."""
 EARLY_SHARE = 0.3
 """Those steps as a share of the run: 15 of 50."""
+_ROWS = 11
 
 
 @dataclass(frozen=True)
 class BlockVariance:
     """Variance of the entries of one block's first attention map in one denoising step, averaged over the images."""
 
-    #: Counted from 0.
-    step: int
+    step: int  #: Counted from 0.
     block: str
-    #: Feature level, counted from 1, the finest.
-    level: int
-    #: N; the map is N x N.
-    tokens: int
-    #: Of each head's map, averaged over heads and batch.
-    per_head: float
-    #: Of the head-mean map, averaged over the batch.
-    head_mean: float
+    level: int  #: Feature level, counted from 1, the finest.
+    tokens: int  #: N; the map is N x N.
+    per_head: float  #: Of each head's map, averaged over heads and batch.
+    head_mean: float  #: Of the head-mean map, averaged over the batch.
 
     @property
     def relative_per_head(self) -> float:
@@ -59,19 +53,14 @@ class VarianceReport:
     steps: int
 
     def mean_by_step(self, field: str = "per_head", level: int | None = None) -> list[float]:
-        """Return the mean over the blocks, one a step.
-
-        Args:
-            field: "per_head", "head_mean" or "relative_per_head".
-            level: Of one feature level only.
-        """
+        """Return the mean of a number of `BlockVariance` over the blocks of one level or of all, one a step."""
         rows = [row for row in self.rows if level in (None, row.level)]
         values = [[float(getattr(row, field)) for row in rows if row.step == step] for step in range(self.steps)]
         return [sum(of_step) / len(of_step) for of_step in values]
 
-    def mean_by_level(self, field: str = "per_head") -> dict[int, list[float]]:
+    def mean_by_level(self) -> dict[int, list[float]]:
         """Return `mean_by_step` of each feature level; levels ascend."""
-        return {level: self.mean_by_step(field, level) for level in sorted({row.level for row in self.rows})}
+        return {level: self.mean_by_step(level=level) for level in sorted({row.level for row in self.rows})}
 
     def first_step_above(self, threshold: float = THRESHOLD) -> int | None:
         """Return the first step whose mean over the blocks exceeds ``threshold``, counted from 0; None if none does."""
@@ -88,16 +77,26 @@ class VarianceReport:
             "mean_by_level": {str(level): means for level, means in self.mean_by_level().items()},
         }
 
+    def table(self, threshold: float) -> str:
+        """Show some of the steps, the first and the last among them, and where the threshold is first exceeded."""
+        shown = sorted({round(i * (self.steps - 1) / (_ROWS - 1)) for i in range(_ROWS)})
+        columns = {"mean": self.mean_by_step(), "relative": self.mean_by_step("relative_per_head")}
+        columns |= {f"level {level}": values for level, values in self.mean_by_level().items()}
+        rows = [[step, *(f"{values[step]:.2g}" for values in columns.values())] for step in shown]
+        first = self.first_step_above(threshold)
+        said = f"the mean is never above {threshold:g}"
+        if first is not None:
+            before = f"{first} of {self.steps} steps come before it, {first / self.steps:.0%} of the run"
+            said = f"the mean is first above {threshold:g} in step {first}: {before}"
+        return f"{markdown_table(['step', *columns], rows)}\n\n{said} (in the paper 30%, 15 of 50)"
+
 
 def map_variance(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Variance of the entries of an attention map, around their own mean, in two ways.
 
-    ``q`` and ``k`` are (B, H, N, D) of any floating dtype, ``scale`` the factor on the logits. Never more than one
-    head's map and the mean are held.
-
-    Returns:
-        (2,) float32: of each head's map, averaged over heads and batch; and of the head-mean map, averaged over the
-        batch.
+    ``q`` and ``k`` are (B, H, N, D) of any floating dtype, ``scale`` the factor on the logits. Gives (2,) float32: of
+    each head's map, averaged over heads and batch; and of the head-mean map, averaged over the batch. Never more than
+    one head's map and the mean are held.
     """
     heads = q.shape[1]
     mean_map = empty_map(q, k)
@@ -125,10 +124,10 @@ def attention_variance(
     step (Heun), calls are spread over the steps in their order and averaged within each.
 
     Raises:
-        TypeError: If the pipeline has no U-Net.
-        ValueError: If it is patched or compiled, has no attention blocks, or there is nothing to draw.
+        TypeError: By `dense_spans`.
+        ValueError: By `dense_spans` and `draw_dense`.
     """
-    _, spans = dense_unet(pipe)
+    spans = dense_spans(pipe)
     tokens: dict[str, int] = {}
     found: list[tuple[int, str, list[float]]] = []
 
@@ -136,11 +135,9 @@ def attention_variance(
         tokens[view.place.name] = view.tokens.shape[1]
         found.append((int(view.step), view.place.name, map_variance(*view.self_attention()).tolist()))
 
-    def watch(_: int) -> AbstractContextManager[None]:
-        return first_layers_watched(spans, measure, rate=None)
-
     by_step: defaultdict[tuple[int, str], list[list[float]]] = defaultdict(list)
-    for _ in draw_dense(pipe, prompts, replace(drawing, batch=1), watch, progress=progress):
+    one = replace(drawing, batch=1)
+    for _ in draw_dense(pipe, prompts, one, lambda _: first_layers_watched(spans, measure, None), progress=progress):
         calls = 1 + max(call for call, _, _ in found)
         for call, block, variance in found:
             by_step[call * drawing.steps // calls, block].append(variance)

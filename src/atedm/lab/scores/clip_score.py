@@ -4,8 +4,6 @@ Hessel et al., CLIPScore, EMNLP 2021, without its factor 2.5 and without clippin
 what text-to-image papers plot, AT-EDM (CVPR 2024) among them.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,11 +42,9 @@ class OpenedClip(NamedTuple):
 def open_clip_model(model: str = CLIP_MODEL, pretrained: str = CLIP_WEIGHTS, device: str | None = None) -> OpenedClip:
     """Open a model by open_clip's own names: one of ``open_clip.list_pretrained()`` with the tag of its weights.
 
-    "hf-hub:OWNER/NAME", "local-dir:FOLDER" and `TINY_CLIP` bring their own weights.
-
-    Raises:
-        ImportError: If open_clip is not installed.
-        ValueError: If there is no such model, or its weights are neither here nor to be downloaded.
+    "hf-hub:OWNER/NAME", "local-dir:FOLDER" and `TINY_CLIP` bring their own weights. Raises an `ImportError` if
+    open_clip is not installed, and a `ValueError` if there is no such model, or its weights are neither here nor to be
+    downloaded.
     """
     open_clip = optional("open_clip")
     where = torch.device(device or best_device())
@@ -92,14 +88,8 @@ def clip_scores(clip: OpenedClip, files: Sequence[Path], prompts: Sequence[str],
     Images are prepared by open_clip: the shortest side is resized to the model's size and the middle is cut out. A
     prompt longer than the model reads is cut off.
 
-    Returns:
-        n cosine similarities in [-1, 1], computed in float32.
-
-    Raises:
-        ValueError: If the two are not equally many, or a file is no image.
+    Returns n cosine similarities in [-1, 1], computed in float32, or raises a `ValueError` if a file is no image.
     """
-    if len(files) != len(prompts):
-        raise ValueError(f"each image needs its prompt: {len(files)} images and {len(prompts)} prompts")
     scores: list[float] = []
     for start in range(0, len(files), batch):
         some = slice(start, start + batch)

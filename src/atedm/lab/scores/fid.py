@@ -4,8 +4,6 @@ Parmar et al., On Aliased Resizing and Surprising Subtleties in GAN Evaluation, 
 and the distance are the library's; the network that looks at the images may be replaced.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,9 +36,8 @@ class Extractor(NamedTuple):
 def open_extractor(name: str, pretrained: str = CLIP_WEIGHTS, device: str | None = None) -> Extractor:
     """Open "inception", which clean-fid downloads (d = 2048), or the image tower of an open_clip model.
 
-    Raises:
-        ImportError: If clean-fid, or open_clip where it is asked for, is not installed.
-        ValueError: If the network cannot be had.
+    Raises an `ImportError` if clean-fid, or open_clip where it is asked for, is not installed, and a `ValueError` if
+    the network cannot be had.
     """
     resize = optional("cleanfid.resize")
     where = torch.device(device or best_device())
@@ -63,8 +60,7 @@ def open_extractor(name: str, pretrained: str = CLIP_WEIGHTS, device: str | None
 def file_features(extractor: Extractor, files: Sequence[Path], batch: int = 32) -> NDArray[np.float64]:
     """Look at n images, resized by clean-fid's antialiased bicubic filter, without rounding: (n, d).
 
-    Raises:
-        ValueError: If one cannot be read.
+    Raises a `ValueError` if one cannot be read.
     """
     library = optional("cleanfid.fid")
     options = {"num_workers": 0, "batch_size": batch, "mode": "clean", "verbose": False}
@@ -86,11 +82,8 @@ def file_features(extractor: Extractor, files: Sequence[Path], batch: int = 32) 
 def fid(features: NDArray[Any], references: NDArray[Any]) -> float:
     """Fréchet distance between the normal distributions fitted to (n, d) and (m, d) features, by clean-fid in float64.
 
-    With few images the distance is too large: compare distances of equally many images only.
-
-    Raises:
-        ImportError: If clean-fid is not installed.
-        ValueError: If the shapes do not fit, or n or m is below 2.
+    With few images the distance is too large: compare distances of equally many images only. Raises an `ImportError` if
+    clean-fid is not installed, and a `ValueError` if the shapes do not fit, or n or m is below 2.
     """
     a, b = (np.asarray(x, dtype=np.float64) for x in (features, references))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
@@ -103,11 +96,7 @@ def fid_interval(features: NDArray[Any], references: NDArray[Any], *, draws: int
 
     A bootstrap sample holds images twice and so comes out farther away. That shift is known from the samples and taken
     off, which leaves their spread. The interval does not cover that FID of few images is too large. Each of the
-    ``draws`` takes the eigenvalues of a (d, d) matrix: seconds for the 2048 of Inception.
-
-    Raises:
-        ImportError: As `fid`.
-        ValueError: As `fid`.
+    ``draws`` takes the eigenvalues of a (d, d) matrix: seconds for the 2048 of Inception. Raises as `fid`.
     """
     measured = fid(features, references)
     a, b = (np.asarray(x, dtype=np.float64) for x in (features, references))

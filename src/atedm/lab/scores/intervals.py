@@ -1,7 +1,5 @@
 """Means and shares with 95 % intervals: the bootstrap of scipy over captions."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, NamedTuple
 
@@ -26,11 +24,8 @@ class Interval(NamedTuple):
 def ratio_interval(right: ArrayLike, asked: ArrayLike, *, draws: int = 2000, seed: int = 0) -> Interval:
     """Estimate sum(right) / sum(asked) of (n,) captions, of which whole ones are resampled ``draws`` times.
 
-    Objects of one caption depend on each other, so they are not resampled one by one.
-
-    Raises:
-        ImportError: If scipy is not installed.
-        ValueError: If nothing is asked at all.
+    Objects of one caption depend on each other, so they are not resampled one by one. Raises an `ImportError` if scipy
+    is not installed, and a `ValueError` if nothing is asked at all.
     """
     r, a = np.asarray(right, dtype=np.float64), np.asarray(asked, dtype=np.float64)
     if a.sum() <= 0:
@@ -53,13 +48,5 @@ def ratio_interval(right: ArrayLike, asked: ArrayLike, *, draws: int = 2000, see
 
 
 def mean_interval(values: ArrayLike, *, draws: int = 2000, seed: int = 0) -> Interval:
-    """Estimate the mean of ``values`` (n,), as `ratio_interval`.
-
-    Raises:
-        ImportError: If scipy is not installed.
-        ValueError: If there are none.
-    """
-    x = np.asarray(values, dtype=np.float64)
-    if not x.size:
-        raise ValueError("no values to average")
-    return ratio_interval(x, np.ones_like(x), draws=draws, seed=seed)
+    """Estimate the mean of ``values`` (n,), as `ratio_interval`."""
+    return ratio_interval(values, np.ones(np.shape(values)), draws=draws, seed=seed)

@@ -1,21 +1,26 @@
-"""Pixels of pictures, and how far apart they are."""
+"""Pixels of pictures, and how far apart they are: PSNR, and LPIPS by the package of its authors."""
 
-from __future__ import annotations
-
+import contextlib
+import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from atedm.app.devices import best_device
+from atedm.app.pictures.comparison import psnr
+from atedm.lab.extra import optional
+
 
 def read_picture(file: Path) -> Image.Image:
     """Open a picture in RGB.
 
-    Raises:
-        ValueError: If it cannot be read; the message names it.
+    Raises a `ValueError` if it cannot be read; the message names it.
     """
     try:
         with Image.open(file) as opened:
@@ -27,8 +32,7 @@ def read_picture(file: Path) -> Image.Image:
 def read_pixels(file: Path, side: int | None = None) -> Tensor:
     """Return the (3, H, W) uint8 pixels of a picture, scaled to a square of ``side`` pixels if one is given.
 
-    Raises:
-        ValueError: If it cannot be read.
+    Raises a `ValueError` if it cannot be read.
     """
     picture = read_picture(file)
     if side is not None and picture.size != (side, side):
@@ -39,15 +43,48 @@ def read_pixels(file: Path, side: int | None = None) -> Tensor:
 def distances(files: Sequence[Path], references: Sequence[Path]) -> list[float]:
     """Return the PSNR in dB of each picture to its reference, 99 where they are equal.
 
-    Raises:
-        ValueError: If one cannot be read, or two differ in size.
+    Raises a `ValueError` if one cannot be read, or two differ in size.
     """
     found = []
     for file, reference in zip(files, references, strict=True):
-        ours, theirs = read_pixels(file), read_pixels(reference)
-        if ours.shape != theirs.shape:
-            sizes = [f"{pixels.shape[2]} x {pixels.shape[1]}" for pixels in (ours, theirs)]
+        ours, theirs = read_picture(file), read_picture(reference)
+        if ours.size != theirs.size:
+            sizes = [f"{picture.width} x {picture.height}" for picture in (ours, theirs)]
             raise ValueError(f"{file} has {sizes[0]} pixels, {reference} has {sizes[1]}; remove the one that is wrong")
-        error = (ours.double() - theirs).square().mean().clamp_min(255**2 * 10**-9.9)
-        found.append(float(10 * torch.log10(255**2 / error)))
+        found.append(min(psnr(ours, theirs), 99.0))
     return found
+
+
+def lpips_model(device: str | None = None) -> Any:
+    """Open the network that LPIPS compares features of: AlexNet, which its authors report distances with.
+
+    Raises an `ImportError` if lpips is not installed, and a `ValueError` if torchvision's weights are neither here nor
+    to be downloaded.
+    """
+    lpips = optional("lpips")
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")  # of arguments that torchvision no longer likes
+            model = lpips.LPIPS(net="alex", verbose=False)
+    except OSError as error:
+        raise ValueError(
+            f"LPIPS needs torchvision's weights of alex, which are not in {torch.hub.get_dir()}/checkpoints and "
+            f"cannot be downloaded: {error}; leave lpips out of --metrics"
+        ) from error
+    return model.eval().to(device or best_device())
+
+
+@torch.inference_mode()
+def lpips_distances(files: Sequence[Path], references: Sequence[Path], *, device: str | None = None) -> list[float]:
+    """Return the LPIPS of each of n pictures to its reference of the same size: 0 where they are equal.
+
+    Raises as `lpips_model`, or a `ValueError` if a file is no picture.
+    """
+    model = lpips_model(device)
+    where = next(model.parameters()).device
+
+    def prepared(file: Path) -> Tensor:
+        return read_pixels(file).to(where, torch.float32).unsqueeze(0) / 127.5 - 1
+
+    pairs = zip(files, references, strict=True)
+    return [float(model(prepared(file), prepared(reference))) for file, reference in pairs]

@@ -1,15 +1,15 @@
 """Train the picture model from nothing on a CPU or a GPU, in as many sittings as it takes.
 
-    python -m atedm.tiny.pictures.train RUN --images 30000 --canvas 64 --batch 16 --lr 1.5e-3
-    python -m atedm.tiny.pictures.train RUN --images 300000 --canvas 128 --batch 12
+    python -m atedm.tiny.pictures.train RUN --images 95000 --canvas 128 --crop 64 --batch 16 --lr 1.5e-3
+    python -m atedm.tiny.pictures.train RUN --images 300000 --canvas 256 --crop 128 --batch 24 --uses 6 --lr 1.3e-3
     python -m atedm.tiny.pictures.train RUN --images 330000 --canvas 256 --batch 8 --lr 7e-4 --cooldown 30000
 
-The first sitting teaches where things stand, at a sixteenth of the cost. What objects look like is learned in the
-second: at 64 px they are too small to show it.
+Squares around an object teach what objects look like, at a third of the cost of whole pictures (Wang et al., 2023,
+Patch Diffusion). SDXL's size conditioning tells the model where a square was cut out. Whole pictures come last.
 
 ``--images`` counts from the beginning of the run, so that a sitting that was cut off goes on by the same command. Run
-it under ``torchrun --nproc_per_node 2`` with ``OMP_NUM_THREADS=1`` to use two cores.
-``docs/reference/shipped-model.md`` has the sittings the shipped weights had.
+it under ``torchrun --nproc_per_node 2`` with ``OMP_NUM_THREADS=1`` to use two cores. ``--transformer`` trains SD3's
+class, on whole pictures of 128 px. ``docs/reference/shipped-model.md`` has the sittings the weights had.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How commands tell of their progress."""
 
-from atedm.cli.lab_options import _lines
+from atedm.cli.running import _lines
 
 
 def test_lines_tell_how_long_the_rest_will_take() -> None:
