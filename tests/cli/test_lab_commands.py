@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def test_help_lists_the_commands_and_the_experiments(run: Run) -> None:
 def test_a_package_that_is_missing_is_told_before_anything_is_drawn(
     run: Run, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import_module("diffusers.pipelines.pipeline_utils")  # which looks for scipy itself when it is first imported
     monkeypatch.setitem(sys.modules, package, None)
     done = run("evaluate", "dense", "--captions", "2", "--steps", "1", "--size", "64x64", "--metrics", "accuracy,clip")
     assert done.returncode == 2
@@ -80,6 +82,12 @@ def test_a_file_of_prompts_is_drawn_and_what_cannot_be_had_of_it_is_named(run: R
     assert "accuracy is left out" in done.stderr
     assert "fid is left out" in done.stderr
     assert len(list((tmp_path / "out").rglob("dense/*.png"))) == 2
+
+
+def test_bench_shows_the_peak_where_it_was_asked_for(run: Run) -> None:
+    small = ("bench", "dense", "--step", "--size", "64x64", "--repeats", "1", "--device", "cpu")
+    assert "time, dense = 1 | peak of activations, MiB |" in run(*small, "--memory").stdout
+    assert "MiB" not in run(*small).stdout
 
 
 def test_scaling_counts_every_model_at_every_size(run: Run, tmp_path: Path) -> None:
