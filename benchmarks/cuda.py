@@ -1,4 +1,4 @@
-"""Everything about pruning on a GPU in one run of at most six minutes: right first, then fast.
+"""Everything about pruning on a GPU in one run of about six minutes: right first, then fast.
 
     python benchmarks/cuda.py --out OUT             # on a GPU
     python benchmarks/cuda.py --out OUT --small     # a rehearsal of the same on a CPU, which CI runs
@@ -172,6 +172,7 @@ def time_steps(
                 pipe, act = _run_of(arch, copied, call)
                 stack.enter_context(candidate.applied(pipe))
                 if compiled:
+                    torch._dynamo.config.recompile_limit = 64  # one class of blocks, many numbers of tokens
                     copied.compile_repeated_blocks(dynamic=False)
                 for _ in range(3):
                     act()

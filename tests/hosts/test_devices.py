@@ -19,10 +19,9 @@ from atedm.lab.timing import Stopwatch
 from atedm.method import matching
 from atedm.method.keep import gather_tokens, keep_most_important
 from atedm.method.matching import Match, match_by_features
-from atedm.method.presets import METHODS, TRANSFORMER_METHODS
+from atedm.method.presets import METHODS
 from atedm.method.recovery import group_sizes, mean_by_source
 from models import LATE, distance, run, sdxl_unet
-from transformers_of import call_of, image_of, transformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -91,30 +90,6 @@ def test_a_pruned_unet_gives_the_same_every_time_and_what_the_cpu_gives(name: st
     assert torch.equal(seen(), first)
     # Another device rounds otherwise, and now and then another token is the most important by a hair.
     assert distance(first, expected) < 0.1
-
-
-@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
-@pytest.mark.parametrize("method", ["matched", "paper"])
-def test_a_pruned_transformer_gives_what_the_cpu_gives(name: str, method: str) -> None:
-    model = transformer(name)
-    calls = [call_of(name, noise=noise) for noise in (0.9, 0.6)]  # the first step is dense with matched pruning
-
-    def seen(device: str) -> Tensor:
-        model.to(device)
-        with atedm.pruned(model, TRANSFORMER_METHODS[method]), torch.no_grad():
-            return [image_of(model(**_moved(call, device))).cpu() for call in calls][-1]
-
-    assert distance(seen(DEVICE), seen("cpu")) < 0.1
-
-
-def _moved(value: Any, device: str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(one, device) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_moved(one, device) for one in value)
-    return value
 
 
 def test_peak_laps_and_names_of_the_device() -> None:

@@ -160,7 +160,9 @@ def test_words_are_those_of_the_shipped_tokenizer_and_are_read_up_to_the_end_tok
     torch.testing.assert_close(pooled, captured[0][torch.arange(2), ends] @ clip.model.text_projection)
 
 
-def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+def test_unequal_lengths_and_unreadable_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 images and 1 prompts"):
+        scores(saved(pictures(held_out_scenes(2)), tmp_path), ["a"])
     (tmp_path / "broken.png").write_text("no image")
     with pytest.raises(ValueError, match=r"cannot read the image .*broken\.png"):
         scores([tmp_path / "broken.png"], ["a"])

@@ -103,6 +103,8 @@ def test_what_cannot_be_measured_is_refused(tiny: Any) -> None:
         find_errors(pipe, PROMPTS, {"x": Matched()}, Drawing())
     with pytest.raises(ValueError, match="no prompts"):
         find_errors(pipe, [], {"x": Matched()}, Drawing())
+    with pytest.raises(ValueError, match="at least one way"):
+        find_errors(pipe, PROMPTS, {}, Drawing())
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="under a DDIMScheduler that predicts epsilon"):
         find_errors(pipe, PROMPTS, {"x": Matched()}, Drawing())

@@ -42,7 +42,7 @@ def test_the_interval_of_a_mean_covers_it_95_times_in_100() -> None:
 def test_equal_seeds_give_equal_intervals() -> None:
     values = list(np.random.default_rng(1).normal(size=30))
     assert mean_interval(values) == mean_interval(values)
-    with pytest.raises(ValueError, match="there is no share to give"):
+    with pytest.raises(ValueError, match="no values"):
         mean_interval([])
 
 

@@ -1,6 +1,7 @@
 """The picture model's scenes, and that its training resumes. The pictures themselves are fetched for training only."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -199,20 +200,30 @@ def test_kernels_are_stepped_as_the_matrices_they_are(shape: tuple[int, ...]) ->
     assert torch.equal(kernel.detach().flatten(1), matrix.detach())
 
 
-def test_a_run_that_was_cut_off_goes_on_by_the_same_command(tmp_path: Path, atlas: Atlas) -> None:
-    run = tmp_path / "run"
-    (run / "objects").mkdir(parents=True)
+@pytest.fixture
+def run(tmp_path: Path, atlas: Atlas) -> Path:
+    """The folder of a run that has the pictures of its objects and an untrained autoencoder."""
+    folder = tmp_path / "run"
+    (folder / "objects").mkdir(parents=True)
     pixels = (atlas.levels[0] * 255).to(torch.uint8)
-    save_file({"pictures": pixels}, run / "objects" / f"objects-{len(OBJECTS)}.safetensors")
-    build_autoencoder().save_pretrained(run / "vae")
-    app = typer.Typer()
-    app.command()(train)
+    save_file({"pictures": pixels}, folder / "objects" / f"objects-{len(OBJECTS)}.safetensors")
+    build_autoencoder().save_pretrained(folder / "vae")
+    return folder
 
+
+def call(command: Callable[..., None], run: Path, options: str) -> str:
+    """What a command prints."""
+    app = typer.Typer()
+    app.command()(command)
+    shared = " --canvas 64 --batch 2 --pool 32 --eager"
+    result = CliRunner().invoke(app, [str(run), *(options + shared).split()], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.output
+
+
+def test_a_run_that_was_cut_off_goes_on_by_the_same_command(run: Path) -> None:
     def sit(images: int) -> str:
-        options = f"--images {images} --canvas 64 --batch 2 --pool 32 --eager --sample-minutes 0 --text-steps 0".split()
-        result = CliRunner().invoke(app, [str(run), *options], catch_exceptions=False)
-        assert result.exit_code == 0
-        return result.output
+        return call(train, run, f"--images {images} --sample-minutes 0 --text-steps 0")
 
     sit(4)
     first = load_file(run / "state.safetensors")
@@ -226,19 +237,11 @@ def test_a_run_that_was_cut_off_goes_on_by_the_same_command(tmp_path: Path, atla
     assert "this run has seen 6 images already" in sit(6)
 
 
-def test_a_run_is_distilled_and_assembled_into_a_pipeline(tmp_path: Path, atlas: Atlas) -> None:
-    run = tmp_path / "run"
-    (run / "objects").mkdir(parents=True)
-    pixels = (atlas.levels[0] * 255).to(torch.uint8)
-    save_file({"pictures": pixels}, run / "objects" / f"objects-{len(OBJECTS)}.safetensors")
-    build_autoencoder().save_pretrained(run / "vae")
+def test_a_run_is_distilled_and_assembled_into_a_pipeline(run: Path, tmp_path: Path) -> None:
     denoiser = Denoiser(build_text_encoders(build_tokenizer(run / "tokenizer")), build_unet(), compiled=False)
     save_state(run, denoiser, copy.deepcopy(denoiser), [], seen=1)
-    app = typer.Typer()
-    app.command()(distill)
     for images in (2, 4):  # the second sitting goes on from the first
-        options = f"--images {images} --canvas 64 --batch 2 --rank 2 --pool 32 --eager".split()
-        assert CliRunner().invoke(app, [str(run), *options], catch_exceptions=False).exit_code == 0
+        call(distill, run, f"--images {images} --rank 2")
     assert int(load_file(run / "distillation.safetensors")["seen"]) == 4
     assemble(run, tmp_path / "folder")
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "folder")
@@ -250,17 +253,9 @@ def test_a_run_is_distilled_and_assembled_into_a_pipeline(tmp_path: Path, atlas:
     assert np.isfinite(few).all()
 
 
-def test_a_transformer_trains_and_becomes_a_pipeline(tmp_path: Path, atlas: Atlas) -> None:
-    run = tmp_path / "run"
-    (run / "objects").mkdir(parents=True)
-    pixels = (atlas.levels[0] * 255).to(torch.uint8)
-    save_file({"pictures": pixels}, run / "objects" / f"objects-{len(OBJECTS)}.safetensors")
-    build_autoencoder().save_pretrained(run / "vae")
-    app = typer.Typer()
-    app.command()(train)
+def test_a_transformer_trains_and_becomes_a_pipeline(run: Path, tmp_path: Path) -> None:
     for images in (4, 6):  # the second sitting goes on from the first
-        options = f"--transformer --images {images} --canvas 64 --batch 2 --pool 32 --eager --text-steps 0".split()
-        assert CliRunner().invoke(app, [str(run), *options], catch_exceptions=False).exit_code == 0
+        call(train, run, f"--transformer --images {images} --text-steps 0")
     pipe = open_transformer_run(run)
     pipe.set_progress_bar_config(disable=True)
     asked = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}
@@ -272,10 +267,7 @@ def test_a_transformer_trains_and_becomes_a_pipeline(tmp_path: Path, atlas: Atla
     given = pipe.encode_prompt("a duck", None, None, do_classifier_free_guidance=False)
     torch.testing.assert_close(given[0], words)
     torch.testing.assert_close(given[2], torch.cat([torch.zeros_like(pooled), pooled], dim=-1))
-    app = typer.Typer()
-    app.command()(distill)
-    options = ["--images", "2", "--canvas", "64", "--batch", "2", "--rank", "2", "--pool", "32", "--eager"]
-    assert CliRunner().invoke(app, [str(run), *options], catch_exceptions=False).exit_code == 0
+    call(distill, run, "--images 2 --rank 2")
     assemble(run, tmp_path / "folder")
     again = CaptionOnlySD3Pipeline.from_pretrained(tmp_path / "folder")
     again.set_progress_bar_config(disable=True)

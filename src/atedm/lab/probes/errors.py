@@ -83,8 +83,11 @@ def find_errors(
 
     Raises:
         TypeError: By `dense_spans`.
-        ValueError: By `dense_spans` and `draw_dense`, or if the scheduler is not one whose steps sum up to a move.
+        ValueError: By `dense_spans` and `draw_dense`, if no method is named, or if the scheduler is not one whose steps
+            sum up to a move.
     """
+    if not methods:
+        raise ValueError("there must be at least one way to prune")
     levels = {name: place.level for name, (place, _) in dense_spans(pipe).items()}
     prediction = pipe.scheduler.config.get("prediction_type")
     if not isinstance(pipe.scheduler, EulerDiscreteScheduler) or prediction not in _PREDICTIONS:

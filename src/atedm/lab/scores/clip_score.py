@@ -88,8 +88,11 @@ def clip_scores(clip: OpenedClip, files: Sequence[Path], prompts: Sequence[str],
     Images are prepared by open_clip: the shortest side is resized to the model's size and the middle is cut out. A
     prompt longer than the model reads is cut off.
 
-    Returns n cosine similarities in [-1, 1], computed in float32, or raises a `ValueError` if a file is no image.
+    Returns n cosine similarities in [-1, 1], computed in float32, or raises a `ValueError` if the two are not equally
+    many, or a file is no image.
     """
+    if len(files) != len(prompts):
+        raise ValueError(f"each image needs its prompt: {len(files)} images and {len(prompts)} prompts")
     scores: list[float] = []
     for start in range(0, len(files), batch):
         some = slice(start, start + batch)

@@ -48,5 +48,7 @@ def ratio_interval(right: ArrayLike, asked: ArrayLike, *, draws: int = 2000, see
 
 
 def mean_interval(values: ArrayLike, *, draws: int = 2000, seed: int = 0) -> Interval:
-    """Estimate the mean of ``values`` (n,), as `ratio_interval`."""
+    """Estimate the mean of ``values`` (n,), as `ratio_interval`; raises a `ValueError` if there are none."""
+    if not np.size(values):
+        raise ValueError("no values to average")
     return ratio_interval(values, np.ones(np.shape(values)), draws=draws, seed=seed)

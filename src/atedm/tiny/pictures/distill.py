@@ -33,19 +33,18 @@ from transformers import CLIPTokenizer
 from atedm.files import written_whole
 from atedm.tiny.pictures.checkpoint import averaged_weights, denoiser_of
 from atedm.tiny.pictures.data import ScenePool
-from atedm.tiny.pictures.denoiser import Denoiser
 from atedm.tiny.pictures.download import load_atlas
-from atedm.tiny.pictures.noise_paths import FlowPath, NoisePath, VPath
+from atedm.tiny.pictures.models import TRANSFORMER, UNET, build_model
+from atedm.tiny.pictures.noise_paths import NoisePath
 from atedm.tiny.pictures.scenes import CANVAS
-from atedm.tiny.pictures.text import build_text_encoders
-from atedm.tiny.pictures.transformer import SHIFT, FlowDenoiser, build_transformer
-from atedm.tiny.pictures.unet import build_scheduler, build_unet
+from atedm.tiny.pictures.transformer import SHIFT
+from atedm.tiny.pictures.unet import build_scheduler
 
 STATE = "distillation.safetensors"
 FOLDER = "lora"
 _LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 _OF_TEXT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2"]
-_LAYERS_OF = {"unet": ["proj_in", "proj_out"], "transformer": _OF_TEXT}
+_LAYERS_OF = {UNET: ["proj_in", "proj_out"], TRANSFORMER: _OF_TEXT}
 _TEACHER_STEPS = 50
 """Times that the path of the teacher is cut into; a step of it leads from one to the next."""
 _AVERAGE_DECAY = 0.95
@@ -78,15 +77,8 @@ def distill(
     autoencoder = AutoencoderTiny.from_pretrained(run / "vae").to(device)
     weights = averaged_weights(run)
     part = denoiser_of(weights)
-    encoders = build_text_encoders(tokenizer)
-    teacher: nn.Module
-    path: NoisePath
-    if part == "transformer":
-        teacher = FlowDenoiser(encoders, build_transformer(), tokenizer, compiled=not eager)
-        path = FlowPath(device, SHIFT)
-    else:
-        teacher, path = Denoiser(encoders, build_unet(), compiled=not eager), VPath(device)
-    teacher.to(device).eval().requires_grad_(False)
+    teacher, path, _ = build_model(part, tokenizer, device, compiled=not eager)
+    teacher.eval().requires_grad_(False)
     teacher.load_state_dict(weights)
     student = copy.deepcopy(teacher)
     layers = _LAYERS + _LAYERS_OF[part]
@@ -168,7 +160,7 @@ def _save(run: Path, learning: Any, average: Any, seen: int, part: str) -> None:
     tensors |= {f"average.{name}": value for name, value in averaged.items()}
     with written_whole(run / STATE) as partial:
         save_file({name: value.contiguous() for name, value in tensors.items()} | {"seen": torch.tensor(seen)}, partial)
-    kind = StableDiffusion3Pipeline if part == "transformer" else StableDiffusionXLPipeline
+    kind = StableDiffusion3Pipeline if part == TRANSFORMER else StableDiffusionXLPipeline
     layers = {name: value.half() for name, value in averaged.items()}
     kind.save_lora_weights(run / FOLDER, **{f"{part}_lora_layers": layers})
 

@@ -34,19 +34,15 @@ def open_run(
         unet: Untrained.
     """
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
-    parts = dict(zip(("text_encoder", "text_encoder_2"), build_text_encoders(tokenizer), strict=True)) | {"unet": unet}
-    averaged = averaged_weights(run)
-    for name, part in parts.items():
-        part.load_state_dict(part_of(averaged, name))
-        part.eval()
+    first, second = build_text_encoders(tokenizer)
     return StableDiffusionXLPipeline(
+        **_averaged(run, text_encoder=first, text_encoder_2=second, unet=unet),
         vae=AutoencoderTiny.from_pretrained(run / "vae"),
         tokenizer=tokenizer,
         tokenizer_2=CLIPTokenizer.from_pretrained(run / "tokenizer"),
         scheduler=build_scheduler(),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
-        **parts,
     )
 
 
@@ -54,11 +50,7 @@ def open_transformer_run(run: Path) -> CaptionOnlySD3Pipeline:
     """Open the averaged weights of a transformer's training run as a float32 pipeline."""
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     first, second = build_text_encoders(tokenizer)
-    averaged = averaged_weights(run)
-    parts = {"text_encoder": first, "text_encoder_2": second, "transformer": build_transformer()}
-    for name, part in parts.items():
-        part.load_state_dict(part_of(averaged, name))
-        part.eval()
+    parts = _averaged(run, text_encoder=first, text_encoder_2=second, transformer=build_transformer())
     return CaptionOnlySD3Pipeline(
         **parts | {"text_encoder": with_projection(first)},
         vae=AutoencoderTiny.from_pretrained(run / "vae"),
@@ -68,6 +60,15 @@ def open_transformer_run(run: Path) -> CaptionOnlySD3Pipeline:
         tokenizer_3=None,
         scheduler=build_flow_scheduler(),
     )
+
+
+def _averaged(run: Path, **parts: Any) -> dict[str, Any]:
+    """Give untrained parts of a pipeline, by their names in it, the averaged weights of a run."""
+    averaged = averaged_weights(run)
+    for name, part in parts.items():
+        part.load_state_dict(part_of(averaged, name))
+        part.eval()
+    return parts
 
 
 def save_half(pipe: DiffusionPipeline, run: Path, folder: Path) -> None:

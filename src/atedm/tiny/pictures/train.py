@@ -33,16 +33,15 @@ from transformers import CLIPTokenizer
 from atedm.tiny.pictures.autoencoder import train_autoencoder
 from atedm.tiny.pictures.checkpoint import NAME, load_state, save_state
 from atedm.tiny.pictures.data import ScenePool
-from atedm.tiny.pictures.denoiser import Denoiser, load_parts
+from atedm.tiny.pictures.denoiser import load_parts
 from atedm.tiny.pictures.download import load_atlas
-from atedm.tiny.pictures.noise_paths import FlowPath, NoisePath, VPath, training_loss
+from atedm.tiny.pictures.models import TRANSFORMER, UNET, build_model
+from atedm.tiny.pictures.noise_paths import training_loss
 from atedm.tiny.pictures.optimizers import build_optimizers
 from atedm.tiny.pictures.samples import draw_samples
 from atedm.tiny.pictures.scenes import CANVAS
-from atedm.tiny.pictures.text import build_text_encoders, build_tokenizer
+from atedm.tiny.pictures.text import build_tokenizer
 from atedm.tiny.pictures.text_lessons import teach_text_encoders
-from atedm.tiny.pictures.transformer import SHIFT, FlowDenoiser, build_flow_scheduler, build_transformer
-from atedm.tiny.pictures.unet import build_scheduler, build_unet
 
 AVERAGE_DECAY = 0.995
 """Of the averaged weights, a step: a memory of two hundred steps, because sittings on a CPU have few."""
@@ -89,20 +88,13 @@ def train(
     autoencoder = AutoencoderTiny.from_pretrained(run / "vae").to(device)
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     torch.manual_seed(seed)
-    encoders = build_text_encoders(tokenizer)
-    model: nn.Module
-    path: NoisePath
-    if transformer:
-        model = FlowDenoiser(encoders, build_transformer(), tokenizer, compiled=not eager)
-        path, scheduler = FlowPath(device, SHIFT), build_flow_scheduler()
-    else:
-        model = Denoiser(encoders, build_unet(), compiled=not eager)
-        path, scheduler = VPath(device), build_scheduler()
-    model.to(device)
+    part = TRANSFORMER if transformer else UNET
+    model, path, scheduler = build_model(part, tokenizer, device, compiled=not eager)
     if not (run / NAME).exists():
         if start_from is not None:
             load_parts(model, start_from)
         elif rank == 0 and text_steps:
+            encoders = (model.text_encoder, model.text_encoder_2)
             teach_text_encoders(encoders, tokenizer, load_atlas(run / "objects").to(device), text_steps, seed=seed)
     # The first process gives its weights to the others.
     trained: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
