@@ -18,6 +18,8 @@ from atedm.tiny.pictures.scenes import BACKGROUNDS, CANVAS, RELATIONS, SIZES, Sc
 ATTRIBUTES = ("count", "object", "relation", "size", "background")
 """What a caption is scored on. An object counts once each; relation where there are several; size where it is said."""
 
+MAP = 32
+"""Rows and columns of the map of where objects are: a token of the first attention level each, at 256 px."""
 _MOST = 3
 """Objects in a scene."""
 HEADS: dict[str, tuple[str | None, ...]] = {
@@ -30,7 +32,7 @@ _NAMES = tuple(OBJECTS)
 
 
 class SceneReader(nn.Module):
-    """Reads count, objects, relation, size and background off (B, 3, 256, 256) images in [0, 1].
+    """Reads count, objects, relation, size, background and where objects are off (B, 3, 256, 256) images in [0, 1].
 
     Objects come in the order of the caption: the left, the upper or the front one first.
     """
@@ -45,6 +47,9 @@ class SceneReader(nn.Module):
             )
         )
         self.refine = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU())
+        self.where = nn.Sequential(
+            nn.Conv2d(widths[3] + width, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.SiLU(), nn.Conv2d(32, 1, 1)
+        )
         self.places = nn.Parameter(torch.randn(64, width) * 0.02)
         self.asked = nn.Parameter(torch.randn(_MOST + 1, width) * 0.5)  # a query for each object, and one for the rest
         self.look = nn.MultiheadAttention(width, 4, batch_first=True)
@@ -55,23 +60,29 @@ class SceneReader(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(words)) for name, words in HEADS.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Give the logits: (B, 3, objects) as "objects", and (B, number of words) of each of `HEADS`."""
-        features = self.stages(images * 2 - 1)
-        features = (features + self.refine(features)).flatten(2).mT + self.places
+        """Give the logits: (B, 3, objects) "objects", (B, MAP, MAP) "where", (B, number of words) of each of `HEADS`."""
+        fine = self.stages[:3](images * 2 - 1)
+        features = self.stages[3:](fine)
+        features = features + self.refine(features)
+        coarse = functional.interpolate(features, fine.shape[-2:], mode="bilinear")
+        where = self.where(torch.cat([fine, coarse], dim=1)).squeeze(1)
+        features = features.flatten(2).mT + self.places
         asked = self.asked.expand(len(images), -1, -1)
         seen = asked + self.look(asked, features, features, need_weights=False)[0]
         seen = seen + self.think(seen)
         of_all = seen[:, -1]
-        return {"objects": self.objects(seen[:, :_MOST])} | {name: head(of_all) for name, head in self.heads.items()}
+        logits = {"objects": self.objects(seen[:, :_MOST]), "where": where}
+        return logits | {name: head(of_all) for name, head in self.heads.items()}
+
+    @torch.inference_mode()
+    def object_maps(self, images: Tensor) -> Tensor:
+        """Say how likely an object is at each place of (B, 3, h, w) images in [0, 1]: (B, MAP, MAP) in [0, 1]."""
+        return self(self._prepared(images))["where"].sigmoid()
 
     @torch.inference_mode()
     def read(self, images: Tensor) -> list[Reading]:
         """Say what each of (B, 3, h, w) images in [0, 1] shows; other sizes are scaled."""
-        device = next(self.parameters()).device
-        images = images.to(device).float()
-        if images.shape[-2:] != (CANVAS, CANVAS):
-            images = functional.interpolate(images, (CANVAS, CANVAS), mode="bilinear", antialias=True)
-        logits = self(images)
+        logits = self(self._prepared(images))
         chosen = {name: [HEADS[name][i] for i in logits[name].argmax(-1).tolist()] for name in HEADS}
         objects = logits["objects"].argmax(-1).tolist()
         return [
@@ -83,6 +94,12 @@ class SceneReader(nn.Module):
             )
             for row in range(len(images))
         ]
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        images = images.to(next(self.parameters()).device).float()
+        if images.shape[-2:] != (CANVAS, CANVAS):
+            images = functional.interpolate(images, (CANVAS, CANVAS), mode="bilinear", antialias=True)
+        return images
 
 
 class Reading(NamedTuple):
