@@ -47,7 +47,7 @@ def in_a_row(pipe: Any, count: int, every: int, tell: Callable[[int, float], Non
 
     def draw(seed: int, size: tuple[int, int]) -> Tensor:
         images: Tensor = pipe(
-            "a red circle above a blue square",
+            "a butterfly above a rose",
             num_inference_steps=2,
             guidance_scale=3.0,
             width=size[0],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 import atedm
-from atedm.tiny.pictures.autoencoder import build_autoencoder
+from atedm.tiny.autoencoder import build_autoencoder
 from atedm.tiny.text import WIDTH, build_text_encoders, build_tokenizer
 
 TEXT_WIDTH = 2 * WIDTH
@@ -147,7 +147,7 @@ def sdxl_pipeline(unet: UNet2DConditionModel | None = None, kind: Any = StableDi
 
 def draw(pipe: Any, seed: int = 0, **changes: Any) -> Tensor:
     """Draw from a seed and give the latents."""
-    options = {"prompt": "a red circle", "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
+    options = {"prompt": "a duck", "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
     if "image" not in changes and "height" not in changes:
         options |= {"height": 64, "width": 64}
     return pipe(**(options | changes), generator=torch.Generator().manual_seed(seed)).images

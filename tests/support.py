@@ -134,7 +134,7 @@ def few_steps(plan: Any, steps: int) -> Made:
 def embeddings() -> Made:
     """What prompt weighting does: embeddings of one's own in place of words."""
     pipe = sdxl_pipeline()
-    words, without, pooled, without_pooled = pipe.encode_prompt("a red circle")
+    words, without, pooled, without_pooled = pipe.encode_prompt("a duck")
     given = {
         "prompt": None,
         "prompt_embeds": 1.3 * words,
@@ -265,7 +265,7 @@ def autoencoder() -> AutoencoderKL:
 
 def sdxl_of_one_file_parts() -> Any:
     """SDXL whose second text encoder is the wider and has ten layers at least, by which diffusers knows it."""
-    wide = 64
+    wide = WIDTH + 32
     torch.manual_seed(9)
     pipe = sdxl_pipeline(
         sdxl_unet(cross_attention_dim=WIDTH + wide, projection_class_embeddings_input_dim=6 * 8 + wide)
@@ -302,7 +302,7 @@ def stable_diffusion(kind: Any = StableDiffusionPipeline, unet: Any = None, **op
         vae=parts.vae,
         text_encoder=copy.deepcopy(parts.text_encoder),
         tokenizer=tokenizer(),
-        unet=sd1_unet(cross_attention_dim=48) if unet is None else unet,
+        unet=sd1_unet(cross_attention_dim=WIDTH) if unet is None else unet,
         scheduler=parts.scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -315,14 +315,14 @@ def stable_diffusion(kind: Any = StableDiffusionPipeline, unet: Any = None, **op
 
 def stable_diffusion_2() -> Made:
     pipe, _ = stable_diffusion(
-        unet=sd1_unet(cross_attention_dim=48, use_linear_projection=True, attention_head_dim=(1, 2, 2))
+        unet=sd1_unet(cross_attention_dim=WIDTH, use_linear_projection=True, attention_head_dim=(1, 2, 2))
     )
     pipe.scheduler.register_to_config(prediction_type="v_prediction")
     return pipe, partial(draw, pipe)
 
 
 def sd1_controlnet() -> Made:
-    unet = sd1_unet(cross_attention_dim=48)
+    unet = sd1_unet(cross_attention_dim=WIDTH)
     control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=FOURTH)
     for module in (*control.controlnet_down_blocks, control.controlnet_mid_block):
         torch.nn.init.normal_(module.weight, std=0.3)
@@ -336,7 +336,7 @@ def auto_pipeline() -> Made:
     return pipe, partial(draw, pipe, image=picture(), strength=0.8)
 
 
-TWO_PROMPTS = {"prompt": ["a red circle", "a blue ring"], "num_images_per_prompt": 2}
+TWO_PROMPTS = {"prompt": ["a duck", "a castle"], "num_images_per_prompt": 2}
 CASES = (
     Case("SDXL, text to image", text_to_image, SDXL),
     Case("SDXL, image to image", image_to_image, SDXL),

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from atedm.tiny.text import TOKENS
 from models import tokenizer
 from transformers_of import TEXT, transformer
 
@@ -186,7 +187,7 @@ def whole_stable_diffusion_3() -> Any:
     words = tokenizer()
     shape = {"vocab_size": len(words), "hidden_size": 6, "projection_dim": 6, "num_attention_heads": 2}
     ends = {f"{end}_token_id": getattr(words, f"{end}_token_id") for end in ("bos", "eos", "pad")}
-    config = CLIPTextConfig(**shape, **ends, intermediate_size=12, num_hidden_layers=2, max_position_embeddings=20)
+    config = CLIPTextConfig(**shape, **ends, intermediate_size=12, num_hidden_layers=2, max_position_embeddings=TOKENS)
     torch.manual_seed(0)
     t5 = T5EncoderModel(T5Config(vocab_size=len(words), d_model=12, d_kv=6, d_ff=12, num_layers=1, num_heads=2))
     return pipeline(

@@ -3,7 +3,7 @@
 import atedm
 
 atedm.apply(pipe)      # the method that the figures support
-image = pipe("a red circle above a blue square").images[0]
+image = pipe("a butterfly above a rose").images[0]
 atedm.remove(pipe)     # exactly as before
 """
 

@@ -39,7 +39,7 @@ def apply(
 
         pipe = StableDiffusionXLPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")
         print(atedm.apply(pipe))
-        image = pipe("a red circle above a blue square").images[0]
+        image = pipe("a butterfly above a rose").images[0]
         atedm.remove(pipe)
 
     Args:

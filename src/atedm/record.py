@@ -70,7 +70,7 @@ def recorded(target: Any) -> Iterator[Recording]:
     """Record one image of a patched pipeline or U-Net.
 
         with atedm.recorded(pipe) as recording:
-            pipe("a red circle above a blue square")
+            pipe("a butterfly above a rose")
         print(recording.kept_share)
 
     Raises:

@@ -31,10 +31,10 @@ _PICTURES = (
     "three birds walking around a dry grass field",
 )
 _SCENES = (
-    "a red circle above a blue square on a checkered lavender background",
-    "a yellow triangle left of a black ring on a striped cyan background",
-    "a white cross right of a purple circle on a brown background",
-    "a green square below an orange triangle on a striped gray background",
+    "a butterfly above a rose in a green meadow",
+    "a frog left of a castle by the sea",
+    "an alarm clock, a castle and a fire engine in the snow",
+    "a robot in front of a bus under a night sky",
 )
 
 

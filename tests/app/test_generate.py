@@ -18,7 +18,7 @@ from atedm.app.request import Request
 from atedm.app.run_file import read_run_file
 from atedm.hosts.unet_spans import find_unet
 
-PROMPTS = ("a red circle above a blue square", "a yellow ring on a pink background")
+PROMPTS = ("a butterfly above a rose", "a pear on a pink background")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,9 @@ def pipe() -> Any:
 
 
 def request_for(**changes: Any) -> Request:
-    return Request(**{"prompts": PROMPTS, "method": atedm.AtEdm(), "steps": 4, "seed": 3} | changes)
+    return Request(
+        **{"prompts": PROMPTS, "method": atedm.AtEdm(), "steps": 4, "seed": 3, "width": 128, "height": 128} | changes
+    )
 
 
 def test_what_lands_in_the_folder(pipe: Any, tmp_path: Path) -> None:
@@ -50,7 +52,7 @@ def test_the_kept_share_is_what_the_schedule_says(pipe: Any, tmp_path: Path) -> 
     made = generate(pipe, request_for(prompts=PROMPTS[:1], steps=10), tmp_path)
     summary = atedm.apply(pipe, "paper")
     atedm.remove(pipe)
-    assert made[0].kept_share == pytest.approx(summary.kept_share(10), abs=1e-4)
+    assert made[0].kept_share == pytest.approx(summary.kept_share(10), abs=5e-3)  # of another size
 
 
 def test_rate_zero_is_the_dense_image(pipe: Any, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_words_above_pictures_are_cut_where_the_sheet_ends_and_widen_it_before()
 
 
 def test_one_step_of_maps_says_which_block_is_which() -> None:
-    assert maps_sheet(WHITE, Recording([observation()], ("mid_block.attentions.0",)), "a red circle").width > 400
+    assert maps_sheet(WHITE, Recording([observation()], ("mid_block.attentions.0",)), "a duck").width > 400
 
 
 def test_no_word_of_a_method_is_a_box() -> None:

@@ -19,7 +19,7 @@ def atedm_(*words: object) -> Any:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("run")
     done = atedm_(
-        "generate", "a red circle", "a blue ring", "--method", "matched", "--budget", 0.8, "--steps", 3, "--seed", 5,
+        "generate", "a duck", "a castle", "--method", "matched", "--budget", 0.8, "--steps", 3, "--seed", 5,
         "--size", "96x128", "--guidance", 2.5, "--compare", "--device", "cpu", "--out", made,
     )  # fmt: skip
     assert done.exit_code == 0, done.output

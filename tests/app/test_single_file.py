@@ -84,7 +84,7 @@ def test_the_kind_is_told_by_the_file(parts: Any, name: str, tmp_path: Path) -> 
 def test_the_command_line_draws_with_it(sdxl: tuple[Any, Path, Path], tmp_path: Path) -> None:
     _, file, hub = sdxl
     done = command(
-        "generate", "a red circle", "--model", file, "--steps", "2", "--size", "64x64", "--device", "cpu",
+        "generate", "a duck", "--model", file, "--steps", "2", "--size", "64x64", "--device", "cpu",
         "--out", tmp_path / "out", folder=tmp_path, before=offline(hub),
     )  # fmt: skip
     assert done.status == 0, done.err

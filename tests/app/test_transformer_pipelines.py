@@ -37,7 +37,7 @@ def test_it_is_opened_and_takes_the_methods_of_transformers(model: str) -> None:
 
 def test_generate_draws_compares_and_makes_the_run_again(model: str, tmp_path: Path) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
-    run("generate", "a red circle", "--model", model, "--steps", "2", "--compare", "--maps", "--out", str(out))
+    run("generate", "a duck", "--model", model, "--steps", "2", "--compare", "--maps", "--out", str(out))
     made = json.loads((out / "run.json").read_text())
     assert made["request"]["method"] == TRANSFORMER_METHODS["matched"].as_dict()
     assert made["request"]["other"]["method"] == "at-edm"
@@ -47,7 +47,7 @@ def test_generate_draws_compares_and_makes_the_run_again(model: str, tmp_path: P
 
 
 def test_a_budget_is_kept_and_the_cost_is_printed(model: str, tmp_path: Path) -> None:
-    run("generate", "a circle", "--model", model, "--steps", "4", "--budget", "0.95", "--out", str(tmp_path / "out"))
+    run("generate", "a duck", "--model", model, "--steps", "4", "--budget", "0.95", "--out", str(tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "run.json").read_text())["cost"] == pytest.approx(0.95, abs=0.01)
     printed = run("cost", "--model", model, "--json")
     assert json.loads(printed)["tome"] == []
@@ -69,5 +69,5 @@ def test_methods_are_evaluated_and_timed_side_by_side(model: str, tmp_path: Path
 def test_the_page_offers_it(model: str, tmp_path: Path) -> None:
     service = Service((model,), tmp_path, device="cpu")
     assert "matched" in service.methods(model).values()
-    request = service.request(model, "a red circle", "matched", 95, 4, 3.0, 0)
+    request = service.request(model, "a duck", "matched", 95, 4, 3.0, 0)
     assert request.method.first_dense  # type: ignore[attr-defined]

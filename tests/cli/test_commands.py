@@ -15,6 +15,7 @@ import torch
 import atedm
 from atedm.cli.options import MethodName
 from atedm.tiny import weights_folder
+from models import sdxl_pipeline, sdxl_unet
 
 Run = Callable[..., Any]
 
@@ -40,7 +41,7 @@ def test_every_method_can_be_named() -> None:
 
 def test_generate_writes_what_it_says(run: Run, tmp_path: Path) -> None:
     done = run(
-        "generate", "a red circle above a blue square", "--steps", "3", "--rate", "0.5", "--size", "96x128",
+        "generate", "a butterfly above a rose", "--steps", "3", "--rate", "0.5", "--size", "96x128",
         "--compare", "--maps", "--out", "pictures",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -53,7 +54,7 @@ def test_generate_writes_what_it_says(run: Run, tmp_path: Path) -> None:
 
 
 def test_generate_keeps_to_a_budget(run: Run, tmp_path: Path) -> None:
-    done = run("generate", "a red circle", "--budget", "0.92", "--method", "paper", "--steps", "2", "--size", "160x128")
+    done = run("generate", "a duck", "--budget", "0.92", "--method", "paper", "--steps", "2", "--size", "160x128")
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "out" / "run.json").read_text())
     method = atedm.AtEdm(rate=made["request"]["method"]["rate"])
@@ -75,8 +76,8 @@ def test_cost_shows_tables_and_draws(run: Run, tmp_path: Path) -> None:
     done = run("cost", "--model", "tiny", "--budget", "0.9", "--batch", "2", "--no-guidance", "--plot", "a/cost.png")
     assert done.returncode == 0, done.stderr
     for part in (
-        "tiny, 128 x 128 px, batch 2 without guidance; 20 steps, 0 of them early; Matched pruning, rate 0.",
-        "| Matched pruning, exact | 2.017 |",
+        "tiny, 256 x 256 px, batch 2 without guidance; 20 steps, 0 of them early; Matched pruning, rate 0.",
+        "| Matched pruning, exact | 15.720 | 14.",
         "| ToMe 50%, all parts, all levels |",
         "| up_blocks.1.attentions.2 |",
         "a cost of 89.9%",
@@ -163,9 +164,10 @@ def test_a_name_that_is_no_choice_is_told_with_the_choices(run: Run) -> None:
 
 
 def test_tune_finds_a_plan_that_generate_and_evaluate_take(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("a red circle\na blue ring\n")
+    (tmp_path / "mine.txt").write_text("a duck\na castle\n")
+    sdxl_pipeline(unet=sdxl_unet(layers_per_block=2)).save_pretrained(tmp_path / "model")
     done = run(
-        "tune", "tiny", "--budget", "0.6", "--of", "arithmetic", "--steps", "4", "--prompts", "mine.txt", "--images",
+        "tune", "model", "--budget", "0.6", "--of", "arithmetic", "--steps", "4", "--prompts", "mine.txt", "--images",
         "10", "--device", "cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -174,7 +176,10 @@ def test_tune_finds_a_plan_that_generate_and_evaluate_take(run: Run, tmp_path: P
     assert (tmp_path / "out" / "tune" / "plan.html").exists()
     found = json.loads(plan.read_text())
     assert found["found"]["prompts"] == 2
-    done = run("generate", "a red circle", "--plan", str(plan), "--compare", "--device", "cpu", "--out", "by-plan")
+    done = run(
+        "generate", "a duck", "--model", "model", "--plan", str(plan), "--compare", "--device", "cpu", "--out",
+        "by-plan",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "by-plan" / "run.json").read_text())
     assert made["request"]["steps"] == found["steps"]
@@ -184,7 +189,8 @@ def test_tune_finds_a_plan_that_generate_and_evaluate_take(run: Run, tmp_path: P
     pruned = [(tmp_path / name / "pruned-0.png").read_bytes() for name in ("by-plan", "again")]
     assert pruned[0] == pruned[1]
     done = run(
-        "evaluate", str(plan), "--captions", "2", "--steps", "4", "--metrics", "distance", "--device", "cpu", "--out",
+        "evaluate", str(plan), "--model", "model", "--prompts", "mine.txt", "--captions", "2",
+        "--steps", "4", "--metrics", "distance", "--device", "cpu", "--out",
         "judged",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

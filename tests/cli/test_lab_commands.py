@@ -75,7 +75,7 @@ def test_reproduce_is_evaluate_by_a_name(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_file_of_prompts_is_drawn_and_what_cannot_be_had_of_it_is_named(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "two.txt").write_text("a red circle\na blue ring\n")
+    (tmp_path / "two.txt").write_text("a duck\na castle\n")
     small = ("--steps", "1", "--size", "64x64", "--metrics", "fid,accuracy")
     done = run("evaluate", "dense", "--prompts", "two.txt", *small)
     assert done.returncode == 0, done.stderr

@@ -24,7 +24,7 @@ from atedm.app.models import load_pipeline
 from small import SHELF, draw
 
 STEPS, GUIDANCE, SEED = 20, 3.0, 11
-PROMPT = "a red circle above a blue square on a checkered lavender background"
+PROMPT = "a butterfly above a rose in a green meadow"
 
 
 def model(unet: Any) -> Any:

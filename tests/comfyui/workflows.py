@@ -98,7 +98,7 @@ FLUX_PLACES: Places = {
 }
 
 SHIPPED = {
-    "1": node("ShippedModel", prompt="a red circle above a blue square on a checkered lavender background"),
+    "1": node("ShippedModel", prompt="a butterfly above a rose in a green meadow"),
     "2": node("AtedmTokenPruning", model=["1", 0], method="matched", rate=0.7, early_strength=1.0),
     "3": node("KSamplerSelect", sampler_name="euler"),
     "6": node(

@@ -266,11 +266,11 @@ def test_the_paper_keeps_37_percent_at_4_1_t_in_a_normal_step() -> None:
 
 
 def test_a_budget_counts_size_guidance_steps_and_the_method_it_starts_from() -> None:
-    turbo = fit_to_budget(TINY, METHODS["turbo"], tmacs=1e-3, guidance=False)
+    turbo = fit_to_budget(TINY, METHODS["turbo"], tmacs=7e-3, guidance=False)
     assert isinstance(turbo, AtEdm)
     assert (turbo.where, turbo.spare) == (not_second_level, None)
     figures = cost(TINY, turbo, guidance=False).figures()
-    assert 0.99e9 < figures.mean <= 1e9 < figures.dense
+    assert 6.93e9 < figures.mean <= 7e9 < figures.dense
     large = fit_to_budget(TINY, Matched(), share=0.8, size=(256, 256), steps=8)
     assert cost(TINY, large, size=(256, 256), steps=8).figures().saving_mean == pytest.approx(0.2, abs=2e-3)
 

@@ -22,7 +22,7 @@ from torch import nn
 
 import atedm
 from atedm import AtEdm, Matched, Place
-from atedm.tiny.pictures.autoencoder import build_autoencoder
+from atedm.tiny.autoencoder import build_autoencoder
 from models import LATE, each_layer, run, scheduler, sd1_unet, sdxl_pipeline, sdxl_unet, small_unet, snapshot
 
 

@@ -309,7 +309,7 @@ def test_self_attention_guidance_runs_and_is_that_of_a_dense_middle(method: str)
 
     def drawn() -> Tensor:
         latents: Tensor = pipe(
-            "a red circle",
+            "a duck",
             num_inference_steps=3,
             sag_scale=0.8,
             height=64,

@@ -39,7 +39,7 @@ def test_exact_modes_agree_and_a_sample_the_better_the_more_there_is_of_it(pipe:
         "many": Variant(map_mode="sampled", sampled_rows=48),
         "few": Variant(map_mode="sampled", sampled_rows=8),
     }
-    found = map_agreement(pipe, ["a red circle", "a blue ring"], modes, Drawing(steps=2, batch=1))
+    found = map_agreement(pipe, ["a duck", "a castle"], modes, Drawing(steps=2, batch=1))
     rows = {(row.mode, row.level): row for row in found}
     assert len(rows) == len(found) == 12
     for level in (2, 3):
@@ -54,7 +54,7 @@ def test_exact_modes_agree_and_a_sample_the_better_the_more_there_is_of_it(pipe:
 
 def test_every_image_weighs_the_same(pipe: Any) -> None:
     modes = {"few": Variant(map_mode="sampled", sampled_rows=8)}
-    prompts = ["a red circle", "a blue ring", "a green cross"]
+    prompts = ["a duck", "a castle", "a frog"]
     one, two = (map_agreement(pipe, prompts, modes, Drawing(steps=1, batch=batch)) for batch in (1, 2))
     for a, b in zip(one, two, strict=True):
         assert (a.kept, a.importance, a.source) == pytest.approx((b.kept, b.importance, b.source), abs=2e-3)
@@ -64,9 +64,9 @@ def test_it_is_looked_at_dense_and_on_something(pipe: Any) -> None:
     with pytest.raises(ValueError, match="no prompts"):
         map_agreement(pipe, [], {}, Drawing())
     with atedm.pruned(pipe), pytest.raises(ValueError, match="patched"):
-        map_agreement(pipe, ["a red circle"], {}, Drawing())
+        map_agreement(pipe, ["a duck"], {}, Drawing())
     with pytest.raises(ValueError, match=r"no token of .* is dropped at a rate of 0\.001; give 0\.0"):
-        map_agreement(pipe, ["a red circle"], {"full": Variant()}, Drawing(steps=1), rate=0.001)
+        map_agreement(pipe, ["a duck"], {"full": Variant()}, Drawing(steps=1), rate=0.001)
 
 
 def test_the_command_prints_a_table_and_says_what_it_cannot_read() -> None:

@@ -70,7 +70,7 @@ def test_whole_images_are_what_a_pipeline_draws_with_each_method() -> None:
             return images
 
     methods: dict[str, Candidate] = {"dense": Dense(), "half": Dense(0.5), "matched": MATCHED}
-    call = {"prompt": ["a red circle"], "guidance_scale": 0.0}
+    call = {"prompt": ["a duck"], "guidance_scale": 0.0}
     took = images_in_turns(Kept(), call, methods, 2, 1, silent, memory=True)
     assert all(len(times) == 1 and peak for times, peak in took.values())
 

@@ -19,7 +19,7 @@ from atedm.lab.probes.errors import ErrorsReport, MethodErrors, find_errors
 from atedm.method.contract import Method
 from models import draw, sdxl_pipeline, sdxl_unet, snapshot
 
-PROMPTS = ["a red circle", "a blue square", "a green ring"]
+PROMPTS = ["a duck", "a rose", "a frog"]
 
 
 @pytest.fixture(scope="module")

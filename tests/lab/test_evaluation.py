@@ -19,7 +19,6 @@ from atedm.lab.ablation import Variant
 from atedm.lab.evaluation.experiments import Experiment
 from atedm.lab.evaluation.images import Drawing, image_file, image_files, missing_groups
 from atedm.lab.evaluation.prompts import Prompt, read_prompts
-from atedm.lab.evaluation.references import write_references
 from atedm.lab.evaluation.report import markdown_of, sheet_of, tables, write_report
 from atedm.lab.evaluation.run import Outcome, evaluate, folder_name, run_experiment, setting_name
 from atedm.lab.evaluation.scoring import Metrics, Scores, score
@@ -27,6 +26,7 @@ from atedm.lab.methods.candidates import Candidate, Dense, Pruning
 from atedm.lab.methods.peers import Merging
 from atedm.lab.scores.clip_score import TINY_CLIP
 from atedm.lab.scores.pixels import distances, lpips_distances
+from rendered_scenes import rendered_scenes
 
 QUICK = Metrics(names=("distance", "accuracy"))
 SIZE: dict[str, Any] = {"width": 64, "height": 64}
@@ -203,7 +203,6 @@ def test_clip_score_and_fid_are_taken_by_the_shipped_clip_and_kept_until_an_imag
     real = figures()
     assert real["fid"].mean == pytest.approx(0, abs=1e-3)
     assert real["fid"].mean < first["fid"].mean
-    assert real["clip"].mean > first["clip"].mean
     for stray in ("00000 (1).png", "._00000.png", "00000-copy.png"):  # is no image of the run
         (folder / "dense" / stray).write_bytes(image_file(folder / "dense", 1).read_bytes())
     (folder / "dense" / "features.json").unlink()
@@ -211,18 +210,17 @@ def test_clip_score_and_fid_are_taken_by_the_shipped_clip_and_kept_until_an_imag
 
 
 def test_the_judge_reads_pictures_of_any_size(tmp_path: Path) -> None:
-    prompts = read_prompts("scenes", 4)
-    same, larger, wide = (tmp_path / name for name in ("same", "larger", "wide"))
-    list(write_references(prompts, same, (128, 128), 0))
-    for folder, size in ((larger, (512, 512)), (wide, (320, 192))):
+    scenes, images = rendered_scenes()
+    prompts = [Prompt(scene.caption, scene) for scene in scenes[:12]]
+    for size in ((256, 256), (512, 512), (320, 192)):
+        folder = tmp_path / str(size[0])
         folder.mkdir()
-        for index in range(4):
-            with Image.open(image_file(same, index)) as picture:
-                picture.resize(size, Image.Resampling.BICUBIC).save(image_file(folder, index))
-    for folder in (same, larger, wide):
+        for index, image in enumerate(images[:12]):
+            picture = Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy())
+            picture.resize(size, Image.Resampling.BICUBIC).save(image_file(folder, index))
         found = score(folder, prompts, Metrics(("accuracy",)))
-        assert found.intervals()["accuracy"].mean == 1
-        assert {share.mean for share in found.attributes().values()} == {1.0}
+        assert found.intervals()["accuracy"].mean >= 0.75
+        assert found.attributes()["object"].mean >= 0.9
 
 
 def test_paired_differences_are_narrower_than_the_figures() -> None:
@@ -286,7 +284,7 @@ def test_weights_that_cannot_be_had_are_told_before_anything_is_drawn(
     assert not (tmp_path / "out").exists()
     # Without real pictures there is no FID, and nothing of it is needed.
     metrics = Metrics(("fid",), fid_features=nowhere)
-    (result,) = evaluate(pipe, {"dense": Dense()}, [Prompt("a red circle")], drawing, metrics, tmp_path / "out")
+    (result,) = evaluate(pipe, {"dense": Dense()}, [Prompt("a duck")], drawing, metrics, tmp_path / "out")
     assert result.scores.fid is None
     with pytest.raises(ValueError, match="FID needs at least two images"):
         evaluate(pipe, {"dense": Dense()}, prompts[:1], drawing, metrics, tmp_path / "out")
@@ -340,7 +338,7 @@ def test_the_report_shows_every_method_and_needs_nothing_else(pipe: Any, tmp_pat
     quality, attributes = tables([outcome])
     assert quality[0] == ["method", "cost", "distance to dense, dB", "captions right in everything, %"]
     assert [row[0] for row in quality[1]] == ["dense", "own", "tome"]
-    assert attributes[0][:3] == ["right, %", "count", "colour"]
+    assert attributes[0][:3] == ["right, %", "count", "object"]
     page = (tmp_path / "name.html").read_text()
     assert "A &amp; B" in page
     assert "data:image/png;base64," in page

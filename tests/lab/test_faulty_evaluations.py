@@ -115,7 +115,7 @@ def test_what_a_run_wrote_and_somebody_broke_is_told_or_made_again(tmp_path: Pat
 def test_pictures_and_captions_that_are_broken_are_told(tmp_path: Path) -> None:
     (tmp_path / "coco").mkdir()
     folder = coco_folder(tmp_path / "coco")
-    (tmp_path / "prompts.csv").write_text('prompt\na red circle\n"a, quoted"\n')
+    (tmp_path / "prompts.csv").write_text('prompt\na duck\n"a, quoted"\n')
     common = ("--steps", 1, "--device", "cpu", "--out", "out")
     score = ("--captions", 2, "--metrics", "distance,fid", "--fid-features", "tiny")
     asked: dict[Path, tuple[Any, ...]] = {

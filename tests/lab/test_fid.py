@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -17,8 +18,11 @@ from PIL import Image
 from atedm.lab.scores.clip_score import TINY_CLIP
 from atedm.lab.scores.fid import Extractor, fid, fid_interval, file_features, open_extractor
 from atedm.tiny import weights_folder
-from atedm.tiny.scenes import Scene, render_batch, sample_scene
+from atedm.tiny.rendering import Atlas, render
+from atedm.tiny.scenes import sample_scene
+from painted_objects import discs
 
+ATLAS = Atlas.of(discs())
 AVERAGES = Extractor(lambda pixels: pixels.mean(dim=(2, 3)), torch.device("cpu"))
 
 
@@ -34,13 +38,14 @@ def save(folder: Path, images: np.ndarray) -> Path:
     return folder
 
 
-def scenes(count: int, seed: int, colour: str | None = None) -> np.ndarray:
-    """(count, 128, 128, 3) uint8 pictures of training scenes, of one object of one colour if asked."""
+def scenes(count: int, seed: int, background: str | None = None) -> np.ndarray:
+    """(count, 128, 128, 3) uint8 pictures of training scenes, all on one background if asked."""
     rng = np.random.default_rng(seed)
-    some = [sample_scene(rng, 1 if colour else None) for _ in range(count)]
-    if colour:
-        some = [Scene(((colour, scene.objects[0][1]),), scene.background, scene.texture) for scene in some]
-    return (render_batch(some, rng) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    some = [sample_scene(rng) for _ in range(count)]
+    if background:
+        some = [replace(scene, background=background) for scene in some]
+    images = render(some, ATLAS, rng, 128).images
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def reference_fid(a: np.ndarray, b: np.ndarray) -> float:
@@ -137,11 +142,11 @@ def test_fid_of_folders_feels_noise_and_a_changed_crowd(tmp_path: Path) -> None:
         "same": scenes(80, seed=7),
         "noisy": noisy(30.0),
         "noisier": noisy(60.0),
-        "red": scenes(80, seed=8, colour="red"),
+        "pink": scenes(80, seed=8, background="pink"),
     }
     reference = of_folder(save(tmp_path / "clean", clean))
     distance = {name: fid(of_folder(save(tmp_path / name, images)), reference) for name, images in crowds.items()}
-    assert 1.5 * distance["same"] < distance["red"], distance
+    assert 1.5 * distance["same"] < distance["pink"], distance
     assert 0.05 * distance["same"] < distance["noisy"] < distance["noisier"], distance
     assert fid(reference, reference) == pytest.approx(0, abs=1e-4)
 

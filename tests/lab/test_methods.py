@@ -53,7 +53,7 @@ def test_a_run_counted_on_the_pipeline_costs_what_the_report_says() -> None:
     pipe = load_pipeline(TINY, device="cpu")
 
     def count(candidate: Candidate) -> int:
-        call = {"prompt": "a red circle", "guidance_scale": 3.0, "width": 64, "height": 64}
+        call = {"prompt": "a duck", "guidance_scale": 3.0, "width": 64, "height": 64}
         return counted_run(pipe, candidate, call, 2)
 
     report = cost(pipe, "paper", size=(64, 64), steps=2, guidance=True)

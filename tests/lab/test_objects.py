@@ -1,4 +1,4 @@
-"""Whether rankings find objects: the mask, the measure, and the run that collects both."""
+"""Whether rankings find objects: the measure, and the run that collects both."""
 
 from typing import Any
 
@@ -16,28 +16,15 @@ from atedm.hosts.state import Observation
 from atedm.lab.ablation import Variant
 from atedm.lab.charts.over_steps import objects_chart
 from atedm.lab.evaluation.images import Drawing
-from atedm.lab.probes.objects import area_under_curve, find_objects, object_mask
-from atedm.tiny.scenes import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, Scene, held_out_scenes, render
+from atedm.lab.probes.objects import area_under_curve, find_objects
+from atedm.tiny import weights_folder
+from atedm.tiny.judge import JUDGE, load_judge
+from atedm.tiny.scenes import held_out_scenes
 
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     return load_pipeline("tiny", device="cpu")
-
-
-@pytest.mark.parametrize("texture", TEXTURES)
-@pytest.mark.parametrize("background", BACKGROUNDS)
-@pytest.mark.parametrize("colour", COLOURS)
-def test_the_mask_is_where_the_object_was_painted(colour: str, background: str, texture: str) -> None:
-    # The same scene in two colours: what differs is the object.
-    other = "blue" if colour != "blue" else "red"
-    first, second = (
-        render(Scene(((name, "square"),), background, texture), np.random.default_rng(3)) for name in (colour, other)
-    )
-    painted = (first - second).abs().amax(0) > 0.2
-    mask = object_mask(first, Scene(((colour, "square"),), background, texture))
-    overlap = (mask & painted).sum() / (mask | painted).sum()
-    assert overlap > 0.9
 
 
 @given(
@@ -76,16 +63,14 @@ def test_what_is_found_is_what_pruning_goes_by_and_the_image_stays_the_same(pipe
     before = draw()
     report = find_objects(pipe, scenes, Drawing(steps=2), rankings=["self-attention", "cross-attention-power"])
     assert torch.equal(draw(), before)
-    masks = [object_mask(image, scene) for image, scene in zip(before, scenes, strict=True)]
+    maps = load_judge(weights_folder() / JUDGE).object_maps(before)
     first = report.findings[0].block
     for ranking in report.rankings:
         seen: list[Observation] = []
         with atedm.pruned(pipe, Variant(rank=ranking, schedule="constant")), atedm.observed(pipe, seen.append):
             draw()
         assert seen[0].block == first  # so nothing was dropped before it
-        grids = [
-            torch.nn.functional.adaptive_avg_pool2d(mask[None].float(), seen[0].size).flatten() > 0.5 for mask in masks
-        ]
+        grids = torch.nn.functional.adaptive_avg_pool2d(maps, seen[0].size).flatten(1) > 0.5
         expected = [area_under_curve(i, grid) for i, grid in zip(seen[0].importance[2:], grids, strict=True)]
         found = next(f for f in report.findings if (f.ranking, f.step, f.block) == (ranking, 0, first))
         assert found.auc == pytest.approx(sum(expected) / 2, abs=1e-4)
@@ -114,10 +99,3 @@ def test_the_command_prints_a_table_and_draws_a_chart(tmp_path: Any) -> None:
     assert done.exit_code == 0, done.output
     assert "| self-attention | 0." in done.output
     assert (tmp_path / "a" / "b.png").exists()
-
-
-def test_shapes_of_every_kind_have_a_mask() -> None:
-    for shape in SHAPES:
-        scene = Scene((("red", shape),), "gray", "plain")
-        share = object_mask(render(scene, np.random.default_rng(0)), scene).float().mean()
-        assert 0.03 < share < 0.2

@@ -26,7 +26,7 @@ from models import draw, each_layer, sdxl_pipeline, sdxl_unet, small_unet, snaps
 
 SIDE = {"width": 64, "height": 64}
 TALL = {"width": 64, "height": 96}
-PROMPTS = ["a red circle", "a blue square"]
+PROMPTS = ["a duck", "a rose"]
 
 
 def reference_variance(q: Tensor, k: Tensor, scale: float) -> tuple[float, float]:
@@ -146,7 +146,7 @@ def test_each_step_is_the_mean_of_its_calls_and_images(scheduler: Any, groups: l
 
 
 def test_heads_differ_here_so_that_their_mean_is_smoother() -> None:
-    report = attention_variance(sdxl_pipeline(), ["a red circle"], Drawing(steps=1, guidance=0.0, **SIDE))
+    report = attention_variance(sdxl_pipeline(), ["a duck"], Drawing(steps=1, guidance=0.0, **SIDE))
     assert all(row.head_mean < row.per_head for row in report.rows)
 
 
@@ -155,7 +155,7 @@ def test_seed_and_guidance_are_honoured() -> None:
 
     def means(**changes: Any) -> list[float]:
         options: dict[str, Any] = {"steps": 2} | SIDE | changes
-        return attention_variance(pipe, ["a red circle"], Drawing(**options)).mean_by_step()
+        return attention_variance(pipe, ["a duck"], Drawing(**options)).mean_by_step()
 
     usual = means()
     assert means() == usual
@@ -170,7 +170,7 @@ def test_measuring_leaves_the_image_alone_and_no_trace() -> None:
     with first_layers_watched(find_spans(pipe.unet), lambda view: seen.append(view.place.name), rate=None):
         assert torch.equal(draw(pipe), dense)
     assert seen == 4 * [*find_spans(pipe.unet)]
-    attention_variance(pipe, ["a red circle"], Drawing(steps=2, **SIDE))
+    attention_variance(pipe, ["a duck"], Drawing(steps=2, **SIDE))
     assert snapshot(pipe.unet) == before
 
 
@@ -182,7 +182,7 @@ def test_no_trace_after_a_raise() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        attention_variance(pipe, ["a red circle"], Drawing(steps=2, **SIDE), progress=stop)
+        attention_variance(pipe, ["a duck"], Drawing(steps=2, **SIDE), progress=stop)
     assert snapshot(pipe.unet) == before
 
 
@@ -266,7 +266,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 def test_command_prints_a_table(command: Callable[..., str], tmp_path: Path) -> None:
     plot = tmp_path / "new" / "variance.png"
-    lines = command("a red circle", "--steps", "2", "--size", "64x64", "--plot", str(plot)).splitlines()
+    lines = command("a duck", "--steps", "2", "--size", "64x64", "--plot", str(plot)).splitlines()
     assert lines[0] == "| step | mean | relative | level 2 | level 3 |"
     assert [line.split()[1] for line in lines[2:4]] == ["0", "1"]
     assert "first above 1e-05 in step 0: 0 of 2 steps come before it, 0% of the run" in lines[5]
@@ -288,7 +288,7 @@ def test_table_by_hand() -> None:
 
 
 def test_command_prints_json_alone(command: Callable[..., str]) -> None:
-    printed = json.loads(command("a red circle", "--steps", "2", "--size", "64x64", "--threshold", "0.9", "--json"))
+    printed = json.loads(command("a duck", "--steps", "2", "--size", "64x64", "--threshold", "0.9", "--json"))
     assert printed["model"] == "tiny"
     assert printed["first_step_above"] is None
     assert len(printed["mean_by_step"]) == 2

@@ -24,7 +24,7 @@ from atedm.plans.fingerprint import fingerprint
 from atedm.plans.plan import Cache, Plan, full_steps, read_plan, save_plan
 from models import sdxl_pipeline, snapshot
 
-CALL: dict[str, Any] = {"prompt": "a red circle", "guidance_scale": 3.0}
+CALL: dict[str, Any] = {"prompt": "a duck", "guidance_scale": 3.0, "width": 128, "height": 128}
 
 
 @pytest.fixture(scope="module")
@@ -225,5 +225,4 @@ def test_a_plan_is_compared_as_a_method(pipe: Any, plan: Plan, tmp_path: Path) -
     candidate = method_by_name(str(tmp_path / "plan.json"))
     assert isinstance(candidate, Planned)
     assert (candidate.steps_of(12), candidate.steps_of(6), candidate.steps_of(24)) == (6, 3, 12)
-    call = {"prompt": "a red circle", "guidance_scale": 3.0}
-    assert counted_run(pipe, candidate, call, 12) < 0.5 * counted_run(pipe, Dense(), call, 12)
+    assert counted_run(pipe, candidate, CALL, 12) < 0.5 * counted_run(pipe, Dense(), CALL, 12)

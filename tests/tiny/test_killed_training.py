@@ -17,14 +17,22 @@ from safetensors.torch import load_file
 
 from atedm.tiny import weights_folder
 from faults import ended, faults, in_child, killed
+from painted_objects import keep_discs
 
 
 def sitting(out: Path) -> None:
-    """A few seconds of training."""
+    """A few steps of training."""
     from atedm.tiny.train import train
 
-    small = {"canvas": 64, "batch": 2, "scenes": 32, "start_from": weights_folder(), "eager": True}
-    train(out, minutes=0.005, lr=1e-4, floor=0.02, autoencoder_minutes=0.0, reversed_share=1.0, seed=0, **small)
+    keep_discs(out / "objects")
+    small = {"canvas": 64, "batch": 2, "pool": 32, "start_from": weights_folder(), "eager": True}
+    train(out, images=seen(out) + 6, lr=1e-4, sample_minutes=0, save_minutes=0, archive=None, seed=0, **small)
+
+
+def seen(out: Path) -> int:
+    """How many images the run has seen."""
+    file = out / "state.safetensors"
+    return int(load_file(file)["seen"]) if file.exists() else 0
 
 
 def half_a_folder_is_not_taken_for_a_whole_one(out: Path) -> None:
@@ -46,17 +54,13 @@ def half_a_folder_is_not_taken_for_a_whole_one(out: Path) -> None:
 
 
 def training_goes_on_from_the_last_whole_state(out: Path) -> None:
-    def seen() -> int:
-        file = out / "state.safetensors"
-        return int(load_file(file)["seen"]) if file.exists() else 0
-
     for chance in faults("train killed", 0.06):
-        before = seen()
+        before = seen(out)
         killed(lambda: sitting(out), 1 if before else 4, 4.0, chance)
-        assert seen() >= before
-    before = seen()
+        assert seen(out) >= before
+    before = seen(out)
     assert ended(in_child(lambda: sitting(out))) == 0
-    assert seen() > before
+    assert seen(out) > before
 
 
 CASES: dict[str, Callable[[Path], None]] = {

@@ -24,7 +24,7 @@ from atedm.tuning.finetune import Training, finetune
 from atedm.tuning.memory import _held, training_needs
 from models import sdxl_pipeline, sdxl_unet, snapshot
 
-PROMPTS = ["a red circle", "a blue ring"]
+PROMPTS = ["a duck", "a castle"]
 
 
 @pytest.fixture
@@ -37,10 +37,16 @@ def plan(pipe: Any) -> Plan:
     return Plan(fingerprint(pipe), 3, method=atedm.Matched(rate=0.8), guidance=3.0)
 
 
-def latents(pipe: Any, prompt: str = "a green cross") -> torch.Tensor:
+def latents(pipe: Any, prompt: str = "a frog") -> torch.Tensor:
     noise = torch.Generator("cpu").manual_seed(99)
     found: torch.Tensor = pipe(
-        prompt, num_inference_steps=3, guidance_scale=3.0, generator=noise, output_type="latent"
+        prompt,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        generator=noise,
+        output_type="latent",
+        width=128,
+        height=128,
     ).images
     return found
 
@@ -49,7 +55,7 @@ def latents(pipe: Any, prompt: str = "a green cross") -> torch.Tensor:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
     """The model that ships at half of its arithmetic, with a few runs of training."""
     pipe, out = load_pipeline("tiny", device="cpu"), tmp_path_factory.mktemp("trained")
-    plan = Plan(fingerprint(pipe), 4, method=atedm.Matched(rate=0.97), guidance=3.0)
+    plan = Plan(fingerprint(pipe), 4, method=atedm.Matched(rate=0.9), guidance=3.0, size=(128, 128))
     return pipe, finetune(pipe, plan, PROMPTS, Training(runs=10, learning_rate=2e-3), out), out
 
 
@@ -121,10 +127,11 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_result(
 
 
 def test_a_training_that_was_killed_goes_on(plan: Plan, tmp_path: Path) -> None:
-    tiny = load_pipeline("tiny", device="cpu")
-    save_plan(Plan(fingerprint(tiny), 1, method=atedm.Matched(rate=0.9), guidance=3.0), tmp_path / "plan.json")
+    small = sdxl_pipeline(unet=sdxl_unet(layers_per_block=2))
+    small.save_pretrained(tmp_path / "model")
+    save_plan(Plan(fingerprint(small), 1, method=atedm.Matched(rate=0.9), guidance=3.0), tmp_path / "plan.json")
     command = [
-        *(sys.executable, "-m", "atedm", "finetune", "tiny", "--plan", "plan.json", "--runs", "12", "--rank", "2"),
+        *(sys.executable, "-m", "atedm", "finetune", "model", "--plan", "plan.json", "--runs", "12", "--rank", "2"),
         *("--device", "cpu", "--out", "killed"),
     ]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -192,7 +199,7 @@ def test_what_a_step_holds_is_counted_without_values() -> None:
 
 def test_checkpointing_and_16_bits_take_less() -> None:
     arch = architecture("tiny")
-    whole, again = (training_needs(arch, Training(checkpointing=on), torch.float32) for on in (False, True))
+    whole, again = (training_needs(arch, Training(checkpointing=on), torch.float32, (128, 128)) for on in (False, True))
     assert again.activations < 0.3 * whole.activations
     assert training_needs(arch, Training(rank=8), torch.bfloat16).lora * 2 == whole.lora
     assert training_needs(arch, Training(), torch.bfloat16).weights * 2 == whole.weights

@@ -14,7 +14,6 @@ import optuna
 import pytest
 
 import atedm
-from atedm.app.models import load_pipeline
 from atedm.costs.architectures import architecture
 from atedm.lab.methods.candidates import Dense, Planned
 from atedm.lab.methods.counting import counted_run
@@ -29,18 +28,13 @@ from atedm.tuning.search import Tried
 from atedm.tuning.space import OWN, OutOfSpace, Space
 from models import sdxl_pipeline, sdxl_unet
 
-SMALL: dict[str, Any] = {"of": "arithmetic", "steps": 5, "prompts": ["a red circle", "a blue ring"], "model": "tiny"}
+SMALL: dict[str, Any] = {"of": "arithmetic", "steps": 5, "prompts": ["a duck", "a castle"], "model": "tiny"}
 
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     """As small as can be: weights do not matter to a search."""
     return sdxl_pipeline(unet=sdxl_unet(layers_per_block=2))
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Any:
-    return load_pipeline("tiny", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +62,7 @@ def test_arithmetic_is_what_torch_counts_on_a_run(
     pipe: Any, arithmetic: Arithmetic, dense: Plan, changes: dict[str, Any]
 ) -> None:
     plan = dataclasses.replace(dense, **changes)
-    call = {"prompt": "a red circle", "guidance_scale": 3.0}
+    call = {"prompt": "a duck", "guidance_scale": 3.0}
     counted = counted_run(pipe, Planned(plan), call, plan.steps) / counted_run(pipe, Dense(), call, 8)
     assert arithmetic.share(plan, 8) == pytest.approx(counted, rel=2e-3)
 
@@ -191,11 +185,12 @@ def test_a_search_that_was_stopped_gives_the_best_so_far_and_goes_on(pipe: Any, 
     assert [(one.name, one.distances) for one in again.tried] == [(one.name, one.distances) for one in whole.tried]
 
 
-def test_a_search_that_was_killed_ends_as_it_would_have(tiny: Any, tmp_path: Path) -> None:
+def test_a_search_that_was_killed_ends_as_it_would_have(pipe: Any, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text(SMALL["prompts"][0])
-    small = SMALL | {"steps": 4, "prompts": SMALL["prompts"][:1]}
+    small = SMALL | {"steps": 4, "prompts": SMALL["prompts"][:1], "model": "model"}
     command = [
-        *(sys.executable, "-m", "atedm", "tune", "tiny", "--of", "arithmetic", "--steps", "4", "--budget", "0.6"),
+        *(sys.executable, "-m", "atedm", "tune", "model", "--of", "arithmetic", "--steps", "4", "--budget", "0.6"),
         *("--images", "8", "--prompts", "prompts.txt", "--device", "cpu", "--out", "killed"),
     ]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -206,8 +201,8 @@ def test_a_search_that_was_killed_ends_as_it_would_have(tiny: Any, tmp_path: Pat
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "plan.html").exists()
-    again = atedm.tune(tiny, 0.6, **small, images=8, out=tmp_path / "killed")
-    whole = atedm.tune(tiny, 0.6, **small, images=8, out=tmp_path / "whole")
+    again = atedm.tune(pipe, 0.6, **small, images=8, out=tmp_path / "killed")
+    whole = atedm.tune(pipe, 0.6, **small, images=8, out=tmp_path / "whole")
     assert same(again.plan, whole.plan)
 
 

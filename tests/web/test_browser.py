@@ -161,7 +161,7 @@ def test_bad_input_is_told_without_a_stack_trace(page: Page) -> None:
     status(page).to_contain_text("The prompt is empty: write what to draw", timeout=LONG)
     page.click("#more button")
     type_number(page, "#seed", 2**40)
-    page.fill("#prompt textarea", "a red circle")
+    page.fill("#prompt textarea", "a duck")
     page.click("#draw")
     expect(page.locator("body")).to_contain_text(re.compile("greater than maximum|must be from"), timeout=LONG)
     expect(page.locator("body")).not_to_contain_text("Traceback")

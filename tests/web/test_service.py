@@ -20,7 +20,7 @@ from atedm.web.serve import is_loopback, serve
 from atedm.web.service import Service
 from models import sdxl_pipeline, sdxl_unet
 
-CIRCLE = "a red circle above a blue square"
+CIRCLE = "a butterfly above a rose"
 
 pytestmark = pytest.mark.xdist_group("web")  # two pages at once would look for the same port
 

@@ -40,6 +40,8 @@ def load_pipeline(model: str = TINY, *, device: str | None = None, dtype: torch.
         # The newest diffusers calls torch_dtype old, and the oldest knows no other name for it.
         warnings.simplefilter("ignore", FutureWarning)
         pipe = _open(model, dtype)
+    if lacking := _without_weights(pipe):
+        raise ValueError(f"cannot open the model {model!r}: its files hold no weights for {lacking}")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -104,6 +106,16 @@ def _from_file(file: Path, dtype: torch.dtype) -> Any:
         ) from error
     except Exception as error:
         raise ValueError(f"cannot open {file}: {_first_line(error)}") from error
+
+
+def _without_weights(pipe: Any) -> str | None:
+    """Name a weight that the configuration asks for and no file holds, if there is one."""
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            for weight, tensor in part.named_parameters():
+                if tensor.is_meta:
+                    return f"{name}, {weight}"
+    return None
 
 
 def _tensor_names(file: Path) -> list[str]:

@@ -53,13 +53,13 @@ def generate(
     Examples:
     `atedm generate --compare` makes a set of scenes with the model that ships, dense and pruned.
 
-    `atedm generate "a red circle above a blue square" --rate 0.5 --maps`
+    `atedm generate "a butterfly above a rose" --rate 0.5 --maps`
 
     `atedm generate --budget 0.9 --compare` prunes until a run costs 90 % of the dense one.
 
     `atedm generate "a fox in snow" --model stabilityai/stable-diffusion-xl-base-1.0 --compare`
 
-    `atedm generate "a red ring" --plan out/tune/plan.json --compare` makes images by a plan that `atedm tune` found.
+    `atedm generate "a rose" --plan out/tune/plan.json --compare` makes images by a plan that `atedm tune` found.
 
     `atedm generate --again out/run.json --out out/again` makes the images of a run again.
     """

@@ -1,154 +1,175 @@
-"""Train the shipped model from nothing on a CPU (or a GPU), in as many sittings as it takes.
+"""Train the picture model from nothing on a CPU or a GPU, in as many sittings as it takes.
 
-    python -m atedm.tiny.train RUN_FOLDER --minutes 30 --canvas 64       # one object at a quarter of the cost, first
-    python -m atedm.tiny.train RUN_FOLDER --minutes 120                  # then whole scenes
+    python -m atedm.tiny.train RUN --images 95000 --canvas 128 --crop 64 --batch 16 --lr 1.5e-3
+    python -m atedm.tiny.train RUN --images 300000 --canvas 256 --crop 128 --batch 24 --uses 6 --lr 1.3e-3
+    python -m atedm.tiny.train RUN --images 330000 --canvas 256 --batch 8 --lr 7e-4 --cooldown 30000
 
-Run it under ``torchrun --nproc_per_node 2`` with ``OMP_NUM_THREADS=1`` to use two cores. Every sitting resumes where
-the last one stopped; ``docs/reference/shipped-model.md`` has the sittings the shipped weights had.
+Squares around an object teach what objects look like, at a third of the cost of whole pictures (Wang et al., 2023,
+Patch Diffusion). SDXL's size conditioning tells the model where a square was cut out. Whole pictures come last.
+
+``--images`` counts from the beginning of the run, so that a sitting that was cut off goes on by the same command. Run
+it under ``torchrun --nproc_per_node 2`` with ``OMP_NUM_THREADS=1`` to use two cores. ``--transformer`` trains SD3's
+class, on whole pictures of 128 px. ``docs/reference/shipped-model.md`` has the sittings the weights had.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import shutil
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 import typer
 from diffusers import AutoencoderTiny
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPTokenizer
 
 from atedm.tiny.autoencoder import train_autoencoder
-from atedm.tiny.dataset import encode_scenes
-from atedm.tiny.pictures.checkpoint import NAME, load_state, save_state
-from atedm.tiny.pictures.denoiser import Denoiser, load_parts, whole_picture
-from atedm.tiny.pictures.unet import build_scheduler
+from atedm.tiny.checkpoint import NAME, load_state, save_state
+from atedm.tiny.data import ScenePool
+from atedm.tiny.denoiser import load_parts
+from atedm.tiny.download import load_atlas
+from atedm.tiny.models import TRANSFORMER, UNET, build_model
+from atedm.tiny.noise_paths import training_loss
+from atedm.tiny.optimizers import build_optimizers
+from atedm.tiny.samples import draw_samples
 from atedm.tiny.scenes import CANVAS
-from atedm.tiny.text import build_text_encoders, build_tokenizer
-from atedm.tiny.unet import build_unet
+from atedm.tiny.text import build_tokenizer
+from atedm.tiny.text_lessons import teach_text_encoders
 
-CAPTION_DROPOUT = 0.1
-AVERAGE_DECAY = 0.99
-"""Of the averaged weights, a step: a memory of a hundred steps. A thousand lag far behind in sittings this short."""
+AVERAGE_DECAY = 0.995
+"""Of the averaged weights, a step: a memory of two hundred steps, because sittings on a CPU have few."""
+_WARMUP = 6000
+"""Images over which the learning rate rises, at the beginning of a run."""
 
 
 def train(
     run: Annotated[Path, typer.Argument(help="Folder of the run: made if missing, resumed if not.")],
-    minutes: Annotated[float, typer.Option(help="Length of this sitting.")] = 60,
-    canvas: Annotated[int, typer.Option(help="Pixels: 128 for whole scenes, 64 for one object.")] = CANVAS,
-    batch: Annotated[int, typer.Option(help="Images per step and process.")] = 32,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of this sitting.")] = 1e-3,
-    floor: Annotated[float, typer.Option(help="Share of the peak the learning rate falls to at the end.")] = 0.02,
-    scenes: Annotated[int, typer.Option(help="Scenes rendered ahead per process.")] = 20_000,
-    autoencoder_minutes: Annotated[float, typer.Option(help="Training time of the autoencoder, if there is none.")] = 7,
-    reversed_share: Annotated[
-        float, typer.Option(help="How often a scene said with 'right of' or 'below' is taken when it comes up, 0 to 1.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of scenes, noise and weights.")] = 0,
-    start_from: Annotated[
-        Path | None,
-        typer.Option(help="Begin a new run with the weights of a pipeline folder, such as the shipped one."),
+    images: Annotated[int, typer.Option(help="Stop when the run has seen so many images, earlier sittings counted.")],
+    canvas: Annotated[int, typer.Option(help="Pixels a side: 64, 128 or 256.")] = CANVAS,
+    batch: Annotated[int, typer.Option(help="Images a step and process.")] = 32,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    muon: Annotated[bool, typer.Option(help="Muon in place of AdamW for matrices and kernels of the U-Net.")] = True,
+    cooldown: Annotated[int, typer.Option(help="Let the learning rate fall to zero over the last so many images.")] = 0,
+    transformer: Annotated[bool, typer.Option("--transformer", help="Train SD3's class in place of SDXL's.")] = False,
+    crop: Annotated[
+        int | None, typer.Option(help="Teach squares of so many pixels around an object, not whole pictures.")
     ] = None,
+    objects: Annotated[int | None, typer.Option(help="Objects a scene; by default one to three.")] = None,
+    pool: Annotated[int, typer.Option(help="Encoded scenes held a process.")] = 2048,
+    uses: Annotated[int, typer.Option(help="How often each is drawn; 1 on a GPU.")] = 4,
+    autoencoder_minutes: Annotated[float, typer.Option(help="Training time of the autoencoder, if there is none.")] = 8,
+    text_steps: Annotated[int, typer.Option(help="First lessons of the text encoders, on a new run.")] = 3000,
+    archive: Annotated[
+        Path | None, typer.Option("--objects-archive", help="The npm package of the objects; fetched by default.")
+    ] = None,
+    save_minutes: Annotated[float, typer.Option(help="How often a checkpoint is written.")] = 5,
+    sample_minutes: Annotated[float, typer.Option(help="How often a sheet of samples is drawn; 0 is never.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of scenes, noise and weights.")] = 0,
+    start_from: Annotated[Path | None, typer.Option(help="Begin a new run with the weights of a pipeline.")] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile: starts at once, a fifth slower.")] = False,
 ) -> None:
-    """Train one sitting of the shipped model."""
+    """Train one sitting of the picture model."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo")
     if rank == 0:
-        _prepare(run, autoencoder_minutes, seed, start_from)
+        _prepare(run, archive, autoencoder_minutes, seed, start_from, device)
     if world > 1:
         dist.barrier()
-    autoencoder = AutoencoderTiny.from_pretrained(run / "vae")
+    autoencoder = AutoencoderTiny.from_pretrained(run / "vae").to(device)
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
-    data = encode_scenes(autoencoder, tokenizer, scenes, canvas, 1000 * seed + rank, run / "cache")
-
     torch.manual_seed(seed)
-    model = Denoiser(build_text_encoders(tokenizer), build_unet(), compiled=not eager).to(device)
-    if start_from is not None and not (run / NAME).exists():
-        load_parts(model, start_from)
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    seen = load_state(run, model, average, [optimizer])
+    part = TRANSFORMER if transformer else UNET
+    model, path, scheduler = build_model(part, tokenizer, device, compiled=not eager)
+    if not (run / NAME).exists():
+        if start_from is not None:
+            load_parts(model, start_from)
+        elif rank == 0 and text_steps:
+            encoders = (model.text_encoder, model.text_encoder_2)
+            teach_text_encoders(encoders, tokenizer, load_atlas(run / "objects").to(device), text_steps, seed=seed)
+    # The first process gives its weights to the others.
     trained: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    torch.manual_seed(hash((seed, rank, seen)) % 2**31)
-    alphas = build_scheduler().alphas_cumprod.to(device)
-    sizes = whole_picture(canvas, batch, device)
-    weights = _row_weights(data.ids, tokenizer, reversed_share)
-    start, steps, total, shown = time.monotonic(), 0, 0.0, time.monotonic()
-    while (spent := (time.monotonic() - start) / 60) < minutes:
-        if world > 1:  # every process must stop at the same step
-            clock = torch.tensor(spent)
-            dist.broadcast(clock, 0)
-            if (spent := float(clock)) >= minutes:
-                break
-        rate = (
-            lr * min(1.0, (steps + 1) / 100) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * spent / minutes)))
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        rows = torch.multinomial(weights, batch, replacement=True)
-        clean, ids = data.latents[rows].float().to(device), data.ids[rows].long().to(device)
-        # More of the noisy steps, where colours, shapes and places are decided.
-        timesteps = (1000 * torch.rand(batch, device=device) ** 0.6).long().clamp(max=999)
-        noise = torch.randn_like(clean)
-        signal, sigma = (a[timesteps].sqrt()[:, None, None, None] for a in (alphas, 1 - alphas))
-        keep = (torch.rand(batch, device=device) >= CAPTION_DROPOUT).float()
-        with torch.autocast(device.type, torch.bfloat16):
-            v = trained(signal * clean + sigma * noise, timesteps, ids, keep, sizes)
-        loss = (v.float() - (signal * noise - sigma * clean)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizers = build_optimizers(model, lr, muon)
+    seen = load_state(run, model, average, optimizers)
+    if seen >= images:
+        print(f"this run has seen {seen} images already; ask for more")
+        if world > 1:
+            dist.destroy_process_group()
+        return
+    scenes = ScenePool(
+        load_atlas(run / "objects", archive).to(device),
+        autoencoder,
+        tokenizer,
+        canvas,
+        size=pool,
+        uses=uses,
+        seed=hash((seed, rank, seen)) % 2**31,
+        objects=objects,
+        crop=crop,
+    )
+    steps, total, began, shown, saved, drawn = 0, 0.0, *([time.monotonic()] * 4)
+    while seen < images:
+        left = (images - seen) / cooldown if cooldown else 1.0
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, (seen + batch * world) / _WARMUP, left)
+        torch.manual_seed(hash((seed, rank, seen)) % 2**31)  # so that a run that is resumed has the same noise
+        loss = training_loss(trained, scenes.draw(batch), path)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         steps, seen = steps + 1, seen + batch * world
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - AVERAGE_DECAY)
+            torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - AVERAGE_DECAY)
         total += float(loss.detach())
-        if rank == 0 and steps % 50 == 0:
-            speed = 50 * batch * world / (time.monotonic() - shown)
+        if rank:
+            continue
+        now = time.monotonic()
+        if steps % 50 == 0:
+            speed = 50 * batch * world / (now - shown)
             print(
-                f"{spent:6.1f} min  step {steps}  seen {seen}  loss {total / 50:.4f}  {speed:.0f} images/s", flush=True
+                f"{(now - began) / 60:6.1f} min  seen {seen}  loss {total / 50:.4f}  {speed:.0f} images/s", flush=True
             )
-            total, shown = 0.0, time.monotonic()
-        if rank == 0 and steps % 500 == 0:
-            save_state(run, model, average, [optimizer], seen)
+            total, shown = 0.0, now
+        if now - saved > 60 * save_minutes:
+            save_state(run, model, average, optimizers, seen)
+            saved = now
+        if sample_minutes and now - drawn > 60 * sample_minutes:
+            draw_samples(average, scheduler, autoencoder, tokenizer, canvas, run / f"samples-{canvas}-{seen}.png")
+            drawn = time.monotonic()
     if rank == 0:
-        save_state(run, model, average, [optimizer], seen)
-        sitting = {"canvas": canvas, "minutes": minutes, "steps": steps, "batch": batch * world, "lr": lr, "seen": seen}
+        save_state(run, model, average, optimizers, seen)
+        sitting = {"canvas": canvas, "minutes": round((time.monotonic() - began) / 60, 1), "batch": batch * world}
         with (run / "sittings.jsonl").open("a") as log:
-            log.write(json.dumps(sitting) + "\n")
+            log.write(json.dumps({**sitting, "crop": crop, "lr": lr, "cooldown": cooldown, "seen": seen}) + "\n")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def _row_weights(ids: Tensor, tokenizer: Any, reversed_share: float) -> Tensor:
-    """Weigh down scenes whose second object is the left or upper one.
-
-    With all four relations equally often, neither the order of the objects nor the relation alone says which object
-    goes where, so neither has a gradient to start from. A majority in which the first object is the left or upper one
-    gives the order a meaning first; the minority then only has to learn to turn it round.
-    """
-    weights = torch.ones(len(ids))
-    for word in ("right", "below"):
-        weights[(ids == tokenizer.convert_tokens_to_ids(f"{word}</w>")).any(dim=1)] = reversed_share
-    return weights
-
-
-def _prepare(run: Path, autoencoder_minutes: float, seed: int, start_from: Path | None) -> None:
+def _prepare(
+    run: Path,
+    archive: Path | None,
+    autoencoder_minutes: float,
+    seed: int,
+    start_from: Path | None,
+    device: torch.device,
+) -> None:
     run.mkdir(parents=True, exist_ok=True)
+    load_atlas(run / "objects", archive)
     for part in ("tokenizer", "vae"):
         if (run / part).exists():
             continue
@@ -159,7 +180,8 @@ def _prepare(run: Path, autoencoder_minutes: float, seed: int, start_from: Path 
         elif part == "tokenizer":
             build_tokenizer(partial)
         else:
-            train_autoencoder(60 * autoencoder_minutes, seed=seed).save_pretrained(partial)
+            atlas = load_atlas(run / "objects").to(device)
+            train_autoencoder(atlas, 60 * autoencoder_minutes, seed=seed).save_pretrained(partial)
         partial.replace(run / part)
 
 

@@ -31,7 +31,7 @@ from atedm.patch import is_applied, pruned
 from atedm.plans.fingerprint import checksum, refuse_other_model
 from atedm.plans.plan import Plan, save_plan
 from atedm.plans.schedulers import scheduler_named
-from atedm.tiny.pictures.checkpoint import load_moments, moments_of
+from atedm.tiny.checkpoint import load_moments, moments_of
 from atedm.tuning.claim import claim
 from atedm.words import check_whole, is_number
 

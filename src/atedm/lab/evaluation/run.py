@@ -22,7 +22,7 @@ from atedm.hosts.models import find_model
 from atedm.lab.evaluation.experiments import Experiment
 from atedm.lab.evaluation.images import Drawing, claim_folder, draw_group, missing_groups
 from atedm.lab.evaluation.prompts import Prompt
-from atedm.lab.evaluation.references import write_references
+from atedm.lab.evaluation.references import load_objects, write_references
 from atedm.lab.evaluation.scoring import DISTANCE, FID, LPIPS, Metrics, Scores, score
 from atedm.lab.evaluation.sharing import shared_work
 from atedm.lab.methods.by_name import method_by_name
@@ -71,6 +71,7 @@ def evaluate(
     methods, and empty in all processes but the first.
 
     Raises:
+        FileNotFoundError: If FID of scenes is asked for, and their objects cannot be fetched.
         ImportError: If a package is missing.
         ValueError: If FID is asked for of one image, a method cannot be applied, ``out`` holds images of something
             else, or the weights of a metric cannot be had; or as `shared_work`.
@@ -94,6 +95,8 @@ def evaluate(
     if state.is_main_process:
         if any(todo.values()):
             metrics.check(str(state.device), has_references=has_references)
+            if takes_fid and any(prompt.scene is not None for prompt in prompts):
+                load_objects()
         weights = checksum(find_model(pipe))
         for name, candidate in methods.items():
             claim_folder(folders[name], candidate, drawing, prompts, weights)

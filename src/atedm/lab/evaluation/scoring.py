@@ -20,7 +20,7 @@ from atedm.lab.scores.fid import INCEPTION, fid_interval, file_features, open_ex
 from atedm.lab.scores.intervals import Interval, mean_interval, ratio_interval
 from atedm.lab.scores.pixels import distances, lpips_distances, lpips_model, read_pixels
 from atedm.tiny import weights_folder
-from atedm.tiny.classifier import ATTRIBUTES, judge, load_classifier
+from atedm.tiny.judge import ATTRIBUTES, JUDGE, judge, load_judge
 from atedm.tiny.scenes import CANVAS, Scene
 
 DISTANCE, ACCURACY, CLIP, FID, LPIPS = METRICS = ("distance", "accuracy", "clip", "fid", "lpips")
@@ -144,12 +144,12 @@ def score(
 
 
 def caption_accuracy(scenes: Sequence[Scene], images: Tensor) -> dict[str, tuple[list[int], list[int]]]:
-    """Judge (N, 3, 128, 128) uint8 images against the N scenes they were drawn from.
+    """Judge (N, 3, 256, 256) uint8 images against the N scenes they were drawn from.
 
     Returns:
         By attribute, and for `ALL` of them, how much of each caption is right and how much it asks for.
     """
-    reader = load_classifier(weights_folder() / "classifier.safetensors")
+    reader = load_judge(weights_folder() / JUDGE)
     seen = [scene for chunk in torch.split(images, 64) for scene in reader.read(chunk.float() / 255)]
     found = [judge(asked, got) for asked, got in zip(scenes, seen, strict=True)]
     table = {name: ([one.right[name] for one in found], [one.asked[name] for one in found]) for name in ATTRIBUTES}

@@ -1,8 +1,8 @@
 """Does a ranking find the objects, and do the kept tokens represent the others? Measured in dense runs.
 
 Three figures: whether a ranking puts tokens of objects before tokens of background (AUC: 1 always, 0.5 as often as not,
-0 never); how alike a dropped token is to the kept token most like it, which bounds what any copy can do; and how alike
-it is to the kept token that the attention map names.
+0 never), where the judge says what is an object; how alike a dropped token is to the kept token most like it, which
+bounds what any copy can do; and how alike it is to the kept token that the attention map names.
 """
 
 import math
@@ -25,16 +25,15 @@ from atedm.lab.tables import markdown_table
 from atedm.method.contract import View
 from atedm.method.keep import gather_tokens, keep_most_important
 from atedm.method.matching import match_by_features
-from atedm.tiny.scenes import BACKGROUNDS, COLOURS, Scene
+from atedm.tiny import weights_folder
+from atedm.tiny.judge import JUDGE, load_judge
+from atedm.tiny.scenes import Scene
 
 RANKINGS = (
     *("self-attention", "attention-received"),
     *(f"cross-attention-{mapping}" for mapping in ("entropy", "power", "soft-clip", "hard-clip")),
     *("uniform-random", "cells", "lattice", "facility-location", "representative"),
 )
-# How far light, texture and shadow take a colour: see `atedm.tiny.scenes.render`.
-_LIT = (0.8, 1.0, 1.2)
-_SHADED = (1.0, 0.86, 0.72, 0.6, 0.5)
 
 
 @dataclass(frozen=True)
@@ -89,18 +88,6 @@ class ObjectsReport:
         return markdown_table(["ranking", *(f"{names[what]}, level {level}" for what, level in columns)], rows)
 
 
-def object_mask(image: Tensor, scene: Scene) -> Tensor:
-    """Return (H, W) bool: pixels of an image (3, H, W) in [0, 1] nearer to an object's colour than the background's."""
-    objects = _shades([COLOURS[colour] for colour, _ in scene.objects], _LIT)
-    background = _shades([BACKGROUNDS[scene.background]], _SHADED)
-    nearest = torch.cdist(image.float().flatten(1).mT, torch.cat([objects, background])).argmin(-1)
-    return (nearest < len(objects)).reshape(image.shape[1:])
-
-
-def _shades(colours: Sequence[tuple[int, int, int]], factors: Sequence[float]) -> Tensor:
-    return torch.tensor([[min(c * factor / 255, 1.0) for c in colour] for colour in colours for factor in factors])
-
-
 def area_under_curve(importance: Tensor, is_object: Tensor) -> float:
     """Chance that a token of an object is more important than one of the background; ties count half.
 
@@ -129,6 +116,7 @@ def find_objects(
         ValueError: By `dense_spans` and `draw_dense`, or if nothing is dropped or a ranking is unknown.
     """
     spans = dense_spans(pipe)
+    judge = load_judge(weights_folder() / JUDGE)
     variants = {name: Variant(rank=name, map_mode="full") for name in rankings}
     values: defaultdict[tuple[str, int, str], list[tuple[float, float, float]]] = defaultdict(list)
     seen: dict[tuple[str, int, str], tuple[tuple[int, int], Tensor, float, float]] = {}
@@ -139,11 +127,10 @@ def find_objects(
 
     captions = [scene.caption for scene in scenes]
     watch = partial(first_layers_watched, spans, rank, rate)
-    for start, images in draw_dense(pipe, captions, drawing, watch, output_type="pt", progress=progress):
-        group = scenes[start : start + drawing.batch]
-        masks = torch.stack([object_mask(image.cpu(), scene) for image, scene in zip(images, group, strict=True)])
+    for _, images in draw_dense(pipe, captions, drawing, watch, output_type="pt", progress=progress):
+        maps = judge.object_maps(images).cpu()
         for key, (size, importance, best_match, attention_match) in seen.items():
-            is_object = functional.adaptive_avg_pool2d(masks.float(), size).flatten(1) > 0.5
+            is_object = functional.interpolate(maps.unsqueeze(1), size, mode="area").flatten(1) > 0.5
             for of_image, mask in zip(importance, is_object, strict=True):
                 if not math.isnan(auc := area_under_curve(of_image, mask)):
                     values[key].append((auc, best_match, attention_match))
