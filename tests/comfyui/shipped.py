@@ -1,8 +1,8 @@
 # ruff: noqa: I001
 """The model that ships, in ComfyUI's classes: the same weights in its layout.
 
-Two things its settings cannot say are set on the built model: ComfyUI's group norms have 32 groups, and it embeds sizes
-in 256 numbers; here they are 16 and 16.
+Its settings cannot say some things: 16 groups for 32 in norms, 2.5 times the channels on the second level, another width
+of heads on each level, and sizes embedded in 16 numbers for 256.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import engine  # noqa: F401 - brings up ComfyUI, so that what follows can be imported
 
+import comfy.ops
 import comfy.sample
 import comfy.supported_models
 import comfy.utils
+from comfy.ldm.modules.attention import CrossAttention
 from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
 
 import small
@@ -27,20 +29,44 @@ STEPS, GUIDANCE, SEED = 20, 3.0, 11
 PROMPT = "a butterfly above a rose in a green meadow"
 
 
+SIDE, LATENTS = 256, 64
+
+
+class Half(int):
+    """A number of halves, for a level whose channels are no whole multiple of the first one's."""
+
+    def __mul__(self, other: int) -> int:
+        """Multiply by so many halves."""
+        return int(self) * int(other) // 2
+
+    __rmul__ = __mul__
+
+
+class Operations(comfy.ops.disable_weight_init):
+    """ComfyUI's layers, with norms of 16 groups."""
+
+    class GroupNorm(comfy.ops.disable_weight_init.GroupNorm):
+        """As in the shipped U-Net."""
+
+        def __init__(self, num_groups: int, num_channels: int, **options: Any) -> None:
+            super().__init__(num_groups=16, num_channels=num_channels, **options)
+
+
 def model(unet: Any) -> Any:
     """Put the weights of the shipped U-Net into ComfyUI's."""
     width = unet.config.cross_attention_dim
     settings = {
-        "image_size": 32,
+        "image_size": LATENTS,
         "in_channels": 4,
         "out_channels": 4,
         "model_channels": 32,
         "num_res_blocks": [2, 2, 2],
-        "channel_mult": [1, 2, 3],
-        "transformer_depth": [0, 0, 2, 2, 4, 4],
-        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 4, 4, 4],
+        "channel_mult": [1, Half(5), 3],
+        "transformer_depth": [0, 0, 3, 3, 4, 4],
+        "transformer_depth_output": [0, 0, 0, 3, 3, 3, 4, 4, 4],
         "transformer_depth_middle": 4,
-        "num_head_channels": 32,
+        "num_heads": 1,  # the number is set below
+        "num_head_channels": -1,
         "context_dim": width,
         "adm_in_channels": unet.config.projection_class_embeddings_input_dim,
         "num_classes": "sequential",
@@ -54,13 +80,16 @@ def model(unet: Any) -> Any:
     names = comfy.utils.unet_to_diffusers(settings)
     weights = {names[name]: value.float() for name, value in unet.state_dict().items()}
     config.unet_config.update(settings)
+    config.custom_operations = Operations
     config.sampling_settings = {"beta_schedule": "linear", "linear_start": 0.00085, "linear_end": 0.012}
     # These two names say how the model was trained: v-prediction, zero terminal SNR.
     made = config.get_model({"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, device="cpu")
     made.diffusion_model.load_state_dict(weights)
+    heads = dict(zip(unet.config.block_out_channels, unet.config.attention_head_dim, strict=True))
     for module in made.diffusion_model.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.num_groups = unet.config.norm_num_groups
+        if isinstance(module, CrossAttention):
+            module.heads = heads[module.to_q.out_features]
+            module.dim_head = module.to_q.out_features // module.heads
     made.embedder = Timestep(unet.config.addition_time_embed_dim)
     return small.patcher(made)
 
@@ -70,14 +99,14 @@ def bring(prompt: str = PROMPT) -> Any:
     pipe = load_pipeline("tiny")
     pipe.set_progress_bar_config(disable=True)
     words, negative, pooled, negative_pooled = pipe.encode_prompt(prompt, device="cpu", num_images_per_prompt=1)
-    size = dict.fromkeys(("width", "height", "target_width", "target_height"), 128)
+    size = dict.fromkeys(("width", "height", "target_width", "target_height"), SIDE)
     pipe.scheduler.set_timesteps(STEPS)
     SHELF.update(
         shipped=model(pipe.unet),
         positive=[[words, {"pooled_output": pooled} | size]],
         negative=[[negative, {"pooled_output": negative_pooled} | size]],
         sigmas=pipe.scheduler.sigmas.clone(),
-        empty={"samples": torch.zeros(1, 4, 32, 32)},
+        empty={"samples": torch.zeros(1, 4, LATENTS, LATENTS)},
     )
     return pipe
 
@@ -99,7 +128,7 @@ def workflow(pruned: dict[str, Any] | None = None) -> dict[str, Any]:
 
 @torch.no_grad()
 def picture(pipe: Any, running: Any, prompt: dict[str, Any]) -> Tensor:
-    """Run a workflow, and decode what it sampled: (3, 128, 128) in [0, 1]."""
+    """Run a workflow, and decode what it sampled: (3, 256, 256) in [0, 1]."""
     latents = draw(running, prompt) * SHELF["shipped"].model.latent_format.scale_factor
     return decode(pipe, latents)
 
@@ -113,7 +142,7 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
 
 def in_diffusers(pipe: Any) -> Tensor:
     """The same picture, by diffusers."""
-    noise = comfy.sample.prepare_noise(torch.zeros(1, 4, 32, 32), SEED)
+    noise = comfy.sample.prepare_noise(torch.zeros(1, 4, LATENTS, LATENTS), SEED)
     latents: Tensor = pipe(
         PROMPT, latents=noise, num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="latent"
     ).images

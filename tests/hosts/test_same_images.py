@@ -54,6 +54,8 @@ def drawn(pipe: Any, method: str) -> np.ndarray:
         images = pipe(
             [scene.caption for scene in held_out_scenes(IMAGES)],
             num_inference_steps=STEPS,
+            width=SIDE,
+            height=SIDE,
             guidance_scale=3.0,
             generator=[torch.Generator().manual_seed(seed) for seed in range(IMAGES)],
         ).images

@@ -35,7 +35,7 @@ def test_exact_modes_agree_and_a_sample_the_better_the_more_there_is_of_it(pipe:
         "full": Variant(map_mode="full"),
         "blocked": Variant(map_mode="blocked"),
         "flash": Variant(map_mode="flash"),
-        "all": Variant(map_mode="sampled", sampled_rows=256),
+        "all": Variant(map_mode="sampled", sampled_rows=1024),
         "many": Variant(map_mode="sampled", sampled_rows=48),
         "few": Variant(map_mode="sampled", sampled_rows=8),
     }

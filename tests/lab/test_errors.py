@@ -20,6 +20,7 @@ from atedm.method.contract import Method
 from models import draw, sdxl_pipeline, sdxl_unet, snapshot
 
 PROMPTS = ["a duck", "a rose", "a frog"]
+SIZE: dict[str, Any] = {"width": 128, "height": 128}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_in_one_step_the_image_moves_by_what_a_pruned_run_is_off_by(
 def test_the_first_block_errs_as_it_does_in_a_pruned_run(tiny: Any) -> None:
     """Of the first block pruned and dense see the same features, so a pruned run shows its error."""
     method = Matched()
-    report = find_errors(tiny, PROMPTS[:1], {"x": method}, Drawing(steps=3, seed=2))
+    report = find_errors(tiny, PROMPTS[:1], {"x": method}, Drawing(steps=3, seed=2, **SIZE))
     name = next(iter(report.levels))
     block = tiny.unet.get_submodule(name)
     seen: list[Any] = []
@@ -61,7 +62,7 @@ def test_the_first_block_errs_as_it_does_in_a_pruned_run(tiny: Any) -> None:
         lambda _, args, kwargs, out: seen.append((args[0], out[0] if isinstance(out, tuple) else out.sample)),
         with_kwargs=True,
     )
-    options = {"prompt": PROMPTS[:1], "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent"}
+    options = {"prompt": PROMPTS[:1], "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent"} | SIZE
     try:
         tiny(**options, generator=[torch.Generator().manual_seed(2)])
         with atedm.pruned(tiny, method):
@@ -77,7 +78,7 @@ def test_the_first_block_errs_as_it_does_in_a_pruned_run(tiny: Any) -> None:
 
 def test_batches_make_no_difference_and_nothing_pruned_is_no_error(tiny: Any) -> None:
     methods: dict[str, Method] = {"none": AtEdm(rate=0.0), "matched": Matched()}
-    whole, parts = (find_errors(tiny, PROMPTS, methods, Drawing(steps=3, batch=batch)) for batch in (3, 2))
+    whole, parts = (find_errors(tiny, PROMPTS, methods, Drawing(steps=3, batch=batch, **SIZE)) for batch in (3, 2))
     assert whole.methods[0].blocks == {} or max(map(max, whole.methods[0].blocks.values())) == 0
     assert whole.methods[0].moved == (0.0, 0.0, 0.0)
     for a, b in zip(whole.methods, parts.methods, strict=True):

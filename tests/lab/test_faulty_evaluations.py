@@ -18,7 +18,7 @@ from faults import broken, command, faults, killed, largest_file, pictures, whol
 
 PROMPTS = read_prompts("scenes", 4, 0)
 METHODS = {name: method_by_name(name) for name in ("dense", "matched")}
-SHORT = ("--captions", 2, "--steps", 1, "--device", "cpu")
+SHORT = ("--captions", 2, "--steps", 1, "--size", "128x128", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def tiny() -> Any:
 
 def evaluated(pipe: Any, out: Path) -> list[dict[str, Any]]:
     """A short evaluation; its results."""
-    drawing = Drawing(steps=1, guidance=1.0, batch=2)
+    drawing = Drawing(steps=1, guidance=1.0, batch=2, width=128, height=128)
     results = evaluate(pipe, METHODS, PROMPTS, drawing, Metrics(names=("distance", "accuracy")), out)
     return [result.as_dict(results[0]) for result in results]
 

@@ -168,7 +168,7 @@ def test_ways_are_left_out_that_do_not_run_here() -> None:
     [
         (AtEdm(rank=lambda view: view.tokens[..., 0]), {}, "not those of"),
         (METHODS["matched"], {}, "not those of"),
-        (AtEdm(rate=0.001), {}, "no token is dropped"),
+        (AtEdm(rate=0.0003), {}, "no token is dropped"),
         (AtEdm(), {"steps": 0}, "steps must be"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The picture model's autoencoder: a factor-4 `AutoencoderTiny` with four latent channels, trained on scenes."""
+"""The shipped model's autoencoder: a factor-4 `AutoencoderTiny` with four latent channels, trained on scenes."""
 
 from __future__ import annotations
 

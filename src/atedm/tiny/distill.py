@@ -1,4 +1,4 @@
-"""Distil the picture model to few steps: a LoRA by latent consistency distillation (Luo et al., 2023, LCM-LoRA).
+"""Distil the model that ships to few steps: a LoRA by latent consistency distillation (Luo et al., 2023, LCM-LoRA).
 
     python -m atedm.tiny.distill RUN --images 100000 --canvas 128
 

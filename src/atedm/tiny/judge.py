@@ -1,4 +1,4 @@
-"""The judge of the picture model: a small network that reads a scene off a picture, and the score it gives."""
+"""The judge of the model that ships: a small network that reads a scene off a picture, and the score it gives."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _in_order(found: list[int], maps: Tensor, relation: str | None) -> list[int]
 class Reading(NamedTuple):
     """What a picture shows, as the judge reads it."""
 
-    #: In the order of the caption; the same name may come twice.
+    #: In the order of the caption, all different.
     objects: tuple[str, ...]
     relation: str | None
     size: str | None

@@ -1,4 +1,4 @@
-"""The picture model's words: a CLIP tokenizer learned from the captions and two small CLIP text encoders."""
+"""The shipped model's words: a CLIP tokenizer learned from the captions and two small CLIP text encoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train the picture model from nothing on a CPU or a GPU, in as many sittings as it takes.
+"""Train the model that ships from nothing on a CPU or a GPU, in as many sittings as it takes.
 
     python -m atedm.tiny.train RUN --images 95000 --canvas 128 --crop 64 --batch 16 --lr 1.5e-3
     python -m atedm.tiny.train RUN --images 300000 --canvas 256 --crop 128 --batch 24 --uses 6 --lr 1.3e-3
@@ -75,7 +75,7 @@ def train(
     start_from: Annotated[Path | None, typer.Option(help="Begin a new run with the weights of a pipeline.")] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile: starts at once, a fifth slower.")] = False,
 ) -> None:
-    """Train one sitting of the picture model."""
+    """Train one sitting of the model that ships."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Train the judge of the picture model on rendered scenes.
+"""Train the judge of the model that ships on rendered scenes.
 
 python -m atedm.tiny.train_judge RUN --minutes 30
 """

@@ -1,4 +1,4 @@
-"""The picture model as a diffusion transformer: SD3's class, small, trained as a rectified flow."""
+"""The shipped model as a diffusion transformer: SD3's class, small, trained as a rectified flow."""
 
 from __future__ import annotations
 

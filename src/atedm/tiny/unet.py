@@ -1,4 +1,4 @@
-"""The picture model's U-Net and noise schedule: SDXL's topology, small."""
+"""The shipped model's U-Net and noise schedule: SDXL's topology, small."""
 
 from __future__ import annotations
 
