@@ -1,8 +1,8 @@
 # ruff: noqa: I001
 """The model that ships, in ComfyUI's classes: the same weights in its layout.
 
-Its settings cannot say some things: 16 groups for 32 in norms, 2.5 times the channels on the second level, another width
-of heads on each level, and sizes embedded in 16 numbers for 256.
+Its settings cannot say some things: 16 groups for 32 in norms, 2.5 times the channels on the second level, another
+width of heads on each level, and sizes embedded in 16 numbers for 256.
 """
 
 from __future__ import annotations
