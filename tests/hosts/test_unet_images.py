@@ -21,6 +21,8 @@ from atedm.method.contract import Method
 from models import (
     EARLY,
     LATE,
+    TEXT_WIDTH,
+    WIDTH,
     distance,
     draw,
     inputs,
@@ -297,7 +299,11 @@ def test_what_is_perturbed_leaves_attention_that_counts_to_the_others(guidance_s
 
 def test_grounded_attention_takes_part() -> None:
     unet = sdxl_unet(attention_type="gated").double()
-    boxes = {"boxes": torch.rand(2, 4, 4), "masks": torch.ones(2, 4), "positive_embeddings": torch.randn(2, 4, 96)}
+    boxes = {
+        "boxes": torch.rand(2, 4, 4),
+        "masks": torch.ones(2, 4),
+        "positive_embeddings": torch.randn(2, 4, TEXT_WIDTH),
+    }
     boxes = {name: value.double() for name, value in boxes.items()}
     for module in unet.modules():
         if hasattr(module, "alpha_attn"):
@@ -318,7 +324,7 @@ def test_stable_diffusion_1_is_pruned_by_matched_pruning() -> None:
         vae=parts.vae,
         text_encoder=copy.deepcopy(parts.text_encoder),
         tokenizer=tokenizer(),
-        unet=sd1_unet(cross_attention_dim=48),
+        unet=sd1_unet(cross_attention_dim=WIDTH),
         scheduler=parts.scheduler,
         safety_checker=None,
         feature_extractor=None,

@@ -34,7 +34,7 @@ import atedm
 from atedm import AtEdm, Matched
 from atedm.hosts import diffusers_unet
 from atedm.hosts.attention import TRUSTED_PROCESSORS
-from models import inputs, run, sd1_unet, sdxl_pipeline, sdxl_unet, small_unet, tokenizer, watched
+from models import WIDTH, inputs, run, sd1_unet, sdxl_pipeline, sdxl_unet, small_unet, tokenizer, watched
 
 
 @pytest.fixture(autouse=True)
@@ -293,7 +293,7 @@ def test_self_attention_guidance_runs_and_is_that_of_a_dense_middle(method: str)
     """It stores the attention map of the middle block by place, and blurs the image there."""
     parts = sdxl_pipeline()
     unet = sd1_unet(
-        cross_attention_dim=48, down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",), sample_size=16
+        cross_attention_dim=WIDTH, down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",), sample_size=16
     )
     pipe: Any = StableDiffusionSAGPipeline(
         vae=parts.vae,

@@ -146,7 +146,7 @@ def test_fid_of_folders_feels_noise_and_a_changed_crowd(tmp_path: Path) -> None:
     }
     reference = of_folder(save(tmp_path / "clean", clean))
     distance = {name: fid(of_folder(save(tmp_path / name, images)), reference) for name, images in crowds.items()}
-    assert 1.5 * distance["same"] < distance["pink"], distance
+    assert 1.1 * distance["same"] < distance["pink"], distance
     assert 0.05 * distance["same"] < distance["noisy"] < distance["noisier"], distance
     assert fid(reference, reference) == pytest.approx(0, abs=1e-4)
 
