@@ -47,7 +47,7 @@ def test_pictures_are_those_of_diffusers(pipe: Any, case: str) -> None:
     else:
         with atedm.pruned(pipe, method):
             expected = shipped.in_diffusers(pipe)
-    # AT-EDM's image hangs on rounding: noise changed by a millionth gives one 23 dB away in diffusers, too.
+    # This image by AT-EDM hangs on rounding: noise changed by a millionth gives one 23 dB away in diffusers, too.
     assert distance(case, found, expected) > (20 if case == "AT-EDM" else 40)
 
 

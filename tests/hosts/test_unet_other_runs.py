@@ -57,9 +57,9 @@ def test_forward_mode_differentiation(method: Method, timestep: int | Tensor) ->
 
         slope = torch.func.jvp(step, (sample,), (direction,))[1]
         with torch.no_grad():
-            expected = (step(sample + 1e-7 * direction) - step(sample - 1e-7 * direction)) / 2e-7
+            expected = (step(sample + 1e-8 * direction) - step(sample - 1e-8 * direction)) / 2e-8
     # Where a token is on the edge of being kept, the difference quotient jumps; hardly any is.
-    assert (slope - expected).abs().median() < 1e-3 * expected.abs().median()
+    assert (slope - expected).abs().median() < 1e-4 * expected.abs().median()
 
 
 @METHODS

@@ -66,7 +66,7 @@ def test_the_pruned_model_comes_nearer_to_dense_on_a_prompt_it_did_not_see(train
         without = functional.mse_loss(latents(pipe), dense)
     with atedm.pruned(pipe, tuned.file):
         ours = functional.mse_loss(latents(pipe), dense)
-    assert ours < 0.9 * without
+    assert ours < 0.85 * without
     assert torch.equal(latents(pipe), dense)
 
 

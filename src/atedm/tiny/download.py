@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +22,10 @@ from atedm.tiny.rendering import Atlas
 
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 """MIT licence; pictures by Microsoft (Fluent Emoji, MIT). 15.8 MB, fetched for training and never shipped."""
+ObjectsArchive = Annotated[
+    Path | None, typer.Option("--objects-archive", help="The npm package of the objects; fetched by default.")
+]
+"""How a command is given the package."""
 _URL = "https://registry.npmjs.org/@lobehub/fluent-emoji-3d/-/fluent-emoji-3d-1.1.0.tgz"
 SHA256 = "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
 """Of the package's archive."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from diffusers import AutoencoderTiny
-from torch import Tensor, cat
+from torch import Tensor
 
 from atedm.tiny.autoencoder import rebuilt
 from atedm.tiny.rendering import Atlas, render
@@ -50,6 +51,6 @@ class SeenScenes:
 
     def _render(self) -> Seen:
         scenes = [sample_scene(self._rng) for _ in range(self._batch)]
-        images, masks = (rendered := render(scenes, self._atlas, self._rng)).images, rendered.masks
-        half = self._batch // 2
-        return Seen(scenes, cat([rebuilt(self._autoencoder, images[:half]), images[half:]]), masks)
+        rendered = render(scenes, self._atlas, self._rng)
+        through, as_they_are = rendered.images.tensor_split(2)
+        return Seen(scenes, torch.cat([rebuilt(self._autoencoder, through), as_they_are]), rendered.masks)

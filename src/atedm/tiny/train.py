@@ -34,7 +34,7 @@ from atedm.tiny.autoencoder import train_autoencoder
 from atedm.tiny.checkpoint import NAME, load_state, save_state
 from atedm.tiny.data import ScenePool
 from atedm.tiny.denoiser import load_parts
-from atedm.tiny.download import load_atlas
+from atedm.tiny.download import ObjectsArchive, load_atlas
 from atedm.tiny.models import TRANSFORMER, UNET, build_model
 from atedm.tiny.noise_paths import training_loss
 from atedm.tiny.optimizers import build_optimizers
@@ -66,9 +66,7 @@ def train(
     uses: Annotated[int, typer.Option(help="How often each is drawn; 1 on a GPU.")] = 4,
     autoencoder_minutes: Annotated[float, typer.Option(help="Training time of the autoencoder, if there is none.")] = 8,
     text_steps: Annotated[int, typer.Option(help="First lessons of the text encoders, on a new run.")] = 3000,
-    archive: Annotated[
-        Path | None, typer.Option("--objects-archive", help="The npm package of the objects; fetched by default.")
-    ] = None,
+    archive: ObjectsArchive = None,
     save_minutes: Annotated[float, typer.Option(help="How often a checkpoint is written.")] = 5,
     sample_minutes: Annotated[float, typer.Option(help="How often a sheet of samples is drawn; 0 is never.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of scenes, noise and weights.")] = 0,

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from atedm.files import written_whole
 from atedm.tiny.autoencoder import rebuilt
-from atedm.tiny.download import load_atlas
+from atedm.tiny.download import ObjectsArchive, load_atlas
 from atedm.tiny.rendering import Atlas, render
 from atedm.tiny.scenes import Scene, held_out_scenes
 from atedm.tiny.seen_scenes import SeenScenes
@@ -62,9 +62,7 @@ def train_clip(
     batch: Annotated[int, typer.Option(help="Scenes a step.")] = 64,
     uses: Annotated[int, typer.Option(help="How often a scene is used; 1 on a GPU.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of scenes and weights.")] = 0,
-    archive: Annotated[
-        Path | None, typer.Option("--objects-archive", help="The npm package of the objects; fetched by default.")
-    ] = None,
+    archive: ObjectsArchive = None,
 ) -> None:
     """Train on rendered scenes for a wall-clock time, from the last weights if there are any, and print how good it is.
 

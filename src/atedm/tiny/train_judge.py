@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from atedm.files import written_whole
 from atedm.tiny.autoencoder import rebuilt
-from atedm.tiny.download import load_atlas
+from atedm.tiny.download import ObjectsArchive, load_atlas
 from atedm.tiny.judge import HEADS, JUDGE, SceneReader, accuracy, judge, places_of, save_judge, targets_of
 from atedm.tiny.rendering import Atlas, render
 from atedm.tiny.scenes import held_out_scenes
@@ -36,9 +36,7 @@ def train_judge(
     uses: Annotated[int, typer.Option(help="How often a scene is used; 1 on a GPU.")] = 10,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Seed of scenes and weights.")] = 0,
-    archive: Annotated[
-        Path | None, typer.Option("--objects-archive", help="The npm package of the objects; fetched by default.")
-    ] = None,
+    archive: ObjectsArchive = None,
 ) -> None:
     """Train the judge for a wall-clock time, from its last weights if there are any, and print how well it reads.
 
