@@ -45,7 +45,7 @@ FOLDER = "lora"
 _LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 _OF_TEXT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2"]
 _LAYERS_OF = {UNET: ["proj_in", "proj_out"], TRANSFORMER: _OF_TEXT}
-_TEACHER_STEPS = 50
+_TEACHER_STEPS = 20
 """Times that the path of the teacher is cut into; a step of it leads from one to the next."""
 _AVERAGE_DECAY = 0.95
 
