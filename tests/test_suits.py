@@ -31,7 +31,9 @@ def test_models_for_few_steps_are_known_by_their_own_name(model: str, few: bool)
     assert (suits(model).steps, suits(model).guidance) == ((4, 0.0) if few else (50, 7.0))
 
 
-def test_the_method_is_one_for_all_and_the_tiny_model_knows_its_scenes() -> None:
+def test_the_method_is_one_for_all_and_the_shipped_models_know_their_scenes() -> None:
     assert {suits(model).method for model in ("tiny", "stabilityai/sdxl-turbo", "any")} == {DEFAULT}
     assert (suits("tiny").steps, suits("tiny").guidance) == (20, 3.0)
-    assert all(any(said in prompt for said in BACKGROUNDS.values()) for prompt in suits("tiny").prompts)
+    assert (suits("tiny-turbo").steps, suits("tiny-turbo").guidance) == (4, 0.0)
+    for prompts in (suits("tiny").prompts, suits("tiny-turbo").prompts):
+        assert all(any(said in prompt for said in BACKGROUNDS.values()) for prompt in prompts)

@@ -10,6 +10,9 @@ from atedm.method.presets import DEFAULT
 
 TINY = "tiny"
 """Name of the model that ships with the package."""
+TINY_TURBO = "tiny-turbo"
+"""Name of its sibling that draws in 4 steps."""
+SHIPPED = (TINY, TINY_TURBO)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def suits(model: str) -> Suits:
     if model == TINY:
         return Suits(DEFAULT, steps=20, guidance=3.0, prompts=_SCENES)
     if draws_in_few_steps(model):
-        return Suits(DEFAULT, steps=4, guidance=0.0, prompts=_PICTURES)
+        return Suits(DEFAULT, steps=4, guidance=0.0, prompts=_SCENES if model == TINY_TURBO else _PICTURES)
     if re.search(_TRANSFORMERS, _last_part(model), re.IGNORECASE):
         return Suits(DEFAULT, steps=28, guidance=4.0, prompts=_PICTURES)
     return Suits(DEFAULT, steps=50, guidance=7.0, prompts=_PICTURES)

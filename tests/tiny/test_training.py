@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
-from atedm.tiny.assemble import assemble, with_few_steps
+from atedm.tiny.assemble import assemble
 from atedm.tiny.autoencoder import build_autoencoder
 from atedm.tiny.checkpoint import save_state
 from atedm.tiny.data import crop_around_objects, tokenize
 from atedm.tiny.denoiser import Denoiser, text_of
 from atedm.tiny.distill import distill
 from atedm.tiny.download import load_atlas
+from atedm.tiny.few_steps import with_few_steps
 from atedm.tiny.layout import place_objects
 from atedm.tiny.noise_paths import FlowPath, NoisePath, VPath
 from atedm.tiny.objects import OBJECTS, with_article
@@ -243,9 +244,19 @@ def test_a_run_is_distilled_and_assembled_into_a_pipeline(run: Path, tmp_path: P
     pipe.set_progress_bar_config(disable=True)
     asked = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}
     many = pipe("a duck", **asked, generator=torch.manual_seed(0)).images
-    few = with_few_steps(pipe, tmp_path / "folder" / "lora")("a duck", **asked, guidance_scale=1.0).images
-    assert many.shape == few.shape == (1, 64, 64, 3)
-    assert np.isfinite(few).all()
+    lora = tmp_path / "folder" / "lora"
+    with pytest.raises(FileNotFoundError, match="no LoRA for few steps"):
+        with_few_steps(pipe, tmp_path)
+    by_peft = StableDiffusionXLPipeline.from_pretrained(tmp_path / "folder")
+    by_peft.load_lora_weights(lora)
+    by_peft.scheduler = with_few_steps(pipe, lora).scheduler
+    by_peft.set_progress_bar_config(disable=True)
+    ours, theirs = (
+        one("a duck", **asked, guidance_scale=1.0, generator=torch.manual_seed(0)).images for one in (pipe, by_peft)
+    )
+    assert many.shape == ours.shape == (1, 64, 64, 3)
+    assert np.abs(ours - many).max() > 0.01
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def test_a_transformer_trains_and_becomes_a_pipeline(run: Path, tmp_path: Path) -> None:

@@ -11,17 +11,19 @@ from safetensors import safe_open
 
 from atedm.app.devices import best_device, check_device, usual_dtype
 from atedm.costs.architectures import architecture
-from atedm.suits import TINY
+from atedm.suits import TINY, TINY_TURBO
 from atedm.tiny import weights_folder
+from atedm.tiny.few_steps import LORA, with_few_steps
 
-_WHAT_WORKS = "give 'tiny', a folder, a .safetensors file or a hub id"
+_WHAT_WORKS = "give 'tiny', 'tiny-turbo', a folder, a .safetensors file or a hub id"
 
 
 def load_pipeline(model: str = TINY, *, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
     """Open a text-to-image pipeline.
 
     Args:
-        model: "tiny" for the model that ships, a diffusers folder, a single ``.safetensors`` file, or a hub id such as
+        model: "tiny" for the model that ships, "tiny-turbo" for its sibling that draws in 4 steps, a diffusers folder,
+            a single ``.safetensors`` file, or a hub id such as
             "stabilityai/stable-diffusion-xl-base-1.0".
         device: Where to put it. By default CUDA, else MPS, else the CPU.
         dtype: By default float32 on the CPU and float16 elsewhere.
@@ -63,6 +65,9 @@ def quiet_libraries() -> None:
 def _open(model: str, dtype: torch.dtype) -> Any:
     if not model.strip():
         raise ValueError(f"the name of the model is empty; {_WHAT_WORKS}")
+    if model == TINY_TURBO:  # in float32, so that the LoRA is added without rounding
+        pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(weights_folder(), torch_dtype=torch.float32)
+        return with_few_steps(pipe, weights_folder() / LORA).to(dtype)
     if model == TINY:
         return diffusers.StableDiffusionXLPipeline.from_pretrained(weights_folder(), torch_dtype=dtype)
     if model.startswith("~"):

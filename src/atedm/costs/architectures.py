@@ -17,7 +17,7 @@ from atedm.costs.transformer_calls import PACKED, VIDEO, transformer_call, words
 from atedm.hosts.dit_families import FAMILIES
 from atedm.hosts.models import find_model
 from atedm.hosts.unet_spans import PRUNABLE
-from atedm.suits import TINY, suits
+from atedm.suits import SHIPPED, suits
 from atedm.tiny import weights_folder
 from atedm.words import check_name, is_whole
 
@@ -173,8 +173,8 @@ def architecture(model: Any) -> Architecture:
     """Find the U-Net that ``model`` names.
 
     Args:
-        model: One of "sdxl", "sdxl-turbo", "sd15", "sd21", "tiny"; a diffusers folder or a hub id, of which only the
-            configs are read; a pipeline, or a U-Net.
+        model: One of "sdxl", "sdxl-turbo", "sd15", "sd21", "tiny", "tiny-turbo"; a diffusers folder or a hub id,
+            of which only the configs are read; a pipeline, or a U-Net.
 
     Raises:
         FileNotFoundError: If a local folder is not there.
@@ -189,13 +189,13 @@ def architecture(model: Any) -> Architecture:
         config = json.loads((_CONFIGS / known.config).read_text())
         words = words_of(config["_class_name"]) if config.get("_class_name") in FAMILIES else WORDS
         return Architecture(name, config, (known.side, known.side), 8, known.guidance, words)
-    folder = weights_folder() if name == TINY else Path(name).expanduser()
+    folder = weights_folder() if name in SHIPPED else Path(name).expanduser()
     if folder.is_dir():
         return _of_folder(name, folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"no folder {name!r}")
     if "/" not in name:
-        check_name("model", name, [*NAMED, TINY])
+        check_name("model", name, [*NAMED, *SHIPPED])
     return _of_hub(name)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from atedm.app.devices import best_device, processor_of, usual_dtype, versions
 from atedm.costs.architectures import architecture
-from atedm.suits import TINY, suits
+from atedm.suits import SHIPPED, suits
 from atedm.words import check_whole
 
 
@@ -83,7 +83,7 @@ class Setup:
         """Whether the weights are at hand: of the model that ships, of a file, or of a folder that holds them."""
         folder = Path(self.model).expanduser()
         return (
-            self.model == TINY
+            self.model in SHIPPED
             or folder.is_file()
             or any(any((folder / part).glob("*.safetensors")) for part in ("unet", "transformer"))
         )

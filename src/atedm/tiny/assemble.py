@@ -10,20 +10,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from diffusers import DiffusionPipeline
 
-from atedm.tiny.distill import FOLDER as LORA
-from atedm.tiny.distill import build_few_step_scheduler
+from atedm.tiny.few_steps import LORA
 from atedm.tiny.judge import JUDGE
 from atedm.tiny.pipeline import open_run, save_half
 from atedm.tiny.train_clip import CLIP
-
-
-def with_few_steps(pipe: DiffusionPipeline, lora: Path) -> DiffusionPipeline:
-    """Make a pipeline its few-step sibling: the LoRA in ``lora``, and the sampler that goes with it."""
-    pipe.load_lora_weights(lora)
-    pipe.scheduler = build_few_step_scheduler(transformer=hasattr(pipe, "transformer"))
-    return pipe
 
 
 def assemble(

@@ -4,7 +4,8 @@
 
 The teacher is the run's averaged model under guidance, which the student learns to do without. At a noisy time the
 student says what the picture is; one step of the teacher along its path leads to a less noisy time, where the student
-must say the same. The LoRA opens by ``pipe.load_lora_weights`` and draws in four steps by `build_few_step_scheduler`.
+must say the same. The LoRA opens by ``pipe.load_lora_weights`` and draws in four steps by the sampler of
+`atedm.tiny.few_steps`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import (
-    AutoencoderTiny,
-    FlowMatchLCMScheduler,
-    LCMScheduler,
-    SchedulerMixin,
-    StableDiffusion3Pipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import AutoencoderTiny, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,34 +28,23 @@ from atedm.files import written_whole
 from atedm.tiny.checkpoint import averaged_weights, denoiser_of
 from atedm.tiny.data import ScenePool
 from atedm.tiny.download import load_atlas
+from atedm.tiny.few_steps import LORA, TEACHER_STEPS
 from atedm.tiny.models import TRANSFORMER, UNET, build_model
 from atedm.tiny.noise_paths import NoisePath
 from atedm.tiny.scenes import CANVAS
-from atedm.tiny.transformer import SHIFT
-from atedm.tiny.unet import build_scheduler
 
 STATE = "distillation.safetensors"
-FOLDER = "lora"
 _LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 _OF_TEXT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2"]
 _LAYERS_OF = {UNET: ["proj_in", "proj_out"], TRANSFORMER: _OF_TEXT}
-_TEACHER_STEPS = 20
-"""Times that the path of the teacher is cut into; a step of it leads from one to the next."""
 _AVERAGE_DECAY = 0.95
-
-
-def build_few_step_scheduler(transformer: bool = False) -> SchedulerMixin:
-    """Build the sampler of a distilled model."""
-    if transformer:
-        return FlowMatchLCMScheduler(shift=SHIFT)
-    config = {**build_scheduler().config, "original_inference_steps": _TEACHER_STEPS, "timestep_spacing": "leading"}
-    return LCMScheduler.from_config(config)
 
 
 def distill(
     run: Annotated[Path, typer.Argument(help="Folder of a training run; the LoRA goes to its folder 'lora'.")],
     images: Annotated[int, typer.Option(help="Stop after so many images, earlier sittings counted.")],
     canvas: Annotated[int, typer.Option(help="Pixels a side.")] = CANVAS,
+    crop: Annotated[int | None, typer.Option(help="Learn squares around an object, of so many pixels a side.")] = None,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 16,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-4,
@@ -91,14 +74,21 @@ def distill(
     seen = _resume(run, learning, averaged)
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     scenes = ScenePool(
-        load_atlas(run / "objects").to(device), autoencoder, tokenizer, canvas, size=pool, uses=uses, seed=seed + seen
+        load_atlas(run / "objects").to(device),
+        autoencoder,
+        tokenizer,
+        canvas,
+        size=pool,
+        uses=uses,
+        seed=seed + seen,
+        crop=crop,
     )
-    times = path.grid(_TEACHER_STEPS)
+    times = path.grid(TEACHER_STEPS)
     began, shown, saved, steps, total = *([time.monotonic()] * 3), 0, 0.0
     while seen < images:
         torch.manual_seed(hash((seed, seen)) % 2**31)
         clean, ids, sizes = scenes.draw(batch)
-        later = torch.randint(1, _TEACHER_STEPS + 1, (batch,), device=device)
+        later = torch.randint(1, TEACHER_STEPS + 1, (batch,), device=device)
         t, before = times[later], times[later - 1]
         noisy = path.noised(clean, torch.randn_like(clean), t)
         keep = torch.ones(batch, device=device)
@@ -162,7 +152,7 @@ def _save(run: Path, learning: Any, average: Any, seen: int, part: str) -> None:
         save_file({name: value.contiguous() for name, value in tensors.items()} | {"seen": torch.tensor(seen)}, partial)
     kind = StableDiffusion3Pipeline if part == TRANSFORMER else StableDiffusionXLPipeline
     layers = {name: value.half() for name, value in averaged.items()}
-    kind.save_lora_weights(run / FOLDER, **{f"{part}_lora_layers": layers})
+    kind.save_lora_weights(run / LORA, **{f"{part}_lora_layers": layers})
 
 
 def _resume(run: Path, learning: Any, average: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from atedm.suits import TINY
+from atedm.suits import SHIPPED
 from atedm.tiny.scenes import sample_scene
 
 PICTURES = (
@@ -30,9 +30,9 @@ PICTURES = (
 def tuning_prompts(model: str, count: int) -> list[str]:
     """Return the first ``count`` prompts of the set that suits a model; they repeat where it holds fewer.
 
-    For the model that ships these are scenes that its held-out captions, which judge a plan, do not hold.
+    For the models that ship these are scenes that its held-out captions, which judge a plan, do not hold.
     """
-    if model == TINY:
+    if model in SHIPPED:
         rng = np.random.default_rng([0, 78])
         return [sample_scene(rng, held_out=False).caption for _ in range(count)]
     return [PICTURES[index % len(PICTURES)] for index in range(count)]

@@ -4,7 +4,6 @@ import html
 
 from atedm.app.request import ImageResult
 from atedm.plans.plan import Plan
-from atedm.suits import TINY
 from atedm.web.job import StepDone
 
 
@@ -43,6 +42,5 @@ def figures(result: ImageResult, cost: int) -> str:
 
 def hint(model: str, plan: Plan | None = None) -> str:
     """Return what to do first, and what a plan does if it is chosen."""
-    small = " It is so small that pruning saves arithmetic but no time." if model == TINY else ""
     planned = "" if plan is None else f" The plan: {plan.what()}, whatever the steps below say."
-    return message(f"Press Draw, or Enter in the prompt. The model is {model}.{small}{planned}")
+    return message(f"Press Draw, or Enter in the prompt. The model is {model}.{planned}")
