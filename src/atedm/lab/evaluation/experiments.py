@@ -68,7 +68,7 @@ def _pareto() -> dict[str, str]:
 
 
 def _few_steps() -> dict[str, str]:
-    """Four steps leave two costs to fewer steps; the other methods are solved for four. "turbo" reaches no such cost."""
+    """Four steps leave two costs to fewer steps; the others are solved for four. "turbo" reaches no such cost."""
     methods = {"dense": "dense", "turbo": "turbo"} | _each("dense[cost={}]", (0.75, 0.5), "fewer steps {}")
     for cost in (0.85, 0.75, 0.6, 0.5):
         methods[f"AT-EDM {cost}"] = f"paper[schedule=constant,cost={cost}]"
