@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import zlib
@@ -22,7 +23,7 @@ from atedm.lab.scores.clip_score import TINY_CLIP, clip_scores, image_features, 
 from atedm.tiny import weights_folder
 from atedm.tiny.objects import OBJECTS
 from atedm.tiny.scenes import BACKGROUNDS, Scene, sample_scene
-from atedm.tiny.train_clip import CLIP, train_clip
+from atedm.tiny.train_clip import CLIP, check, train_clip
 from atedm.tiny.wrong_captions import KINDS, changed
 from painted_objects import keep_discs
 from rendered_scenes import rendered_scenes
@@ -204,25 +205,37 @@ def test_without_open_clip_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
         open_clip_model(TINY_CLIP)
 
 
-def test_training_goes_on_and_reads_no_held_out_caption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_goes_on_reads_no_held_out_caption_and_says_how_good_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     read: list[str] = []
+    taught: list[str] = []
     real = open_clip.get_tokenizer
 
     def listening(name: str) -> Any:
         tokenizer = real(name)
         return lambda texts: read.extend(texts) or tokenizer(texts)
 
+    def checked(*where: Any) -> dict[str, float]:  # whose captions are held-out ones
+        taught.extend(read)
+        shares = check(*where)
+        read.clear()
+        return shares
+
     keep_discs(tmp_path / "objects")
     for part in ("vae", "tokenizer"):
         shutil.copytree(weights_folder() / part, tmp_path / part)
     monkeypatch.setattr(open_clip, "get_tokenizer", listening)
-    monkeypatch.setattr("atedm.tiny.train_clip.check", lambda *_: {})
+    monkeypatch.setattr("atedm.tiny.train_clip._CHECKED", 16)
+    monkeypatch.setattr("atedm.tiny.train_clip.check", checked)
     weights = []
     for _ in range(2):
         train_clip(tmp_path, minutes=0.02, batch=8, uses=10, seed=0, archive=None)
         weights.append(load_file(tmp_path / CLIP / "open_clip_model.safetensors"))
     assert any(not torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
     assert weights[0]["token_embedding.weight"].sub(weights[1]["token_embedding.weight"]).abs().mean() < 0.01
-    assert len(read) % (8 * (1 + len(KINDS))) == 0
-    assert len(read) > 8
-    assert not [text for text in read if zlib.crc32(text.encode()) % 20 == 0]  # what Scene.held_out is
+    tried = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(r"through the autoencoder .*relation 0\.\d{3}.*1 in 100 0\.\d{3}", tried), tried
+    assert len(taught) > 8
+    assert len(taught) % (8 * (1 + len(KINDS))) == 0
+    assert not [text for text in taught if zlib.crc32(text.encode()) % 20 == 0]  # what Scene.held_out is

@@ -1,6 +1,7 @@
 """The scenes, and that training resumes and gives pipelines. The real objects are fetched for training only."""
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from atedm.tiny.denoiser import Denoiser, text_of
 from atedm.tiny.distill import distill
 from atedm.tiny.download import load_atlas
 from atedm.tiny.few_steps import with_few_steps
+from atedm.tiny.judge import JUDGE
 from atedm.tiny.layout import place_objects
 from atedm.tiny.noise_paths import FlowPath, NoisePath, VPath
 from atedm.tiny.objects import OBJECTS, with_article
@@ -33,6 +35,7 @@ from atedm.tiny.scenes import BACKGROUNDS, RELATIONS, Scene, held_out_scenes, sa
 from atedm.tiny.text import TOKENS, build_text_encoders, build_tokenizer
 from atedm.tiny.text_lessons import last_tokens, teach_text_encoders
 from atedm.tiny.train import train
+from atedm.tiny.train_judge import train_judge
 from atedm.tiny.transformer import CaptionOnlySD3Pipeline
 from atedm.tiny.unet import build_unet
 from painted_objects import discs, keep_discs
@@ -257,6 +260,21 @@ def test_a_run_is_distilled_and_assembled_into_a_pipeline(run: Path, tmp_path: P
     assert many.shape == ours.shape == (1, 64, 64, 3)
     assert np.abs(ours - many).max() > 0.01
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_judge_is_trained_goes_on_and_says_how_well_it_reads(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("atedm.tiny.train_judge._CHECKED", 8)
+    weights = []
+    for _ in range(2):
+        train_judge(run, minutes=0.02, batch=4, uses=10, lr=1e-3, seed=0, archive=None)
+        weights.append(load_file(run / JUDGE))
+    assert weights[0].keys() == weights[1].keys()
+    assert any(not torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    tried = capsys.readouterr().out.splitlines()[-2:]
+    for what, line in zip(("rendered", "through the autoencoder"), tried, strict=True):
+        assert re.fullmatch(rf"{what} count [\d.]+%, object [\d.]+%, .*all [\d.]+%", line), line
 
 
 def test_a_transformer_trains_and_becomes_a_pipeline(run: Path, tmp_path: Path) -> None:

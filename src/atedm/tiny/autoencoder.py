@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -31,9 +30,7 @@ def build_autoencoder() -> AutoencoderTiny:
     )
 
 
-def train_autoencoder(
-    atlas: Atlas, seconds: float, *, batch: int = 16, seed: int = 0, report: Callable[[str], None] = print
-) -> AutoencoderTiny:
+def train_autoencoder(atlas: Atlas, seconds: float, *, batch: int = 16, seed: int = 0) -> AutoencoderTiny:
     """Train the autoencoder for a wall-clock time and scale its latents to unit variance.
 
     Args:
@@ -41,7 +38,6 @@ def train_autoencoder(
         seconds: Training time.
         batch: 64 px crops a step.
         seed: Of scenes, noise and weights.
-        report: Told of progress now and then.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
@@ -54,42 +50,18 @@ def train_autoencoder(
             pools[turn] = torch.cat([pools[turn][len(fresh) :], fresh])
         return random_crops(pools[step % 2], batch, rng)
 
-    model = fit(crops, seconds, noise=(0.07, 0.01), report=report, device=atlas.device)
-    return scale_latents(model, pools[1][:256], report)
-
-
-def fit(
-    crops: Callable[[int], Tensor],
-    seconds: float,
-    *,
-    noise: tuple[float, float],
-    compiled: bool = True,
-    report: Callable[[str], None] = print,
-    device: torch.device | str = "cpu",
-) -> AutoencoderTiny:
-    """Train an autoencoder for a wall-clock time.
-
-    Noise is added to the latents while training, so that the decoder forgives the small errors a diffusion model makes.
-
-    Args:
-        crops: Gives the images (B, 3, h, w) in [0, 1] of a step.
-        seconds: Training time.
-        noise: Its standard deviation at the beginning and at the end.
-        compiled: A step takes half of the time on a CPU, once it is compiled.
-        report: Told of progress now and then.
-        device: Where to train.
-    """
-    device = torch.device(device)
-    model = build_autoencoder().train().to(device)
+    model = build_autoencoder().train().to(atlas.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-4)
-    encoder, decoder = (torch.compile(part, disable=not compiled) for part in (model.encoder, model.decoder))
+    # On a CPU a step takes half of the time once it is compiled.
+    encoder, decoder = torch.compile(model.encoder), torch.compile(model.decoder)
     start, step, shown = time.monotonic(), 0, 0.0
     while (spent := time.monotonic() - start) < seconds:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * spent / seconds)))
-        sigma = noise[0] + (noise[1] - noise[0]) * spent / seconds
+        # Noise on the latents, so that the decoder forgives the small errors that a diffusion model makes.
+        sigma = 0.07 - 0.06 * spent / seconds
         images = crops(step) * 2 - 1
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(atlas.device.type, torch.bfloat16):
             latents = encoder(images)  # type: ignore[no-untyped-call]
             decoded = decoder(latents + sigma * torch.randn_like(latents))  # type: ignore[no-untyped-call]
         decoded, latents = decoded.float(), latents.float()
@@ -104,17 +76,11 @@ def fit(
         if spent - shown > 15:
             shown = spent
             psnr = 10 * torch.log10(4 / functional.mse_loss(decoded.detach(), images))
-            report(f"autoencoder: {spent:.0f} s, step {step}, {psnr:.1f} dB, std {latents.std():.2f}")
-    report(f"autoencoder: done after {step} steps")
-    return model.eval()
-
-
-@torch.inference_mode()
-def scale_latents(model: AutoencoderTiny, images: Tensor, report: Callable[[str], None] = print) -> AutoencoderTiny:
-    """Fold the spread of the latents into ``config.scaling_factor``, where diffusers pipelines look for it."""
-    latents = torch.cat([model.encode(chunk * 2 - 1).latents for chunk in torch.split(images, 32)])
+            print(f"autoencoder: {spent:.0f} s, step {step}, {psnr:.1f} dB, std {latents.std():.2f}")
+    with torch.inference_mode():
+        latents = torch.cat([model.eval().encode(chunk * 2 - 1).latents for chunk in torch.split(pools[1][:256], 32)])
     model.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
-    report(f"autoencoder: scaling factor {model.config.scaling_factor}")
+    print(f"autoencoder: done after {step} steps, scaling factor {model.config.scaling_factor}")
     return model
 
 

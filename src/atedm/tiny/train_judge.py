@@ -27,6 +27,8 @@ from atedm.tiny.seen_scenes import SeenScenes
 
 _WEIGHT = 4.0
 """Of the places of an object in the loss, over those of nothing: there are six times as many of these."""
+_CHECKED = 512
+"""Held-out scenes that it is tried on after a sitting."""
 
 
 def train_judge(
@@ -88,13 +90,13 @@ def train_judge(
 
 
 def held_out_accuracy(
-    model: SceneReader, atlas: Atlas, autoencoder: AutoencoderTiny, through: bool, count: int = 512
+    model: SceneReader, atlas: Atlas, autoencoder: AutoencoderTiny, through: bool
 ) -> dict[str, float]:
     """Share of what held-out scenes show that the judge reads right: see `accuracy`."""
     rng = np.random.default_rng(5)
     judgements = []
-    for start in range(0, count, 32):
-        scenes = held_out_scenes(count, 5)[start : start + 32]
+    for start in range(0, _CHECKED, 32):
+        scenes = held_out_scenes(_CHECKED, 5)[start : start + 32]
         images = render(scenes, atlas, rng).images
         images = rebuilt(autoencoder, images) if through else images
         judgements += [judge(scene, seen) for scene, seen in zip(scenes, model.read(images), strict=True)]
