@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import atedm
-from atedm.method.contract import Method, Place
+from atedm.method.contract import Memory, Method, Place
 from atedm.method.early_strength import EarlyStrength
 from views import view_of
 
@@ -47,3 +47,12 @@ def test_it_drops_as_the_method_does() -> None:
     plain, gentle = (method.drop(view_of()) for method in (atedm.Matched(), EarlyStrength(atedm.Matched(), 0.5)))
     assert torch.equal(plain.keep, gentle.keep)
     assert torch.equal(plain.tokens, gentle.tokens)
+
+
+def test_it_remembers_dense_steps_as_the_method_does() -> None:
+    memory, none = Memory(), Memory()
+    before = torch.randn(1, 4, 2, generator=torch.Generator().manual_seed(0))
+    EarlyStrength(atedm.Matched(), 0.0).remember_dense(before, 3 * before, memory)
+    torch.testing.assert_close(memory.last, 2 * before)
+    EarlyStrength(atedm.AtEdm(), 0.0).remember_dense(before, 3 * before, none)
+    assert not none.is_new

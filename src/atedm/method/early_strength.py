@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from atedm.method.contract import Cut, Method, Place, View
+from torch import Tensor
+
+from atedm.method.contract import Cut, Memory, Method, Place, View
 from atedm.method.schedule import Early
 from atedm.words import check_share
 
@@ -71,6 +73,11 @@ class EarlyStrength:
     def drop(self, view: View) -> Cut:
         """As the method: how many stay is in the view."""
         return self.method.drop(view)
+
+    def remember_dense(self, before: Tensor, after: Tensor, memory: Memory) -> None:
+        """As the method, if it remembers steps that drop nothing; (B, N, C) before and after."""
+        if remember := getattr(self.method, "remember_dense", None):
+            remember(before, after, memory)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings of the method, with those of the early steps."""

@@ -3,7 +3,7 @@
     python -m atedm.tiny.distill RUN --images 100000 --canvas 128
 
 The teacher is the run's averaged model under guidance, which the student learns to do without. At a noisy time the
-student says what the picture is; one step of the teacher along its path leads to a less noisy time, where the student
+student says what the picture is; some steps of the teacher along its path lead to a less noisy time, where the student
 must say the same. The LoRA opens by ``pipe.load_lora_weights`` and draws in four steps by the sampler of
 `atedm.tiny.few_steps`.
 """
@@ -37,6 +37,9 @@ STATE = "distillation.safetensors"
 _LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 _OF_TEXT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2"]
 _LAYERS_OF = {UNET: ["proj_in", "proj_out"], TRANSFORMER: _OF_TEXT}
+_HOP = 5
+"""Steps of the teacher from a time to the one where the student must say the same: as far as one of four steps.
+Single steps need many times as long, because what is right at the clean end has to pass through all of them."""
 _AVERAGE_DECAY = 0.95
 
 
@@ -89,16 +92,18 @@ def distill(
         torch.manual_seed(hash((seed, seen)) % 2**31)
         clean, ids, sizes = scenes.draw(batch)
         later = torch.randint(1, TEACHER_STEPS + 1, (batch,), device=device)
-        t, before = times[later], times[later - 1]
+        t = times[later]
         noisy = path.noised(clean, torch.randn_like(clean), t)
         keep = torch.ones(batch, device=device)
         with torch.autocast(device.type, torch.bfloat16):
             said, _ = path.read(noisy, student(noisy, t, ids, keep, sizes).float(), t)
             with torch.no_grad():
-                nearer = _teacher_step(teacher, noisy, t, before, ids, path, sizes, guidance)
-                again = before.clamp_min(0)
-                expected, _ = path.read(nearer, target(nearer, again, ids, keep, sizes).float(), before)
-                expected = torch.where((later == 1)[:, None, None, None], nearer, expected)
+                nearer = noisy
+                for step in range(_HOP):  # from -1, the clean picture, a step leads nowhere
+                    start, end = (times[(later - n).clamp_min(0)] for n in (step, step + 1))
+                    nearer = _teacher_step(teacher, nearer, start, end, ids, path, sizes, guidance)
+                expected, _ = path.read(nearer, target(nearer, end.clamp_min(0), ids, keep, sizes).float(), end)
+                expected = torch.where((later <= _HOP)[:, None, None, None], nearer, expected)
         loss = functional.huber_loss(said, expected, delta=0.1)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -133,7 +138,8 @@ def _teacher_step(
     """One guided DDIM (of a flow: Euler) step from ``t`` to ``before``."""
     count = len(noisy)
     keep = torch.cat([torch.zeros(count), torch.ones(count)]).to(noisy.device)
-    both = teacher(noisy.repeat(2, 1, 1, 1), t.repeat(2), ids.repeat(2, 1), keep, sizes.repeat(2, 1)).float()
+    twice = t.clamp_min(0).repeat(2)
+    both = teacher(noisy.repeat(2, 1, 1, 1), twice, ids.repeat(2, 1), keep, sizes.repeat(2, 1)).float()
     without, with_caption = both.chunk(2)
     picture, noise = path.read(noisy, without + scale * (with_caption - without), t)
     return path.noised(picture, noise, before)
