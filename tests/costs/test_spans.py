@@ -29,7 +29,7 @@ from atedm.costs.spans import (
     span_shape,
     step_macs,
 )
-from atedm.costs.tome import LEVELS, MERGES, ToMe, tome_macs, tome_mean_macs, tome_step_macs
+from atedm.costs.tome import LEVELS, MERGES, ToMe
 from atedm.hosts.unet_spans import find_spans
 from atedm.lab.ablation import Variant, variant_of
 from atedm.lab.ablation.settings import PLACES
@@ -177,8 +177,8 @@ def test_tome_costs_what_torch_counts_on_the_real_one(
     shapes = shapes_at(unet, size)
     counted = of_spans(unet, counter)
     tome = ToMe(ratio, merge, levels)
-    assert {s.place.name: 2 * tome_macs(s, tome).exact for s in shapes} == counted
-    assert 2 * tome_step_macs(shapes, tome).exact == sum(counted.values())
+    assert {s.place.name: 2 * span_macs(s, tome).exact for s in shapes} == counted
+    assert 2 * step_macs(shapes, tome).exact == sum(counted.values())
 
 
 def test_tome_with_the_papers_schedule_spares_blocks_early_and_leaves_no_trace() -> None:
@@ -188,11 +188,11 @@ def test_tome_with_the_papers_schedule_spares_blocks_early_and_leaves_no_trace()
     with Merging(tome).applied(SimpleNamespace(unet=unet)):
         for timestep, early in ((EARLY, True), (LATE, False)):
             counted = of_spans(unet, count(unet, timestep, inputs(unet, batch=2, words=WORDS)))
-            assert 2 * tome_step_macs(shapes, tome, early).exact == sum(counted.values())
+            assert 2 * step_macs(shapes, tome, early=early).exact == sum(counted.values())
     assert snapshot(unet) == before
-    less, normal = (tome_step_macs(shapes, tome, kind).exact for kind in (True, False))
-    assert tome_mean_macs(shapes, tome, 50) == pytest.approx(0.3 * less + 0.7 * normal)
-    assert tome_mean_macs(shapes, ToMe(0.5), 50) == normal < less
+    less, normal = (step_macs(shapes, tome, early=kind).exact for kind in (True, False))
+    assert mean_macs(shapes, tome, 50) == pytest.approx(0.3 * less + 0.7 * normal)
+    assert mean_macs(shapes, ToMe(0.5), 50) == normal < less
 
 
 def test_tome_draws_the_same_destinations_from_the_same_seed() -> None:
@@ -233,7 +233,6 @@ def test_a_run_is_its_early_and_its_normal_steps(convention: str) -> None:
     mirror = replace(variant_of(method), schedule="prune-more-early")
     expected = 0.3 * normal.by(convention) + 0.7 * early.by(convention)
     assert mean_macs(blocks, mirror, 50, convention) == pytest.approx(expected)
-    assert mean_macs(blocks, None, 50, convention) == 2 * span_macs(blocks[0]).by(convention)
 
 
 def test_a_choice_that_lasts_is_paid_for_when_it_is_made() -> None:

@@ -21,11 +21,12 @@ from atedm.method.presets import METHODS
 from atedm.plans.fingerprint import fingerprint
 from atedm.plans.plan import Cache, Plan, read_plan
 from atedm.tiny.scenes import held_out_scenes
-from atedm.tuning.costs import Arithmetic, Times, most_steps
+from atedm.tuning.costs import Arithmetic
 from atedm.tuning.page import pareto
 from atedm.tuning.prompts import tuning_prompts
 from atedm.tuning.search import Tried
 from atedm.tuning.space import OWN, OutOfSpace, Space
+from atedm.tuning.timing import Times
 from models import sdxl_pipeline, sdxl_unet
 
 SMALL: dict[str, Any] = {"of": "arithmetic", "steps": 5, "prompts": ["a duck", "a castle"], "model": "tiny"}
@@ -120,11 +121,6 @@ def test_times_are_added_up_and_read_back(arithmetic: Arithmetic, dense: Plan) -
     plan = dataclasses.replace(dense, steps=6, method=matched, cache=Cache(4))
     assert times.share(plan, 8) == pytest.approx((1 + 4 * 1.25 + 2 * 0.25) / (1 + 8 * 2))
     assert Times.from_dict(arithmetic, json.loads(json.dumps(times.as_dict()))) == times
-
-
-def test_the_most_steps_that_fit() -> None:
-    for most in range(6):
-        assert most_steps(lambda n, most=most: n <= most, 5) == most  # type: ignore[misc]
 
 
 def test_the_front_holds_what_nothing_is_both_cheaper_and_nearer_than(dense: Plan) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +27,11 @@ WORDS = 77
 """Text tokens assumed where a model does not say; the share they have is small."""
 
 
-@dataclass(frozen=True)
-class Named:
-    """A model whose config ships with the package."""
-
-    config: str
-    #: Pixels a side it was trained for.
-    side: int
-    #: Whether it is run with guidance, two calls of the model an image.
-    guidance: bool = True
-
-
-NAMED = {
-    "sdxl": Named("sdxl.json", 1024),
-    "sdxl-turbo": Named("sdxl.json", 512, guidance=False),
-    "sd15": Named("sd15.json", 512),
-    "sd21": Named("sd21.json", 768),
-    "flux": Named("flux.json", 1024, guidance=False),
-    "sd35-large": Named("sd35-large.json", 1024),
-    "sd35-medium": Named("sd35-medium.json", 1024),
-    "qwen-image": Named("qwen-image.json", 1024),
-    "z-image": Named("z-image.json", 1024, guidance=False),
-    "pixart-sigma": Named("pixart-sigma.json", 1024),
-}
+NAMED = (
+    *("sdxl", "sdxl-turbo", "sd15", "sd21"),
+    *("flux", "sd35-large", "sd35-medium", "qwen-image", "z-image", "pixart-sigma"),
+)
+"""Models whose configs ship with the package."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +78,11 @@ class Architecture:
             ValueError: As `latents`, or if a side is odd in latents.
         """
         height, width = self.latents(size)
-        patch = patch_of(self.config)
+        patch = self.config.get("patch_size", 2)
+        if self.config["_class_name"] in PACKED:  # 2 x 2 latents make a token before the model
+            patch = 2
+        elif not isinstance(patch, int):
+            patch = patch[-1]
         if height % patch or width % patch:
             raise ValueError(f"sides must be multiples of {patch * self.factor} pixels for {self.name}")
         return height // patch, width // patch
@@ -121,18 +107,16 @@ class Architecture:
         *,
         device: torch.device | str = "meta",
         dtype: torch.dtype = torch.float32,
-        seed: int = 0,
     ) -> dict[str, Any]:
-        """Return the arguments of one call: noise, drawn from ``seed``. Those of a U-Net lack the timestep.
+        """Return the arguments of one call: noise, always the same. Those of a U-Net lack the timestep.
 
         Args:
             size: (width, height) in pixels; by default what the model was trained for.
             batch: Images, those of guidance counted.
             device: Where to put them; on the meta device they have sizes only.
             dtype: Any floating dtype.
-            seed: Of the noise.
         """
-        generator = None if torch.device(device).type == "meta" else torch.Generator("cpu").manual_seed(seed)
+        generator = None if torch.device(device).type == "meta" else torch.Generator("cpu").manual_seed(0)
 
         def noise(*shape: int) -> Tensor:
             if generator is None:
@@ -170,25 +154,23 @@ def run_once(unet: Any, call: Mapping[str, Any], timestep: int) -> Any:
 
 
 def architecture(model: Any) -> Architecture:
-    """Find the U-Net that ``model`` names.
+    """Find the U-Net or the transformer that ``model`` names.
 
     Args:
-        model: One of "sdxl", "sdxl-turbo", "sd15", "sd21", "tiny", "tiny-turbo"; a diffusers folder or a hub id,
-            of which only the configs are read; a pipeline, or a U-Net.
+        model: One of `NAMED`, "tiny" or "tiny-turbo"; a diffusers folder or a hub id, of which only the configs are read;
+            a pipeline, or a model.
 
     Raises:
         FileNotFoundError: If a local folder is not there.
-        TypeError: If a pipeline has no U-Net.
-        ValueError: If the name is unknown or there is no U-Net config.
+        TypeError: If a pipeline has no such model.
+        ValueError: If the name is unknown or there is no config of such a model.
     """
     if not isinstance(model, str | Path):
         return _of_object(model)
     name = str(model)
     if name in NAMED:
-        known = NAMED[name]
-        config = json.loads((_CONFIGS / known.config).read_text())
-        words = words_of(config["_class_name"]) if config.get("_class_name") in FAMILIES else WORDS
-        return Architecture(name, config, (known.side, known.side), 8, known.guidance, words)
+        found = _architecture(name, _read(_CONFIGS / f"{name}.json"), 8)
+        return replace(found, guidance=False) if name == "z-image" else found  # which is distilled to run without
     folder = weights_folder() if name in SHIPPED else Path(name).expanduser()
     if folder.is_dir():
         return _of_folder(name, folder)
@@ -257,13 +239,6 @@ def _architecture(name: str, config: dict[str, Any], factor: int, words: int = W
     height, width = (side, side) if isinstance(side, int) else side
     guidance = suits(name).guidance > 0 and not config.get("guidance_embeds")  # else it is in one call
     return Architecture(name, config, (width * factor, height * factor), factor, guidance, words)
-
-
-def patch_of(config: Mapping[str, Any]) -> int:
-    """Latents a side that one token of a transformer stands for. FLUX and its like pack 2 x 2 before the model."""
-    patch = config.get("patch_size", 2)
-    patch = patch if isinstance(patch, int) else patch[-1]
-    return 2 if config.get("_class_name") in PACKED else patch
 
 
 def _factor(vae: dict[str, Any]) -> int:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from atedm.costs.architectures import Architecture, architecture
-from atedm.costs.counting import count_dense
+from atedm.costs.counting import StageCost, count_dense
 from atedm.costs.spans import CONVENTIONS, SpanShape, mean_macs, span_shape, step_macs
-from atedm.costs.tome import ToMe, refuse_tome, tome_mean_macs
-from atedm.costs.transformers import profile_transformer
+from atedm.costs.tome import ToMe
+from atedm.costs.transformers import transformer_shapes
 from atedm.hosts.models import spans_of
 from atedm.hosts.unet_spans import choose_spans, find_spans
 from atedm.method.contract import Method
@@ -37,8 +37,15 @@ class Profile:
     """What the cost of a model at one size depends on, for one image."""
 
     shapes: tuple[SpanShape, ...]
-    #: MACs outside the spans.
-    rest: int
+    #: What is outside the spans.
+    stages: tuple[StageCost, ...]
+    #: MACs of a dense step, as torch counts them.
+    total: int
+
+    @functools.cached_property
+    def rest(self) -> int:
+        """MACs outside the spans."""
+        return sum(stage.resnet + stage.other for stage in self.stages)
 
     def dense(self, convention: str = "exact") -> float:
         """MACs of a dense step."""
@@ -46,9 +53,7 @@ class Profile:
 
     def mean(self, method: Method | ToMe, steps: int, convention: str = "exact") -> float:
         """Mean MACs of a step of a run with a method."""
-        refuse_tome(self.shapes, method)
-        of_spans = tome_mean_macs if isinstance(method, ToMe) else mean_macs
-        return self.rest + of_spans(self.shapes, method, steps, convention)  # type: ignore[arg-type]
+        return self.rest + mean_macs(self.shapes, method, steps, convention)
 
 
 def run_cost(model: Any, method: Method | ToMe, *, size: tuple[int, int] | None = None, steps: int = 50) -> float:
@@ -125,7 +130,7 @@ def fit_to_budget(
 
     def cost(value: float) -> float:
         at = dataclasses.replace(method, **{slider: value})  # type: ignore[type-var]
-        if of == "mean" or isinstance(at, ToMe):
+        if of == "mean":
             return profile.mean(at, steps, convention)
         return profile.rest + step_macs(profile.shapes, at).by(convention)
 
@@ -144,11 +149,16 @@ def _least(cost: Callable[[float], float], target: float, highest: float, what: 
         )
     if target == dense:
         return 0.0
+    return least_rate(lambda x: cost(x) <= target, highest, 60)
+
+
+def least_rate(fits: Callable[[float], bool], highest: float, halvings: int) -> float:
+    """Return the least x up to ``highest`` that ``fits``, as all larger ones do, rounded up to six digits."""
     low, high = 0.0, highest
-    for _ in range(60):
+    for _ in range(halvings):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(middle) > target else (low, middle)
-    return min(math.ceil(high * 1e6) / 1e6, highest)  # six digits are finer than one token of a million
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return min(math.ceil(high * 1e6) / 1e6, highest)  # finer than one token of a million
 
 
 def profile_of(arch: Architecture, size: tuple[int, int] | None = None) -> Profile:
@@ -160,9 +170,9 @@ def profile_of(arch: Architecture, size: tuple[int, int] | None = None) -> Profi
 @functools.lru_cache(maxsize=8)
 def _profile(config: str, grid: tuple[int, int], words: int) -> Profile:
     arch = Architecture("", json.loads(config), (grid[1], grid[0]), 1, False, words)
-    model = arch.on_meta()
     if arch.is_transformer:
-        counted = profile_transformer(model, arch.config, grid, words)
-        return Profile(counted.shapes, sum(counted.rest.values()))
-    shapes = tuple(span_shape(model, place, grid, words) for place, _ in find_spans(model).values())
-    return Profile(shapes, count_dense(arch).rest)
+        total, shapes, stages = transformer_shapes(arch.on_meta(), arch.config, grid, words)
+        return Profile(shapes, stages, total)
+    model, counted = arch.on_meta(), count_dense(arch)
+    blocks = tuple(span_shape(model, place, grid, words) for place, _ in find_spans(model).values())
+    return Profile(blocks, counted.outside_spans(), counted.total)

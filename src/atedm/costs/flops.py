@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
@@ -17,3 +20,14 @@ def flop_counter() -> FlopCounterMode:
 def _attention_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Operations of fused attention, from shapes; torch hands over the other arguments as well."""
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def macs_by_module(call: Callable[[], object]) -> tuple[int, Counter[str]]:
+    """Let torch count a call of a model: all MACs, and those of every submodule by its name.
+
+    On the meta device nothing is computed, and the largest U-Net takes seconds.
+    """
+    with flop_counter() as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        call()
+    by_name = {name.partition(".")[2]: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    return counter.get_total_flops() // 2, Counter(by_name)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from atedm.costs.architectures import Architecture, architecture
-from atedm.costs.counting import LATE, Counted, count_dense, count_macs, kinds_of_step
-from atedm.costs.spans import CONVENTIONS, Macs, SpanShape, early_steps, span_macs, span_run_macs, span_shape
-from atedm.costs.tome import ToMe, refuse_tome, tome_macs, tome_mean_macs, tome_step_macs
-from atedm.costs.transformers import count_blocks, profile_transformer
+from atedm.costs.budget import Profile, profile_of
+from atedm.costs.counting import StageCost, count_macs, kinds_of_step
+from atedm.costs.spans import CONVENTIONS, Macs, SpanShape, early_steps, span_macs, span_run_macs
+from atedm.costs.tome import ToMe
+from atedm.costs.transformers import count_blocks
 from atedm.hosts.models import attach, detach, spans_of
-from atedm.hosts.unet_spans import choose_spans, find_spans
+from atedm.hosts.unet_spans import choose_spans
 from atedm.method.contract import Method
 from atedm.method.presets import method_named
 from atedm.suits import suits
@@ -66,16 +66,6 @@ class SpanCost:
 
 
 @dataclass(frozen=True)
-class StageCost:
-    """MACs of one stage of a U-Net, or list of blocks of a transformer, outside of the spans, for all images."""
-
-    name: str
-    resnet: int
-    #: Resampling; for "in and out" the first and last convolution and the embeddings of time and text.
-    other: int
-
-
-@dataclass(frozen=True)
 class CostReport:
     """Arithmetic of one denoising step and of a run; see `cost`."""
 
@@ -108,14 +98,8 @@ class CostReport:
     def with_tome(self, tome: ToMe, convention: str = "exact") -> Figures:
         """Figures of ToMe on the same model at the same size."""
         images = self.batch * (2 if self.guidance else 1)
-        shapes = [span.shape for span in self.spans]
-        normal, early = (
-            self.rest + images * tome_step_macs(shapes, tome, early).by(convention) for early in (False, True)
-        )
-        if not tome.early_share:
-            early = normal
-        mean = self.rest + images * tome_mean_macs(shapes, tome, self.steps, convention)
-        return Figures(self.figures(convention).dense, normal, early, mean)
+        spans = tuple(_span_cost(span.shape, tome, images, self.steps) for span in self.spans)
+        return replace(self, method=tome, spans=spans).figures(convention)
 
     def overhead(self) -> int:
         """MACs that the method adds in a normal step."""
@@ -125,9 +109,7 @@ class CostReport:
         """Return plain JSON values, in T MACs."""
         return {
             "model": self.model,
-            "method": {"method": "tome", **asdict(self.method)}
-            if isinstance(self.method, ToMe)
-            else self.method.as_dict(),
+            "method": self.method.as_dict(),
             "size": list(self.size),
             "batch": self.batch,
             "guidance": self.guidance,
@@ -204,84 +186,51 @@ def cost(
     images = batch * (2 if guidance else 1)
     size = size or arch.default_size
     model = arch.on_meta()
-    shapes, stages = _counted(model, arch, size, images)
-    refuse_tome(shapes, method)
-    if isinstance(method, ToMe):
-        early = sum(method.spare.is_early(step / steps) for step in range(steps))
-        spans = tuple(_with_tome(shape, method, images, steps, early) for shape in shapes)
-    else:
+    if not isinstance(method, ToMe):
         choose_spans(spans_of(model), method)
-        early = early_steps(method, steps)
-        spans = tuple(_pruned(shape, method, images, steps) for shape in shapes)
-    report = CostReport(arch.name, method, size, batch, guidance, steps, early, spans, stages)
-    _check_against_torch(report, model, arch, images)
+    profile = profile_of(arch, size)
+    spans = tuple(_span_cost(shape, method, images, steps) for shape in profile.shapes)
+    stages = tuple(StageCost(name, resnet * images, other * images) for name, resnet, other in profile.stages)
+    report = CostReport(arch.name, method, size, batch, guidance, steps, early_steps(method, steps), spans, stages)
+    _check_against_torch(report, profile, model, arch, images)
     return report
 
 
-def _counted(
-    model: Any, arch: Architecture, size: tuple[int, int], images: int
-) -> tuple[Sequence[SpanShape], tuple[StageCost, ...]]:
-    """Sizes of the spans of a dense model, and what else it costs."""
-    if arch.is_transformer:
-        counted = profile_transformer(model, arch.config, arch.grid(size), arch.words)
-        return counted.shapes, tuple(StageCost(name, 0, macs * images) for name, macs in counted.rest.items())
-    places = [place for place, _ in find_spans(model).values()]
-    shapes = [span_shape(model, place, arch.latents(size), arch.words) for place in places]
-    return shapes, _stages(count_dense(arch, size), images)
+def _span_cost(shape: SpanShape, method: Method | ToMe, images: int, steps: int) -> SpanCost:
+    def kept(*, early: bool) -> int:
+        if isinstance(method, ToMe):
+            return method.kept(shape, early=early)
+        return method.count(shape.place, shape.tokens, early=early)
 
-
-def _pruned(shape: SpanShape, method: Method, images: int, steps: int) -> SpanCost:
-    dense, normal, early = (
-        macs.times(images)
-        for macs in (span_macs(shape), span_macs(shape, method), span_macs(shape, method, early=True))
+    return SpanCost(
+        shape,
+        kept(early=False),
+        kept(early=False) < shape.tokens == kept(early=True),
+        span_macs(shape).times(images),
+        span_macs(shape, method).times(images),
+        span_macs(shape, method, early=True).times(images),
+        span_run_macs(shape, method, steps).times(images),
     )
-    kept = method.count(shape.place, shape.tokens)
-    spared = kept < shape.tokens == method.count(shape.place, shape.tokens, early=True)
-    return SpanCost(shape, kept, spared, dense, normal, early, span_run_macs(shape, method, steps).times(images))
 
 
-def _with_tome(shape: SpanShape, tome: ToMe, images: int, steps: int, early: int) -> SpanCost:
-    dense, merged = (macs.times(images) for macs in (span_macs(shape), tome_macs(shape, tome)))
-    spared = tome.early_share > 0 and tome.spare.spares(shape.place)
-    less = dense if spared else merged
-    run = less.times(early).plus(merged.times(steps - early))
-    return SpanCost(shape, shape.tokens - tome.merged(shape), spared, dense, merged, less, run)
-
-
-def _stages(counted: Counted, images: int) -> tuple[StageCost, ...]:
-    def attention(stage: str) -> int:
-        return sum(macs for name, macs in counted.spans.items() if name.startswith(f"{stage}."))
-
-    stages = [
-        StageCost(name, counted.resnets[name] * images, (whole - counted.resnets[name] - attention(name)) * images)
-        for name, whole in counted.stages.items()
-    ]
-    return (*stages, StageCost("in and out", 0, (counted.total - sum(counted.stages.values())) * images))
-
-
-def _check_against_torch(report: CostReport, model: Any, arch: Architecture, images: int) -> None:
+def _check_against_torch(report: CostReport, profile: Profile, model: Any, arch: Architecture, images: int) -> None:
     """The figures are split up by formula, so the formula has to be what torch counts."""
-    call = arch.call(report.size)
-
-    def count(timestep: int) -> int:
-        # Without values a transformer's step is a late one, whatever its timestep.
-        total = count_blocks(model, call)[0] if arch.is_transformer else count_macs(model, call, timestep).total
-        return total * images
-
-    dense = count_blocks(model, call)[0] if arch.is_transformer else count_dense(arch, report.size).total
-    found = {"dense": dense * images}
+    call, found = arch.call(report.size), {"dense": profile.total}
     if not isinstance(report.method, ToMe):
-        kinds = {"normal_step": LATE} if arch.is_transformer else kinds_of_step(report.method)
         attach(model, report.method)
         try:
-            found |= {kind: count(timestep) for kind, timestep in kinds.items()}
+            if arch.is_transformer:  # without values its step is a late one, whatever the timestep
+                found["normal_step"] = count_blocks(model, call)[0]
+            else:
+                kinds = kinds_of_step(report.method)
+                found |= {kind: count_macs(model, call, timestep).total for kind, timestep in kinds.items()}
         finally:
             detach(model)
     for kind, counted in found.items():
-        if (formula := getattr(report.figures(), kind)) != counted:
+        if (formula := getattr(report.figures(), kind)) != images * counted:
             raise ValueError(
                 f"this model has parts not known here: by formula a {kind.replace('_', ' ')} takes {formula:.6g} MACs, "
-                f"but torch counts {counted:.6g}"
+                f"but torch counts {images * counted:.6g}"
             )
 
 

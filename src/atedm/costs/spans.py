@@ -12,7 +12,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -23,6 +23,9 @@ from atedm.costs.architectures import WORDS
 from atedm.costs.flops import flop_counter
 from atedm.method.contract import Memory, Method, Place, QueriesAndKeys, View
 from atedm.method.places import function_name
+
+if TYPE_CHECKING:
+    from atedm.costs.tome import ToMe
 
 #: How MACs are counted: see `Macs`.
 CONVENTIONS = ("exact", "paper")
@@ -58,8 +61,10 @@ class SpanShape:
         return layer_macs(self, tokens, tokens, tokens).times(last - first)
 
     def queries_and_keys(self, tokens: Tensor, context: Tensor) -> QueriesAndKeys:
-        """Make what a method may ask for of an attention, on tensors without values."""
-        return _projected(self, tokens, context)
+        """Project queries of ``tokens`` and keys of ``context``, as an attention layer does, without values."""
+        projected = (functional.linear(x, meta(self.channels, x.shape[-1])) for x in (tokens, context))
+        q, k = (torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2) for x in projected)
+        return QueriesAndKeys(q, k, 1.0)
 
 
 class Macs(NamedTuple):
@@ -112,10 +117,10 @@ def layer_macs(shape: SpanShape, in_self: int, in_cross: int, in_ff: int) -> Mac
     )
 
 
-def span_macs(shape: SpanShape, method: Method | None = None, *, early: bool = False) -> Macs:
+def span_macs(shape: SpanShape, method: Method | ToMe | None = None, *, early: bool = False) -> Macs:
     """MACs of one span in one step for one image; dense without a ``method``, or where it does not prune.
 
-    A method whose layers run on several numbers of tokens says itself what they cost, by a method ``span_macs``.
+    ToMe, and a method whose layers run on several numbers of tokens, say themselves what they cost.
     """
     if method is not None and hasattr(method, "span_macs"):
         own: Macs = method.span_macs(shape, early=early)
@@ -129,48 +134,42 @@ def span_macs(shape: SpanShape, method: Method | None = None, *, early: bool = F
     return total.plus(
         shape.layers_macs(0, dense, n),
         shape.layers_macs(dense, layers, kept),
-        Macs(overhead=drop_macs(method, shape, kept)),
+        Macs(overhead=meta_overhead(method, shape, kept, tokens=n)),
     )
 
 
-def span_run_macs(shape: SpanShape, method: Method | None, steps: int) -> Macs:
+def span_run_macs(shape: SpanShape, method: Method | ToMe, steps: int) -> Macs:
     """Sum of `span_macs` over a run of ``steps`` steps."""
-    if method is not None and hasattr(method, "span_run_macs"):
+    if hasattr(method, "span_run_macs"):
         own: Macs = method.span_run_macs(shape, steps)
         return own
     early = early_steps(method, steps)
     return span_macs(shape, method, early=True).times(early).plus(span_macs(shape, method).times(steps - early))
 
 
-def early_steps(method: Method | None, steps: int) -> int:
+def early_steps(method: Method | ToMe, steps: int) -> int:
     """How many of the ``steps`` steps of a run are early."""
-    return 0 if method is None else sum(method.is_early(step / steps) for step in range(steps))
+    return sum(method.is_early(step / steps) for step in range(steps))
 
 
-def step_macs(shapes: Sequence[SpanShape], method: Method | None = None, *, early: bool = False) -> Macs:
+def step_macs(shapes: Sequence[SpanShape], method: Method | ToMe | None = None, *, early: bool = False) -> Macs:
     """MACs of all spans in one step for one image."""
     return Macs().plus(*(span_macs(shape, method, early=early) for shape in shapes))
 
 
-def mean_macs(shapes: Sequence[SpanShape], method: Method | None, steps: int, convention: str = "exact") -> float:
+def mean_macs(shapes: Sequence[SpanShape], method: Method | ToMe, steps: int, convention: str = "exact") -> float:
     """Mean MACs of all spans over a run of ``steps`` steps for one image, by one of `CONVENTIONS`."""
     return sum(span_run_macs(shape, method, steps).by(convention) for shape in shapes) / steps
 
 
-def drop_macs(method: Method, shape: SpanShape, kept: int) -> int:
-    """MACs that dropping and refilling add in one span, counted by torch on tokens without values.
-
-    Functions of the user's own that need values cannot be counted this way: they are left out, and a warning says so.
-    """
-    return meta_overhead(replace(method, rate=0.0), shape, kept, tokens=shape.tokens)  # type: ignore[type-var]
-
-
 def meta_overhead(method: Method, shape: SpanShape, kept: int, *, tokens: int) -> int:
-    """As `drop_macs` where only ``tokens`` of the span's tokens are left; the same is counted once.
+    """MACs that dropping and refilling add in one span of which ``tokens`` are left, counted by torch without values.
 
-    Give a ``method`` whose rate and choice of spans are the same for all, so that fewer are different.
+    The same is counted once, whatever the rate of ``method`` and the place. Functions of the user's own that need
+    values cannot be counted this way: they are left out, and a warning says so.
     """
     anywhere = replace(shape.place, name="", index=0, count=1)
+    method = replace(method, rate=0.0)  # type: ignore[type-var]
     counted: int = _meta_overhead(method, replace(shape, place=anywhere), kept, tokens)  # type: ignore[arg-type]
     return counted
 
@@ -201,7 +200,7 @@ def _say_once(function: str, reason: str) -> None:
 
 def _meta_view(shape: SpanShape, kept: int, number: int, *, remembers: bool) -> View:
     """Return a view of a span of one image whose tensors have sizes and no values."""
-    tokens = _meta(1, number, shape.channels)
+    tokens = meta(1, number, shape.channels)
     return View(
         place=shape.place,
         size=shape.size,
@@ -209,21 +208,13 @@ def _meta_view(shape: SpanShape, kept: int, number: int, *, remembers: bool) -> 
         step=0,
         tokens=tokens,
         self_attention=functools.partial(shape.queries_and_keys, tokens, tokens),
-        cross_attention=functools.partial(shape.queries_and_keys, tokens, _meta(1, shape.words, shape.word_width)),
+        cross_attention=functools.partial(shape.queries_and_keys, tokens, meta(1, shape.words, shape.word_width)),
         memory=Memory(last=tokens) if remembers else None,
     )
 
 
-def _projected(shape: SpanShape, tokens: Tensor, context: Tensor) -> QueriesAndKeys:
-    """Project queries of ``tokens`` and keys of ``context``, as an attention layer does."""
-    q, k = (
-        torch.unflatten(functional.linear(x, _meta(shape.channels, x.shape[-1])), -1, (shape.heads, -1)).transpose(1, 2)
-        for x in (tokens, context)
-    )
-    return QueriesAndKeys(q, k, 1.0)
-
-
-def _meta(*shape: int) -> Tensor:
+def meta(*shape: int) -> Tensor:
+    """Return a tensor that has a shape and no values."""
     return torch.empty(*shape, device="meta")
 
 

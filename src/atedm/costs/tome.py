@@ -6,10 +6,10 @@ sources most alike to a destination is merged into it; results are copied back a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from atedm.costs.spans import Macs, SpanShape, layer_macs, span_macs
+from atedm.costs.spans import Macs, SpanShape, layer_macs
 from atedm.method.schedule import Early
 from atedm.words import check_name, is_number
 
@@ -53,45 +53,38 @@ class ToMe:
         """Which steps are early, and which blocks they leave alone."""
         return Early(self.early_share, self.pairing)
 
-    def merged(self, shape: SpanShape) -> int:
-        """Tokens of a block that are merged away."""
-        if self.levels == "highest" and shape.place.level > 1:
-            return 0
-        return min(int(shape.tokens * self.ratio), shape.tokens - _destinations(shape))
+    def is_early(self, share: float) -> bool:
+        """Whether a step spares some blocks, given the share of the run before it."""
+        return self.spare.is_early(share)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return {"method": "tome", **asdict(self)}
 
-def tome_macs(shape: SpanShape, tome: ToMe) -> Macs:
-    """MACs of one attention block for one image with ToMe in each of its layers."""
-    n, c = shape.tokens, shape.channels
-    merged = tome.merged(shape)
-    left = n - merged
-    elsewhere = left if tome.merge == "everything" else n
-    layer = layer_macs(shape, left, elsewhere, elsewhere)
-    if merged:
-        destinations = _destinations(shape)
-        layer = layer.plus(Macs(overhead=(n - destinations) * destinations * c))
-    return Macs(linear=2 * n * c * c).plus(layer.times(shape.place.layers))
+    def kept(self, shape: SpanShape, *, early: bool = False) -> int:
+        """Tokens of a block that are left in each of its layers."""
+        is_spared = early and self.early_share > 0 and self.spare.spares(shape.place)
+        if is_spared or (self.levels == "highest" and shape.place.level > 1):
+            return shape.tokens
+        return max(shape.tokens - int(shape.tokens * self.ratio), _destinations(shape))
 
+    def span_macs(self, shape: SpanShape, *, early: bool = False) -> Macs:
+        """MACs of one attention block in one step for one image.
 
-def tome_step_macs(shapes: Sequence[SpanShape], tome: ToMe, early: bool = False) -> Macs:
-    """MACs of all attention blocks in one step for one image: a normal one, or one that spares some blocks."""
-    spare = tome.spare
-    return Macs().plus(*(span_macs(s) if early and spare.spares(s.place) else tome_macs(s, tome) for s in shapes))
-
-
-def tome_mean_macs(shapes: Sequence[SpanShape], tome: ToMe, steps: int = 50, convention: str = "exact") -> float:
-    """Mean of `tome_step_macs` over a run of ``steps`` steps, summed up by one of the conventions."""
-    early = sum(tome.spare.is_early(step / steps) for step in range(steps)) / steps
-    normal, less = (tome_step_macs(shapes, tome, kind).by(convention) for kind in (False, True))
-    return early * less + (1 - early) * normal
+        Raises:
+            ValueError: If it is of a transformer, where tomesd does nothing.
+        """
+        if shape.place.is_stretch:
+            raise ValueError("tomesd merges tokens in U-Nets only; its cost in a transformer is not counted")
+        n, c, left = shape.tokens, shape.channels, self.kept(shape, early=early)
+        elsewhere = left if self.merge == "everything" else n
+        layer = layer_macs(shape, left, elsewhere, elsewhere)
+        if left < n:
+            destinations = _destinations(shape)
+            layer = layer.plus(Macs(overhead=(n - destinations) * destinations * c))
+        return shape.ends_macs().plus(layer.times(shape.place.layers))
 
 
 def _destinations(shape: SpanShape) -> int:
     height, width = shape.size
     return (height // 2) * (width // 2)
-
-
-def refuse_tome(shapes: Sequence[SpanShape], method: object) -> None:
-    """Raise a `ValueError` if ToMe is asked for in a transformer, where tomesd does nothing."""
-    if isinstance(method, ToMe) and any(shape.place.is_stretch for shape in shapes):
-        raise ValueError("tomesd merges tokens in U-Nets only; its cost in a transformer is not counted")

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from atedm.costs.flops import flop_counter
-from atedm.costs.spans import Macs, SpanShape
+from atedm.costs.counting import StageCost
+from atedm.costs.flops import macs_by_module
+from atedm.costs.spans import Macs, SpanShape, meta
 from atedm.costs.transformer_calls import transformer_call
 from atedm.hosts.diffusers_dit import attach_transformer, detach_transformer, find_transformer_spans, known_family
 from atedm.hosts.state import PATCHING
@@ -54,26 +54,15 @@ class TransformerShape(SpanShape):
         return QueriesAndKeys(q, k, 1.0)
 
 
-@dataclass(frozen=True)
-class TransformerProfile:
-    """What the cost of a transformer at one size depends on, for one image."""
-
-    shapes: tuple[TransformerShape, ...]
-    #: MACs outside of the spans, by list of blocks; "in and out" is what is in none.
-    rest: Mapping[str, int]
-
-
 def count_blocks(model: nn.Module, call: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
     """Let torch count one call: all MACs, and those of each block of the family's lists."""
-    with flop_counter() as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model(**call)
-    counted = {name.partition(".")[2]: sum(counts.values()) // 2 for name, counts in counter.get_flop_counts().items()}
-    blocks = {
-        f"{name}.{index}": counted.get(f"{name}.{index}", 0)
+    total, by_module = macs_by_module(lambda: model(**call))
+    blocks = [
+        f"{name}.{index}"
         for name in known_family(model).kinds
         for index in range(len(model.get_submodule(name)))  # type: ignore[arg-type]
-    }
-    return counter.get_total_flops() // 2, blocks
+    ]
+    return total, {block: by_module[block] for block in blocks}
 
 
 @dataclass(frozen=True)
@@ -100,9 +89,9 @@ class _KeepFirst:
         return {}
 
 
-def profile_transformer(
+def transformer_shapes(
     model: nn.Module, config: Mapping[str, Any], size: tuple[int, int], words: int
-) -> TransformerProfile:
+) -> tuple[int, tuple[TransformerShape, ...], tuple[StageCost, ...]]:
     """Count a model without weights: dense, and twice with fewer tokens.
 
     Args:
@@ -110,37 +99,33 @@ def profile_transformer(
         config: Its config, with the class under ``_class_name``.
         size: (h, w) of the image tokens.
         words: Tokens of a caption.
+
+    Returns:
+        For one image all MACs, the spans, and what is outside of them by list of blocks.
     """
-    call = transformer_call(config, size, 1, words, _meta)
-    tokens = size[0] * size[1]
-    spans = find_transformer_spans(model)
-    total, dense = count_blocks(model, call)
-    fewer = {}
+    call, tokens = transformer_call(config, size, 1, words, meta), size[0] * size[1]
+    spans, (total, dense) = find_transformer_spans(model), count_blocks(model, call)
+    counts = {tokens: dense}
     for kept in {max(1, tokens // 2), max(1, tokens // 4)} - {tokens}:
         attach_transformer(model, spans, _KeepFirst(kept))
-        fewer[kept] = count_blocks(model, call)[1]
+        counts[kept] = count_blocks(model, call)[1]
         with PATCHING:
             detach_transformer(model)
-    rest: dict[str, int] = dict.fromkeys(known_family(model).kinds, 0)
-    for name, macs in dense.items():
-        rest[name.partition(".")[0]] += macs
-    rest["in and out"] = total - sum(rest.values())
-    channels, heads = _width(config)
-    shapes = []
+    shapes, outside = [], dense.copy()
+    heads = config["n_heads"] if "dim" in config else config["num_attention_heads"]
+    channels = config["dim"] if "dim" in config else heads * config["attention_head_dim"]
     for name, (place, blocks) in spans.items():
-        stage, _, bounds = name.partition("[")
+        kind, _, bounds = name.partition("[")
         first = int(bounds.partition(":")[0])
-        inside = [f"{stage}.{index}" for index in range(first, first + len(blocks))]
-        growths = tuple(
-            _fit({tokens: dense[block], **{kept: counts[block] for kept, counts in fewer.items()}}) for block in inside
-        )
+        inside = [f"{kind}.{index}" for index in range(first, first + len(blocks))]
+        growths = tuple(_fit({kept: of_block[block] for kept, of_block in counts.items()}) for block in inside)
         shapes.append(TransformerShape(place, size, channels, words, channels, heads, growths))
-        rest[stage] -= sum(dense[block] for block in inside)
-    return TransformerProfile(tuple(shapes), rest)
-
-
-def _meta(*shape: int) -> Tensor:
-    return torch.empty(*shape, device="meta")
+        outside |= dict.fromkeys(inside, 0)
+    stages = [
+        StageCost(kind, 0, sum(macs for block, macs in outside.items() if block.rpartition(".")[0] == kind))
+        for kind in known_family(model).kinds
+    ]
+    return total, tuple(shapes), (*stages, StageCost("in and out", 0, total - sum(dense.values())))
 
 
 def _fit(counts: Mapping[int, int]) -> Growth:
@@ -153,10 +138,3 @@ def _fit(counts: Mapping[int, int]) -> Growth:
     linear = slope - square * (x0 + x1)
     constant = y0 - linear * x0 - square * x0**2
     return Growth(*(int(x) for x in (constant, linear, square)))
-
-
-def _width(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Channels of a token and heads of the attention."""
-    if "dim" in config:
-        return config["dim"], config["n_heads"]
-    return config["num_attention_heads"] * config["attention_head_dim"], config["num_attention_heads"]

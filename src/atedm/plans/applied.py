@@ -20,7 +20,7 @@ from atedm.plans.caching import deep_cached
 from atedm.plans.fingerprint import checksum, refuse_other_model
 from atedm.plans.forecasting import forecast
 from atedm.plans.plan import Plan, read_plan
-from atedm.plans.schedulers import scheduler_named
+from atedm.plans.schedulers import scheduled
 from atedm.summary import PatchSummary
 
 ADAPTER = "atedm_plan"
@@ -47,19 +47,16 @@ class PlanSummary(PatchSummary):
         """Show the blocks, and what is left to the caller."""
         plan, lines = self.plan, []
         if self.pruned:
-            lines.append(super().__str__().rpartition(f"{len(self.shapes)} blocks are pruned.")[0].rstrip())
-            lines[-1] += f" {len(self.shapes)} blocks are pruned."
+            lines.append("".join(super().__str__().rpartition(" blocks are pruned.")[:2]))
         lines.append(f"By the plan: {plan.what()}.")
         asked = [f"num_inference_steps={plan.steps}"]
         if plan.guidance is not None:
             asked.append(f"guidance_scale={plan.guidance:g}")
         lines.append(f"Call the pipeline with {', '.join(asked)}.")
-        if is_found := plan.found.get("cost"):
+        if cost := plan.found.get("cost"):
             distance = plan.found.get("distance")
-            lines.append(
-                f"Measured: {is_found:.1%} of the dense arithmetic"
-                + (f", {distance:.1f} dB from the dense images." if distance is not None else ".")
-            )
+            from_dense = "" if distance is None else f", {distance:.1f} dB from the dense images"
+            lines.append(f"Measured: {cost:.1%} of the dense arithmetic{from_dense}.")
         return "\n".join(lines)
 
 
@@ -97,9 +94,7 @@ def apply_plan(target: Any, plan: Plan, mask: Tensor | None = None) -> PlanSumma
     with ExitStack() as undo:
         if plan.lora_folder is not None:
             _load_lora(target, plan, undo)
-        if plan.scheduler is not None:
-            undo.callback(setattr, target, "scheduler", target.scheduler)
-            target.scheduler = scheduler_named(plan.scheduler, target)
+        undo.enter_context(scheduled(target, plan.scheduler))
         if plan.method is not None:
             attach(unet, plan.method, mask)
             undo.callback(detach, unet)
@@ -110,8 +105,7 @@ def apply_plan(target: Any, plan: Plan, mask: Tensor | None = None) -> PlanSumma
             )
         method = Matched(rate=0.0) if plan.method is None else plan.method
         pruned = frozenset() if plan.method is None else frozenset(unet._atedm.spans)
-        base = PatchSummary.of(target, method, pruned)
-        summary = PlanSummary(base.method, base.shapes, base.pruned, base._architecture, plan)
+        summary = PlanSummary(**vars(PatchSummary.of(target, method, pruned)), plan=plan)
         unet._atedm_plan = _Applied(undo.pop_all())
     return summary
 

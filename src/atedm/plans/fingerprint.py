@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from atedm.hosts.unet_spans import find_unet
+from atedm.plans.plan import refuse_difference
 
 _FIELDS = (
     "sample_size",
@@ -45,11 +46,8 @@ def refuse_other_model(planned: Mapping[str, Any], target: Any) -> None:
     for name, here in fingerprint(target).items():
         if name not in planned:
             raise ValueError(f"this plan does not say for which {name} it is; find one for this model by `atedm tune`")
-        if planned[name] != here and name != "pipeline":  # image-to-image is the same model
-            raise ValueError(
-                f"this plan is for another model: its {name} is {planned[name]!r}, here it is {here!r}; find one for "
-                "this model by `atedm tune`"
-            )
+        if name != "pipeline":  # image-to-image is the same model
+            refuse_difference(name, planned[name], here)
 
 
 def checksum(unet: torch.nn.Module) -> int:

@@ -13,7 +13,7 @@ from atedm.hosts.comfyui import begin_run, options_among, prune
 from atedm.hosts.comfyui_runs import Run
 from atedm.hosts.comfyui_unet import find_spans, is_unet
 from atedm.plans.extrapolation import extrapolated
-from atedm.plans.plan import Plan
+from atedm.plans.plan import Plan, refuse_difference
 
 KEY = "atedm_forecast"
 """Names what a forecast lays on a model."""
@@ -63,27 +63,20 @@ def _refuse_other_model(plan: Plan, network: Any) -> None:
         raise ValueError(
             f"this plan is for a U-Net ({plan.model.get('name', 'no name')}), and this is a {type(network).__name__}"
         )
-    spans = [*find_spans(network, 0)]
-    depths = {span.place.level: span.place.layers for span in spans}
-    width = next(module.attn2.to_k.weight.shape[1] for module in network.modules() if hasattr(module, "attn2"))
-    here: dict[str, Any] = {
-        "in_channels": network.in_channels,
-        "block_out_channels": [network.model_channels * factor for factor in network.channel_mult],
-        "cross_attention_dim": width,
-    }
-    planned = {name: plan.model.get(name) for name in here}
+    for name, here in (
+        ("in_channels", network.in_channels),
+        ("block_out_channels", [network.model_channels * factor for factor in network.channel_mult]),
+        (
+            "cross_attention_dim",
+            next(module.attn2.to_k.weight.shape[1] for module in network.modules() if hasattr(module, "attn2")),
+        ),
+    ):
+        refuse_difference(name, plan.model.get(name), here)
     layers = plan.model.get("transformer_layers_per_block")
     by_level = layers if isinstance(layers, list) else [layers] * len(network.channel_mult)
-    planned["transformer_layers_per_block"] = [
-        by_level[level - 1] for level in sorted(depths) if level <= len(by_level)
-    ]
-    here["transformer_layers_per_block"] = [depths[level] for level in sorted(depths)]
-    for name, value in here.items():
-        if planned[name] != value:
-            raise ValueError(
-                f"this plan is for another model: its {name} is {planned[name]!r}, here it is {value!r}; find one for "
-                "this model by `atedm tune`"
-            )
+    depths = {span.place.level: span.place.layers for span in find_spans(network, 0)}
+    planned = [by_level[level - 1] for level in sorted(depths) if level <= len(by_level)]
+    refuse_difference("transformer_layers_per_block", planned, [depths[level] for level in sorted(depths)])
 
 
 @dataclass

@@ -91,8 +91,7 @@ class Plan:
     def __post_init__(self) -> None:
         """Check every value."""
         for name in ("model", "found"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name} must be fields by name, not {getattr(self, name)!r}")
+            _fields(name, getattr(self, name))
         check_whole("steps", self.steps)
         if self.scheduler is not None:
             check_name("scheduler", self.scheduler, SCHEDULERS)
@@ -192,9 +191,7 @@ def plan_from_dict(content: object) -> Plan:
         TypeError: If a value is of another kind than it should be.
         ValueError: If a field is unknown or missing, or a value is wrong.
     """
-    if not isinstance(content, dict):
-        raise ValueError(f"a plan must be fields by name, not {content!r}")
-    values = dict(content)
+    values = _fields("a plan", content)
     if values.pop("plan", None) != FORMAT:
         raise ValueError(f'"plan" must be {FORMAT}, the format that this atedm reads')
     known = {one.name for one in dataclasses.fields(Plan)} - {"folder"}
@@ -203,17 +200,29 @@ def plan_from_dict(content: object) -> Plan:
     if missing := [name for name in ("model", "steps") if name not in values]:
         raise ValueError(f"it has no {missing[0]!r}")
     if values.get("method") is not None:
-        if not isinstance(values["method"], dict):
-            raise ValueError(f"method must be fields by name, not {values['method']!r}")
-        values["method"] = method_from_dict(values["method"])
+        values["method"] = method_from_dict(_fields("method", values["method"]))
     if values.get("cache") is not None:
-        if not isinstance(values["cache"], dict):
-            raise ValueError(f"cache must be fields by name, not {values['cache']!r}")
-        for name in values["cache"]:
+        cache = _fields("cache", values["cache"])
+        for name in cache:
             check_name("field of cache", name, [one.name for one in dataclasses.fields(Cache)])
-        values["cache"] = Cache(**values["cache"])
+        values["cache"] = Cache(**cache)
     if values.get("size") is not None:
         if not isinstance(values["size"], list):
             raise ValueError(f"size must be [width, height] in pixels, not {values['size']!r}")
         values["size"] = tuple(values["size"])
     return Plan(**values)
+
+
+def _fields(what: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{what} must be fields by name, not {value!r}")
+    return dict(value)
+
+
+def refuse_difference(name: str, planned: object, here: object) -> None:
+    """Raise a `ValueError` if a plan is for a model whose ``name`` is another."""
+    if planned != here:
+        raise ValueError(
+            f"this plan is for another model: its {name} is {planned!r}, here it is {here!r}; find one for this model "
+            "by `atedm tune`"
+        )

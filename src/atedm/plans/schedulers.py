@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 SCHEDULERS = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
 """Classes of diffusers by name."""
 
 
-def scheduler_named(name: str, pipe: Any) -> Any:
-    """Return a scheduler for the noise schedule of a pipeline, set up as its own is."""
+@contextmanager
+def scheduled(pipe: Any, name: str | None) -> Iterator[None]:
+    """Give a pipeline another scheduler, set up as its own is, for the length of a ``with`` block; None gives none."""
+    if name is None:
+        yield
+        return
     import diffusers
 
-    return getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
+    own = pipe.scheduler
+    pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(own.config)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 from atedm.files import save_image
 from atedm.lab.evaluation.images import image_file
 from atedm.lab.scores.pixels import distances
+from atedm.lab.timing import Stopwatch
 from atedm.patch import pruned
 from atedm.plans.plan import Plan
 
@@ -35,19 +37,13 @@ class Easel:
     #: Where the images are kept.
     folder: Path
 
-    def image(self, plan: Plan, index: int) -> Image.Image:
-        """Draw one prompt."""
-        with self._applied(plan):
-            return self._draw(plan, index)
-
     def folder_of(self, plan: Plan) -> Path:
         """Return the folder of a plan's images."""
         return self.folder / ("dense" if plan == self.dense else key_of(plan))
 
     def distances(self, plan: Plan, count: int, told: Told = lambda: None) -> list[float]:
         """Return the distances in dB of the first ``count`` images by a plan to the dense ones; draw those missing."""
-        ours, dense = self.files(plan, count, told), self.files(self.dense, count, told)
-        return distances(ours, dense)
+        return distances(self.files(plan, count, told), self.files(self.dense, count, told))
 
     def files(self, plan: Plan, count: int, told: Told = lambda: None) -> list[Path]:
         """Return the first ``count`` images by a plan; draw what is missing, and tell of each image."""
@@ -74,56 +70,39 @@ class Easel:
 
     def step_seconds(self, plan: Plan) -> tuple[list[float], float]:
         """Time an image by a plan: the seconds of each call of the U-Net, and of all else."""
-        began, steps = [0.0], list[float]()
-
-        def begin(*_: Any) -> None:
-            _wait(self.pipe)
-            began[0] = time.perf_counter()
-
-        def end(*_: Any) -> None:
-            _wait(self.pipe)
-            steps.append(time.perf_counter() - began[0])
-
-        unet = self.pipe.unet
-        hooks = [unet.register_forward_pre_hook(begin), unet.register_forward_hook(end)]
-        try:
-            with self._applied(plan):
-                started = time.perf_counter()
+        unet, steps = self.pipe.unet, itertools.count()
+        with self._applied(plan):
+            watch = Stopwatch(self.pipe.device)
+            hooks = [
+                unet.register_forward_pre_hook(lambda *_: watch.lap("else")),
+                unet.register_forward_hook(lambda *_: watch.lap(f"step {next(steps)}")),
+            ]
+            try:
                 self._draw(plan, 0)
-                return steps, time.perf_counter() - started - sum(steps)
-        finally:
-            for hook in hooks:
-                hook.remove()
+                watch.lap("else")
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        seconds = {name: milliseconds / 1e3 for name, milliseconds in watch.read().items()}
+        outside = seconds.pop("else")
+        return [*seconds.values()], outside
 
-    @contextmanager
-    def _applied(self, plan: Plan) -> Iterator[None]:
-        if plan == self.dense:
-            yield
-        else:
-            with pruned(self.pipe, plan):
-                yield
+    def _applied(self, plan: Plan) -> AbstractContextManager[object]:
+        return nullcontext() if plan == self.dense else pruned(self.pipe, plan)
 
     def _draw(self, plan: Plan, index: int) -> Image.Image:
-        width, height = plan.size or (None, None)
-        images: list[Image.Image] = self.pipe(
-            self.prompts[index],
-            num_inference_steps=plan.steps,
-            guidance_scale=plan.guidance,
-            width=width,
-            height=height,
-            generator=torch.Generator("cpu").manual_seed(self.seed + index),
-        ).images
+        images: list[Image.Image] = self.pipe(self.prompts[index], **call_of(plan, self.seed + index)).images
         return images[0]
+
+
+def call_of(plan: Plan, seed: int) -> dict[str, Any]:
+    """Return what a pipeline is called with for an image by a plan, but for the prompt."""
+    width, height = plan.size or (None, None)
+    guidance = {} if plan.guidance is None else {"guidance_scale": plan.guidance}
+    noise = torch.Generator("cpu").manual_seed(seed)
+    return {"num_inference_steps": plan.steps, "width": width, "height": height, "generator": noise, **guidance}
 
 
 def key_of(plan: Plan) -> str:
     """Name what a plan does, in 16 letters and digits."""
     return hashlib.sha256(json.dumps(plan.settings(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _wait(pipe: Any) -> None:
-    """Wait for the device, whose work goes on while Python does."""
-    if pipe.device.type == "cuda":
-        torch.cuda.synchronize(pipe.device)
-    elif pipe.device.type == "mps":
-        torch.mps.synchronize()

@@ -30,9 +30,10 @@ from atedm.lab.extra import optional
 from atedm.patch import is_applied, pruned
 from atedm.plans.fingerprint import checksum, refuse_other_model
 from atedm.plans.plan import Plan, save_plan
-from atedm.plans.schedulers import scheduler_named
+from atedm.plans.schedulers import scheduled
 from atedm.tiny.checkpoint import load_moments, moments_of
 from atedm.tuning.claim import claim
+from atedm.tuning.drawing import call_of
 from atedm.words import check_whole, is_number
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
@@ -69,6 +70,11 @@ class Training:
             check_whole(name, getattr(self, name), least)
         if not is_number(self.learning_rate) or not 0 < self.learning_rate <= 1:
             raise ValueError(f"learning_rate must be above 0 and at most 1, not {self.learning_rate!r}")
+
+    def adapter(self) -> Any:
+        """Return what peft is told of the LoRA."""
+        peft = optional("peft", "tune")
+        return peft.LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(TARGETS))
 
     def rate_at(self, run: int) -> float:
         """Return the learning rate of a run, counted from 0."""
@@ -134,7 +140,7 @@ def finetune(
         asked = {"plan": plan.settings(), "training": dataclasses.asdict(training), "weights": weights}
         asked |= {"prompts": list(prompts), "processes": state.num_processes}
         claim(out / SETTINGS, asked, "a training of")
-    with _trainable(unet, training) as parameters, _scheduled(pipe, plan):
+    with _trainable(unet, training) as parameters, scheduled(pipe, plan.scheduler):
         optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
         losses = _resumed(out / STATE, parameters, optimizer)
         progress("training", len(losses), training.runs)
@@ -198,18 +204,8 @@ def _dense_calls(pipe: Any, unet: Any, plan: Plan, prompt: str, seed: int) -> li
         calls.append((arguments, options, output[0].detach().clone()))
 
     hook = unet.register_forward_hook(note, with_kwargs=True)
-    width, height = plan.size or (None, None)
-    guidance = {} if plan.guidance is None else {"guidance_scale": plan.guidance}
     try:
-        pipe(
-            prompt,
-            num_inference_steps=plan.steps,
-            width=width,
-            height=height,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            output_type="latent",
-            **guidance,
-        )
+        pipe(prompt, output_type="latent", **call_of(plan, seed))
     finally:
         hook.remove()
     return calls
@@ -218,14 +214,12 @@ def _dense_calls(pipe: Any, unet: Any, plan: Plan, prompt: str, seed: int) -> li
 @contextmanager
 def _trainable(unet: Any, training: Training) -> Iterator[list[nn.Parameter]]:
     """Add a LoRA whose weights are in float32, and take it off again; the U-Net is exactly as before."""
-    peft = optional("peft", "tune")
     required = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
     was_training = unet.training
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         unet.requires_grad_(False)
-        config = peft.LoraConfig(r=training.rank, lora_alpha=training.rank, target_modules=list(TARGETS))
-        unet.add_adapter(config)
+        unet.add_adapter(training.adapter())
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
@@ -242,17 +236,6 @@ def _trainable(unet: Any, training: Training) -> Iterator[list[nn.Parameter]]:
         unet.train(was_training)
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(required[name])
-
-
-@contextmanager
-def _scheduled(pipe: Any, plan: Plan) -> Iterator[None]:
-    own = pipe.scheduler
-    if plan.scheduler is not None:
-        pipe.scheduler = scheduler_named(plan.scheduler, pipe)
-    try:
-        yield
-    finally:
-        pipe.scheduler = own
 
 
 def _save_state(file: Path, parameters: list[nn.Parameter], optimizer: Any, losses: list[float]) -> None:

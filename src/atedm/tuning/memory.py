@@ -12,8 +12,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from atedm.costs.architectures import Architecture, run_once
-from atedm.lab.extra import optional
-from atedm.tuning.finetune import TARGETS, Training
+from atedm.tuning.finetune import Training
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,10 @@ def training_needs(
         ImportError: If peft is not installed.
         ValueError: As `Architecture.latents`.
     """
-    peft = optional("peft", "tune")
     unet = arch.on_meta().requires_grad_(False)
-    config = peft.LoraConfig(r=training.rank, lora_alpha=training.rank, target_modules=list(TARGETS))
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there are no values to begin with
-        unet.add_adapter(config)
+        unet.add_adapter(training.adapter())
     of_one = torch.empty((), dtype=dtype).element_size()
     sizes = {True: 0, False: 0}
     for parameter in unet.parameters():

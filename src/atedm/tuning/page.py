@@ -11,6 +11,7 @@ from atedm.app.pictures.canvas import Cell, draw_sheet
 from atedm.files import save_text
 from atedm.lab.charts.figure import new_charts, picture_of
 from atedm.lab.evaluation.report import page_of
+from atedm.lab.scores.pixels import read_picture
 from atedm.plans.plan import Plan
 from atedm.tuning.drawing import Easel
 from atedm.tuning.search import Tried
@@ -67,16 +68,11 @@ def pareto(tried: Sequence[Tried]) -> list[Tried]:
 
 def _sheet(tried: Sequence[Tried], easel: Easel, rows: int = 4, columns: int = 4) -> Image.Image:
     whole = [one for one in tried if one.is_whole][:columns]
-    drawn = []
-    for index in range(min(rows, len(easel.prompts))):
-        cells = [Cell(_picture(easel, easel.dense, index), "" if index else "dense")]
-        for one in whole:
-            title = "" if index else f"{one.name}\n{one.distance:.1f} dB"
-            cells.append(Cell(_picture(easel, one.plan, index), title))
-        drawn.append(cells)
+    titles = {"dense": easel.dense, **{f"{one.name}\n{one.distance:.1f} dB": one.plan for one in whole}}
+    rows = min(rows, len(easel.prompts))
+    pictures = [map(read_picture, easel.files(plan, rows)) for plan in titles.values()]
+    drawn = [
+        [Cell(picture, "" if index else title) for title, picture in zip(titles, row, strict=True)]
+        for index, row in enumerate(zip(*pictures, strict=True))
+    ]
     return draw_sheet(drawn, easel.prompts[: len(drawn)], side=160)
-
-
-def _picture(easel: Easel, plan: Plan, index: int) -> Image.Image:
-    with Image.open(easel.files(plan, index + 1)[index]) as opened:
-        return opened.convert("RGB")

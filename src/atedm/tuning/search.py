@@ -6,16 +6,14 @@ killed is run again from its start, finds what it had measured, and goes on to t
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from atedm.lab.extra import optional
 from atedm.plans.plan import Plan
 from atedm.tuning.drawing import Easel, key_of
-from atedm.tuning.space import OWN, OutOfSpace, Space, Values
+from atedm.tuning.space import OWN, OutOfSpace, Space
 
 FIRST = 2
 """Prompts after which a plan that is behind is given up."""
@@ -37,6 +35,11 @@ class Tried:
     distances: tuple[float, ...]
     #: Whether all prompts were drawn.
     is_whole: bool
+
+    @property
+    def key(self) -> str:
+        """Name of what the plan does."""
+        return key_of(self.plan)
 
     @property
     def distance(self) -> float:
@@ -62,8 +65,6 @@ class Search:
     #: Called whenever a better plan is found.
     improved: Callable[[Search], None] = lambda search: None
     _drawn: dict[str, int] = field(default_factory=dict)
-    _started: float = field(default_factory=time.monotonic)
-    _worked: float = 0.0
 
     @property
     def best(self) -> Tried | None:
@@ -75,54 +76,49 @@ class Search:
         whole = [tried for tried in self.tried.values() if tried.is_whole]
         return sorted(whole, key=lambda tried: (-tried.distance, tried.share))[:count]
 
-    @property
-    def seconds_left(self) -> float | None:
-        """Estimate by the images that were drawn in this sitting; None before there are any."""
-        if not self._worked:
-            return None
-        return (time.monotonic() - self._started) / self._worked * max(0.0, self.limit - self.spent)
-
     def run(self) -> None:
         """Search until the images are spent."""
         count = len(self.easel.prompts)
         self._draw(self.easel.dense, count, 1.0)
         for name, plan in self.space.singles():
-            self._whole(name, plan)
-        for number, values in self._proposals():
+            if key_of(plan) not in self.tried and self._affords(plan, count):
+                self._measure(name, plan, count)
+        study, given_up = self._study(), optional("optuna", "tune").trial.TrialState.PRUNED
+        first = min(FIRST, count)
+        for number in range(_MOST_TRIALS):
+            trial, name = study.ask(), f"trial {number}"
             try:
-                plan = self.space.plan(values)
+                plan = self.space.plan(self.space.point(trial))
             except OutOfSpace:
-                number.pruned()
+                study.tell(trial, state=given_up)
                 continue
-            first = min(FIRST, count)
             tried = self.tried.get(key_of(plan))
             if tried is None or not tried.is_whole:
                 if not self._affords(plan, first):
                     return
-                tried = self._measure(number.name, plan, first)
-            if first < count and not number.goes_on(sum(tried.distances[:first]) / first):
-                continue
+                tried = self._measure(name, plan, first)
+            if first < count:
+                trial.report(sum(tried.distances[:first]) / first, 1)
+                if trial.should_prune():
+                    study.tell(trial, state=given_up)
+                    continue
             if not tried.is_whole:
                 if not self._affords(plan, count):
                     return
-                tried = self._measure(number.name, plan, count)
-            number.told(tried.distance)
-
-    def _whole(self, name: str, plan: Plan) -> None:
-        if key_of(plan) not in self.tried and self._affords(plan, len(self.easel.prompts)):
-            self._measure(name, plan, len(self.easel.prompts))
+                tried = self._measure(name, plan, count)
+            study.tell(trial, tried.distance)
 
     def _affords(self, plan: Plan, count: int) -> bool:
-        share = self.space.costs.share(plan, self.space.dense_steps)
-        return self.spent + share * (count - self._drawn.get(key_of(plan), 0)) <= self.limit
+        missing = count - self._drawn.get(key_of(plan), 0)
+        return self.spent + self.space.share(plan) * missing <= self.limit
 
     def _measure(self, name: str, plan: Plan, count: int) -> Tried:
-        share = self.space.costs.share(plan, self.space.dense_steps)
+        share = self.space.share(plan)
         self._draw(plan, count, share)
         before = self.best
         distances = tuple(self.easel.distances(plan, count))
         tried = Tried(name, plan, share, distances, is_whole=count == len(self.easel.prompts))
-        self.tried[key_of(plan)] = tried
+        self.tried[tried.key] = tried
         if self.best is not before:
             self.improved(self)
         return tried
@@ -130,17 +126,13 @@ class Search:
     def _draw(self, plan: Plan, count: int, share: float) -> None:
         """Draw, and count what it takes as if nothing had been there, so that every sitting counts alike."""
         key = key_of(plan)
-
-        def one() -> None:
-            self._worked += share
-            self.told(self)
-
-        self.easel.files(plan, count, one)
+        self.easel.files(plan, count, lambda: self.told(self))
         self.spent += share * max(0, count - self._drawn.get(key, 0))
         self._drawn[key] = max(count, self._drawn.get(key, 0))
         self.told(self)
 
-    def _proposals(self) -> Iterator[tuple[_Trial, Values]]:
+    def _study(self) -> Any:
+        """Return Optuna's study, whose first proposals follow from the single techniques."""
         optuna = optional("optuna", "tune")
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(
@@ -154,38 +146,4 @@ class Search:
             study.enqueue_trial({"scheduler": single.plan.scheduler or OWN, "cached": 0.0, "pruned": 0.0})
         for values in self.space.starts(leading or OWN):
             study.enqueue_trial(values)
-        for number in range(_MOST_TRIALS):
-            trial = study.ask()
-            found = _Trial(study, trial, f"trial {number}")
-            yield found, self.space.point(trial)
-
-
-@dataclass
-class _Trial:
-    """One of Optuna's trials, which is told how it goes."""
-
-    study: Any
-    trial: Any
-    name: str
-
-    def goes_on(self, distance: float) -> bool:
-        """Report the mean over the first prompts; whether the others are worth drawing."""
-        self.trial.report(distance, 1)
-        if self.trial.should_prune():
-            self.pruned()
-            return False
-        return True
-
-    def told(self, distance: float) -> None:
-        """Report the mean over all prompts."""
-        self.study.tell(self.trial, distance)
-
-    def pruned(self) -> None:
-        """Give it up."""
-        optuna = optional("optuna", "tune")
-        self.study.tell(self.trial, state=optuna.trial.TrialState.PRUNED)
-
-
-def with_record(plan: Plan, **found: Any) -> Plan:
-    """Return a plan with more said of how it was found."""
-    return dataclasses.replace(plan, found={**plan.found, **found})
+        return study

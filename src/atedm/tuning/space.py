@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from atedm.costs.budget import CostOutOfReach
+from atedm.costs.budget import least_rate
 from atedm.method.contract import Method
 from atedm.method.matched import Matched
 from atedm.method.presets import METHODS
 from atedm.plans.plan import Cache, Plan
 from atedm.plans.schedulers import SCHEDULERS
-from atedm.tuning.costs import RunCosts, fit_rate, keeps, most_steps
+from atedm.tuning.costs import Arithmetic
+from atedm.tuning.timing import Times
 
 OWN = "own"
 """The model's own scheduler."""
 _CACHED = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 """Shares of the steps that run by DeepCache."""
+HIGHEST_RATE = 0.99
+"""That a search goes up to."""
+_HALVINGS = 20
+"""Of the range of rates. More would give other rates in the sixth digit, and a search that goes on other plans."""
 
 Values = dict[str, Any]
 """A point of the search, by the names of `Space.point`."""
@@ -34,7 +40,7 @@ class Space:
 
     #: What every plan has in common: the model, dense steps, guidance and size.
     base: Plan
-    costs: RunCosts
+    costs: Arithmetic | Times
     budget: float
     #: Branches of DeepCache that may be used, None for a forecast; empty where steps cannot be left out.
     branches: tuple[int | None, ...] = (0, None)
@@ -43,6 +49,10 @@ class Space:
     def dense_steps(self) -> int:
         """Steps of the dense run."""
         return self.base.steps
+
+    def share(self, plan: Plan) -> float:
+        """Return what a run by a plan costs, as a share of the dense run."""
+        return self.costs.share(plan, self.dense_steps)
 
     def point(self, trial: Any) -> Values:
         """Ask an Optuna trial for a point. What has no use at a point is not asked for."""
@@ -79,34 +89,40 @@ class Space:
             scheduler = None if values["scheduler"] == OWN else values["scheduler"]
             return dataclasses.replace(self.base, steps=steps, method=method, cache=cache, scheduler=scheduler)
 
-        fewest = most_steps(lambda n: n == 0 or self.keeps(at(n, None)), self.dense_steps)
-        most = most_steps(lambda n: n == 0 or self.keeps(at(n, method)), self.dense_steps)
+        fewest = self._most_steps(lambda steps: at(steps, None))
+        most = self._most_steps(lambda steps: at(steps, method))
         steps = fewest + round(values["pruned"] * (most - fewest))
         if steps < 1:
             raise OutOfSpace(f"not one step at {values} keeps to a budget of {self.budget}")
         return self.fitted(at(steps, method))
 
-    def keeps(self, plan: Plan) -> bool:
-        """Whether a plan keeps to the budget at some rate."""
-        return keeps(plan, self.costs, self.budget, self.dense_steps)
-
     def fitted(self, plan: Plan) -> Plan:
-        """Solve the rate of a plan for the budget.
+        """Return ``plan`` with the least rate of its method that keeps to the budget, or without one if none is needed.
 
         Raises:
-            OutOfSpace: If there is none.
+            OutOfSpace: If no rate up to `HIGHEST_RATE` does.
         """
-        try:
-            return fit_rate(plan, self.costs, self.budget, self.dense_steps)
-        except CostOutOfReach as error:
-            raise OutOfSpace(str(error)) from error
+        if self._fits(plan, 0.0):
+            return _at(plan, 0.0)
+        if not self.keeps(plan):
+            raise OutOfSpace(f"{plan.what()} costs more than {self.budget:.3f} at any rate")
+        return _at(plan, least_rate(lambda rate: self._fits(plan, rate), HIGHEST_RATE, _HALVINGS))
+
+    def keeps(self, plan: Plan) -> bool:
+        """Whether a plan keeps to the budget without pruning, or at the highest rate of its method."""
+        return self._fits(plan, 0.0) or (plan.method is not None and self._fits(plan, HIGHEST_RATE))
+
+    def _fits(self, plan: Plan, rate: float) -> bool:
+        return self.share(_at(plan, rate)) <= self.budget
+
+    def _most_steps(self, plan: Callable[[int], Plan]) -> int:
+        """Return the largest number of steps, up to those of the dense run, at which a plan keeps to the budget."""
+        return bisect_left(range(1, self.dense_steps + 1), True, key=lambda steps: not self.keeps(plan(steps)))
 
     def singles(self) -> Iterator[tuple[str, Plan]]:
         """Yield every single technique at the budget, by name: a plan may be none of them, but never worse than all."""
         for scheduler in (None, *SCHEDULERS):
-            steps = most_steps(
-                lambda n: n == 0 or self.keeps(dataclasses.replace(self.base, steps=n)), self.dense_steps
-            )
+            steps = self._most_steps(lambda steps: dataclasses.replace(self.base, steps=steps))
             if steps:
                 name = "fewer steps" + (f", {scheduler}" if scheduler else "")
                 yield name, dataclasses.replace(self.base, steps=steps, scheduler=scheduler)
@@ -130,3 +146,8 @@ class Space:
             yield {**usual, "scheduler": scheduler, "cached": 0.0, "pruned": pruned}
         for cached, pruned in ((0.3, 0.5), (0.4, 0.5), (0.5, 0.0), (0.6, 0.0)) if None in self.branches else ():
             yield {**usual, "scheduler": OWN, "cached": cached, "pruned": pruned}
+
+
+def _at(plan: Plan, rate: float) -> Plan:
+    method = None if rate == 0 else dataclasses.replace(plan.method, rate=rate)  # type: ignore[type-var]
+    return dataclasses.replace(plan, method=method)

@@ -1,20 +1,62 @@
-"""Time the steps that plans are made of, on the device of a pipeline."""
+"""What a run by a plan takes on this device: the steps that plans are made of are timed, and added up."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
+from typing import Any
+
+import numpy as np
 
 from atedm.method.matched import Matched
 from atedm.plans.plan import Cache, Plan
-from atedm.tuning.costs import Arithmetic, Times
+from atedm.tuning.costs import Arithmetic
 from atedm.tuning.drawing import Easel, Told
 
 RATES = (0.1, 0.4, 0.7, 0.95)
 """At which pruned steps are timed."""
 STEPS = 6
 """Of a run in which they are timed, the first of which warms up."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds on this device, measured step by step. A pruned step takes what steps of equal arithmetic take."""
+
+    arithmetic: Arithmetic
+    #: Of an image outside of the U-Net: text, latents to pixels, the scheduler.
+    outside: float
+    #: Of a dense step.
+    dense: float
+    #: Of a step by DeepCache, by branch.
+    cached: dict[int, float]
+    #: Of steps by matched pruning: their share of the dense arithmetic, ascending, and seconds.
+    pruned: tuple[tuple[float, float], ...]
+    of: str = "time"
+
+    def share(self, plan: Plan, dense_steps: int) -> float:
+        """Add up measured steps."""
+        full, step = len(plan.full_steps()), self.dense
+        if plan.method is not None:
+            step = float(np.interp(self.arithmetic.step(plan.method), *np.array(self.pruned).T))
+        branch = None if plan.cache is None else plan.cache.branch
+        cached = 0.0 if branch is None else self.cached[branch]
+        image = self.outside + full * step + (plan.steps - full) * cached
+        return image / (self.outside + dense_steps * self.dense)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what was measured as plain JSON values."""
+        cached = {str(branch): seconds for branch, seconds in self.cached.items()}
+        return {"outside": self.outside, "dense": self.dense, "cached": cached, "pruned": self.pruned}
+
+    @classmethod
+    def from_dict(cls, arithmetic: Arithmetic, values: dict[str, Any]) -> Times:
+        """Read back what `as_dict` gave."""
+        cached = {int(branch): float(seconds) for branch, seconds in values["cached"].items()}
+        pruned = tuple((float(share), float(seconds)) for share, seconds in values["pruned"])
+        return cls(arithmetic, float(values["outside"]), float(values["dense"]), cached, pruned)
 
 
 def images_timed(branches: Sequence[int | None], dense_steps: int) -> float:

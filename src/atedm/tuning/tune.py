@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,19 +21,18 @@ from atedm.costs.architectures import architecture
 from atedm.files import check_writable, read_json, save_json
 from atedm.hosts.unet_spans import find_spans, find_unet
 from atedm.lab.extra import optional
-from atedm.lab.scores.pixels import lpips_distances
 from atedm.patch import is_applied
 from atedm.plans.fingerprint import checksum, fingerprint
 from atedm.plans.plan import Plan, save_plan
 from atedm.suits import suits
 from atedm.tuning.claim import claim
-from atedm.tuning.costs import Arithmetic, RunCosts, Times
-from atedm.tuning.drawing import Easel, key_of
+from atedm.tuning.costs import Arithmetic
+from atedm.tuning.drawing import Easel
 from atedm.tuning.page import write_page
 from atedm.tuning.prompts import tuning_prompts
-from atedm.tuning.search import Search, Tried, with_record
+from atedm.tuning.search import Search, Tried
 from atedm.tuning.space import Space
-from atedm.tuning.timing import images_timed, time_steps
+from atedm.tuning.timing import Times, images_timed, time_steps
 from atedm.words import check_name, check_whole, is_number
 
 BUDGETS_OF = ("time", "arithmetic")
@@ -128,7 +128,8 @@ def tune(
     )
     check_writable(out / PLAN, out / PAGE)
     weights = checksum(unet)
-    _claim(out, dense, prompts, seed, weights, str(unet.dtype))
+    asked = {"model": dict(dense.model), **dense.settings(), "prompts": list(prompts), "seed": seed}
+    claim(out / SETTINGS, asked | {"weights": weights, "dtype": str(unet.dtype)}, "a search with")
     easel = Easel(pipe, prompts, dense, seed, out / "images")
     branches = _caching(pipe, steps)
     arithmetic = Arithmetic.counted(architecture(pipe), size or native_size(pipe), branches)
@@ -149,14 +150,25 @@ def tune(
         "versions": {"atedm": atedm.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     }
 
+    def recorded(best: Tried, **more: float) -> Plan:
+        found = {
+            **record,
+            "share": round(best.share, 4),
+            "cost": round(arithmetic.share(best.plan, steps), 4),
+            "distance": round(best.distance, 3),
+            "distances": [round(one, 3) for one in best.distances],
+            "found_as": best.name,
+            "images": round(search.spent, 1),
+        }
+        return dataclasses.replace(best.plan, found=found | more)
+
     def told(search: Search) -> None:
-        best, left = search.best, search.seconds_left
-        what = "first images" if best is None else f"{best.distance:.1f} dB by {best.name}"
-        progress(what + ("" if left is None else f", {_minutes(left)} left"), search.spent, images)
+        best = search.best
+        progress("first images" if best is None else f"{best.distance:.1f} dB by {best.name}", search.spent, images)
 
     def improved(search: Search) -> None:
         assert search.best is not None
-        save_plan(_recorded(search.best, arithmetic, record, search), out / PLAN)
+        save_plan(recorded(search.best), out / PLAN)
 
     search = Search(easel, space, images - reserve, seed, spent=spent, told=told, improved=improved)
     was_stopped = False
@@ -177,40 +189,20 @@ def tune(
         times = _timed(easel, finalists, out, lambda: progress("times, in turns", search.spent, images))
         search.spent += reserve
     best = _chosen(finalists, times, budget if of == "time" else None)
-    plan = _recorded(best, arithmetic, record, search)
+    more = {}
     if times:
-        shares = [one / two for one, two in zip(times[_key(best)], times["dense"], strict=True)]
-        plan = with_record(
-            plan,
-            seconds=round(median(times[_key(best)]), 4),
-            dense_seconds=round(median(times["dense"]), 4),
-            time=round(median(shares), 4),
-        )
-    if (perceptual := _lpips(easel, best.plan)) is not None:
-        plan = with_record(plan, lpips=round(perceptual, 5))
+        ours, theirs = times[best.key], times["dense"]
+        more = {
+            "seconds": round(median(ours), 4),
+            "dense_seconds": round(median(theirs), 4),
+            "time": round(median(one / two for one, two in zip(ours, theirs, strict=True)), 4),
+        }
+    plan = recorded(best, **more)
     save_plan(plan, out / PLAN)
     tried = (*search.finalists(len(search.tried)), *(one for one in search.tried.values() if not one.is_whole))
     write_page(out / PAGE, plan, tried, easel)
     progress("done", search.spent, images)
     return Tuned(plan, tried, out / PLAN, out / PAGE, was_stopped)
-
-
-def _recorded(best: Tried, arithmetic: Arithmetic, record: dict[str, Any], search: Search) -> Plan:
-    return with_record(
-        best.plan,
-        **record,
-        share=round(best.share, 4),
-        cost=round(arithmetic.share(best.plan, search.space.dense_steps), 4),
-        distance=round(best.distance, 3),
-        distances=[round(one, 3) for one in best.distances],
-        found_as=best.name,
-        images=round(search.spent, 1),
-    )
-
-
-def _claim(out: Path, dense: Plan, prompts: Sequence[str], seed: int, weights: int, dtype: str) -> None:
-    asked = {"model": dict(dense.model), **dense.settings(), "prompts": list(prompts), "seed": seed}
-    claim(out / SETTINGS, asked | {"weights": weights, "dtype": dtype}, "a search with")
 
 
 def _caching(pipe: Any, steps: int) -> tuple[int | None, ...]:
@@ -230,7 +222,7 @@ def _caching(pipe: Any, steps: int) -> tuple[int | None, ...]:
 
 def _costs(
     of: str, easel: Easel, arithmetic: Arithmetic, branches: Sequence[int | None], out: Path, progress: Progress
-) -> RunCosts:
+) -> Arithmetic | Times:
     if of == "arithmetic":
         return arithmetic
     if not (out / TIMES).exists():  # measured once: a search that goes on must see the same times
@@ -242,13 +234,9 @@ def _costs(
         raise ValueError(f"{out / TIMES} holds no times of steps ({error}); remove it to measure them") from error
 
 
-def _key(tried: Tried) -> str:
-    return key_of(tried.plan)
-
-
 def _timed(easel: Easel, finalists: Sequence[Tried], out: Path, told: Callable[[], None]) -> dict[str, list[float]]:
     """Return the seconds of whole images by name, dense among them, measured in turns and kept."""
-    file, names = out / "seconds.json", ["dense", *map(_key, finalists)]
+    file, names = out / "seconds.json", ["dense", *(one.key for one in finalists)]
     if file.exists() and (stored := read_json(file)).keys() == set(names):
         return stored  # type: ignore[no-any-return]
     plans = [easel.dense, *(one.plan for one in finalists)]
@@ -262,20 +250,8 @@ def _chosen(finalists: Sequence[Tried], times: dict[str, list[float]], budget: f
     if budget is None or not times:
         return finalists[0]
     dense = median(times["dense"])
-    kept = [one for one in finalists if median(times[_key(one)]) <= 1.03 * budget * dense]
-    return kept[0] if kept else min(finalists, key=lambda one: median(times[_key(one)]))
-
-
-def _lpips(easel: Easel, plan: Plan) -> float | None:
-    """Return the mean LPIPS to the dense images; None where it or its weights are not here already."""
-    if not any((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-*.pth")):
-        return None
-    ours, dense = (easel.files(one, len(easel.prompts)) for one in (plan, easel.dense))
-    try:
-        found = lpips_distances(ours, dense, device=str(easel.pipe.device))
-    except (ImportError, ValueError):
-        return None
-    return sum(found) / len(found)
+    kept = [one for one in finalists if median(times[one.key]) <= 1.03 * budget * dense]
+    return kept[0] if kept else min(finalists, key=lambda one: median(times[one.key]))
 
 
 def _machine(pipe: Any) -> dict[str, Any]:
@@ -283,7 +259,3 @@ def _machine(pipe: Any) -> dict[str, Any]:
     dtype = str(pipe.unet.dtype).removeprefix("torch.")
     found: dict[str, Any] = {"device": str(device), "name": processor_of(str(device)), "dtype": dtype}
     return found | {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

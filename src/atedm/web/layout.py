@@ -10,13 +10,11 @@ KEPT, IMPORTANCE = OVERLAYS = ("tokens kept", "importance")
 
 def cost_slider(service: Service, model: str, method: str, steps: int) -> gr.Slider:
     """Return the slider of what runs with a method can cost, set to the method as it is."""
-    offered = service.cost_range(model, method, steps)
-    label = "Cost, % of the dense arithmetic"
-    if service.plan_of(method) is not None:
-        return gr.Slider(0, 100, offered.usual, step=1, label=f"{label}: the plan's", interactive=False, elem_id="cost")
-    return gr.Slider(
-        offered.lowest, offered.highest, offered.usual, step=1, label=label, interactive=True, elem_id="cost"
-    )
+    lowest, highest, usual = service.cost_range(model, method, steps)
+    label, planned = "Cost, % of the dense arithmetic", service.plan_of(method) is not None
+    if planned:
+        lowest, highest, label = 0, 100, f"{label}: the plan's"
+    return gr.Slider(lowest, highest, usual, step=1, label=label, interactive=not planned, elem_id="cost")
 
 
 class Controls:
