@@ -157,8 +157,8 @@ def architecture(model: Any) -> Architecture:
     """Find the U-Net or the transformer that ``model`` names.
 
     Args:
-        model: One of `NAMED`, "tiny" or "tiny-turbo"; a diffusers folder or a hub id, of which only the configs are read;
-            a pipeline, or a model.
+        model: One of `NAMED`, "tiny" or "tiny-turbo"; a diffusers folder or a hub id, of which only the configs are
+            read; a pipeline, or a model.
 
     Raises:
         FileNotFoundError: If a local folder is not there.
