@@ -42,8 +42,7 @@ _GRID_RANKS = ("lattice", "cells", "important-of-cells", "representative", "faci
 class Settings:
     """One setting. The defaults are the paper's; `variant_of` gives those of any method.
 
-    Raises:
-        ValueError: If a value is out of its range, a name is unknown, or two choices do not go together.
+    Raises a `ValueError` if a value is out of its range, a name is unknown, or two choices do not go together.
     """
 
     rate: float = 0.63

@@ -42,10 +42,7 @@ def map_agreement(
 
     ``modes`` are variants by name that differ from the default in ``map_mode`` and ``sampled_rows`` only. With guidance
     the half of the batch that knows the prompt is looked at. ``rate`` is the share of the tokens that is dropped.
-
-    Raises:
-        TypeError: By `dense_spans`.
-        ValueError: By `dense_spans` and `draw_dense`, or if nothing is dropped.
+    Raises as `dense_spans` and `draw_dense`, or a `ValueError` if nothing is dropped.
     """
     spans = dense_spans(pipe)
     values: defaultdict[tuple[str, int], list[tuple[float, float, float]]] = defaultdict(list)

@@ -81,10 +81,8 @@ def find_errors(
 ) -> ErrorsReport:
     """Draw prompts dense, and prune beside.
 
-    Raises:
-        TypeError: By `dense_spans`.
-        ValueError: By `dense_spans` and `draw_dense`, if no method is named, or if the scheduler is not one whose steps
-            sum up to a move.
+    Raises as `dense_spans` and `draw_dense`, or a `ValueError` if no method is named, or the scheduler is not one whose
+    steps sum up to a move.
     """
     if not methods:
         raise ValueError("there must be at least one way to prune")
@@ -97,7 +95,7 @@ def find_errors(
         )
     runs = {name: _PrunedBeside(pipe.unet, method) for name, method in methods.items()}
     watch = partial(_beside, pipe, [*runs.values()], drawing.guidance)
-    for _, latents in draw_dense(pipe, prompts, drawing, watch, progress=progress):
+    for latents in draw_dense(pipe, prompts, drawing, watch, progress=progress):
         for each in runs.values():
             each.end_images(latents)
     found = tuple(each.errors(name) for name, each in runs.items())

@@ -111,13 +111,8 @@ def memory(
     """Say what activations take, dense and with a way to prune or ToMe, without weights (supplement D).
 
     ``model`` is as `atedm.costs.architectures.architecture` takes it; size in pixels and guidance are by default what
-    suits it. ``attention`` is one of `ATTENTIONS`.
-
-    Raises:
-        FileNotFoundError: By `architecture`.
-        ImportError: If ToMe is asked for and ``tomesd`` is not installed.
-        TypeError: By `architecture`, or by `atedm.apply`.
-        ValueError: By those two, or if an argument is out of its range.
+    suits it. ``attention`` is one of `ATTENTIONS`. Raises as `architecture` and `atedm.apply`, an `ImportError` if ToMe
+    is asked for and ``tomesd`` is not installed, and a `ValueError` if an argument is out of its range.
     """
     if not isinstance(candidate, Pruning | Merging):
         raise ValueError(f"memory is traced of ways to prune and of ToMe, not of {candidate!r}")
@@ -154,10 +149,8 @@ def traced_timeline(
 ) -> list[tuple[float, int]]:
     """Return (seconds, bytes held) of every operation that moves data in one ``call`` of ``unet``, patched or not.
 
-    A patched U-Net tells by the ``timestep`` where in the run it is; ``attention`` is one of `ATTENTIONS`.
-
-    Raises:
-        ValueError: If ``unet`` is not on the meta device, or ``attention`` is unknown.
+    A patched U-Net tells by the ``timestep`` where in the run it is; ``attention`` is one of `ATTENTIONS`. Raises a
+    `ValueError` if it is unknown, or ``unet`` is not on the meta device.
     """
     check_name("attention", attention, ATTENTIONS)
     if unet.device.type != "meta":

@@ -109,11 +109,8 @@ def find_objects(
     """Draw scenes dense, rank the tokens of every block in every step, and compare the ranks with the image.
 
     ``pipe`` draws scenes; with guidance the half of the batch that knows the prompt is looked at. ``rankings`` are some
-    of `RANKINGS`; ``rate`` is the share of the tokens taken for dropped, for the two measures of likeness.
-
-    Raises:
-        TypeError: By `dense_spans`.
-        ValueError: By `dense_spans` and `draw_dense`, or if nothing is dropped or a ranking is unknown.
+    of `RANKINGS`; ``rate`` is the share of the tokens taken for dropped, for the two measures of likeness. Raises as
+    `dense_spans` and `draw_dense`, or a `ValueError` if nothing is dropped or a ranking is unknown.
     """
     spans = dense_spans(pipe)
     judge = load_judge(weights_folder() / JUDGE)
@@ -127,7 +124,7 @@ def find_objects(
 
     captions = [scene.caption for scene in scenes]
     watch = partial(first_layers_watched, spans, rank, rate)
-    for _, images in draw_dense(pipe, captions, drawing, watch, output_type="pt", progress=progress):
+    for images in draw_dense(pipe, captions, drawing, watch, output_type="pt", progress=progress):
         maps = judge.object_maps(images).cpu()
         for key, (size, importance, best_match, attention_match) in seen.items():
             is_object = functional.interpolate(maps.unsqueeze(1), size, mode="area").flatten(1) > 0.5

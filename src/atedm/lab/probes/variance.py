@@ -99,19 +99,18 @@ def map_variance(q: Tensor, k: Tensor, scale: float) -> Tensor:
     one head's map and the mean are held.
     """
     heads = q.shape[1]
+
+    def entry_variance(maps: Tensor) -> Tensor:
+        # Not mean(a^2) - mean(a)^2: 1e-9 between two numbers of about 1e-7 is lost in float32.
+        return maps.flatten(1).var(-1, unbiased=False).mean()
+
     mean_map = empty_map(q, k)
     per_head = mean_map.new_zeros(())
     for a in attention_maps(q, k, scale):
-        per_head += _entry_variance(a) / heads
+        per_head += entry_variance(a) / heads
         mean_map.add_(a, alpha=1 / heads)
         del a  # or it lives on while the next head is computed
-    return torch.stack([per_head, _entry_variance(mean_map)])
-
-
-def _entry_variance(maps: Tensor) -> Tensor:
-    """Variance of the entries of each (N, N) map, averaged over the batch."""
-    # Not mean(a^2) - mean(a)^2: 1e-9 between two numbers of about 1e-7 is lost in float32.
-    return maps.flatten(1).var(-1, unbiased=False).mean()
+    return torch.stack([per_head, entry_variance(mean_map)])
 
 
 def attention_variance(
@@ -121,11 +120,8 @@ def attention_variance(
 
     The images are what they would be without measuring, are drawn one at a time, and are not decoded. With guidance the
     unprompted half of the batch counts like the prompted. Where the scheduler calls the U-Net more often than once a
-    step (Heun), calls are spread over the steps in their order and averaged within each.
-
-    Raises:
-        TypeError: By `dense_spans`.
-        ValueError: By `dense_spans` and `draw_dense`.
+    step (Heun), calls are spread over the steps in their order and averaged within each. Raises as `dense_spans` and
+    `draw_dense`.
     """
     spans = dense_spans(pipe)
     tokens: dict[str, int] = {}
