@@ -39,8 +39,7 @@ _BY_MATCH = ("similarity-copy", "matched-update")
 class Ranking(NamedTuple):
     """How the tokens rank, and whom to copy from by attention."""
 
-    #: (B, N) float32.
-    importance: Tensor
+    importance: Tensor  #: (B, N) float32.
     #: Gives (B, N) int64 places within ``keep`` (B, K); None where no copy goes by attention.
     source: Callable[[Tensor], Tensor] | None = None
 
@@ -48,24 +47,18 @@ class Ranking(NamedTuple):
 class Choice(NamedTuple):
     """Which tokens go on and who refills the others: what can outlast a step."""
 
-    #: (B, N) float32.
-    importance: Tensor
-    #: (B, K) int64, ascending.
-    keep: Tensor
-    #: (B, N) int64 places within K; None for refills that go by no match.
-    source: Tensor | None = None
+    importance: Tensor  #: (B, N) float32.
+    keep: Tensor  #: (B, K) int64, ascending.
+    source: Tensor | None = None  #: (B, N) int64 places within K; None for refills that go by no match.
 
 
 @dataclass(frozen=True)
 class Remembered:
     """What a block hands to its next step."""
 
-    #: (B, N, C): the last update of every token.
-    updates: Tensor | None = None
-    #: By layer.
-    choices: dict[int, Choice] | None = None
-    #: Steps since the choices were made.
-    age: int = 0
+    updates: Tensor | None = None  #: (B, N, C): the last update of every token.
+    choices: dict[int, Choice] | None = None  #: By layer.
+    age: int = 0  #: Steps since the choices were made.
 
 
 @torch.no_grad()  # who is kept and whom a token is like has no gradient

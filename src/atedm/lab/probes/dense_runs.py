@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from atedm.lab.progress import Progress, silent
 from atedm.method.contract import QueriesAndKeys, View
 from atedm.method.keep import keep_count
 from atedm.patch import is_applied
+
+T = TypeVar("T")
 
 
 def dense_spans(pipe: Any) -> UnetSpans:
@@ -70,6 +72,33 @@ def draw_dense(
                 **drawing.call,
             )
         yield drawn.images
+
+
+def look_into_dense(
+    pipe: Any,
+    prompts: Sequence[str],
+    drawing: Drawing,
+    look: Callable[[View], T],
+    rate: float | None,
+    *,
+    both_halves: bool = False,
+    output_type: str = "latent",
+    progress: Progress = silent,
+) -> Iterator[tuple[Any, list[T]]]:
+    """Draw prompts as `draw_dense`, and yield of each batch the images and what ``look`` made of every view.
+
+    Views are as in `first_layers_watched`; with guidance they are of the half that knows the prompt, or of both. Raises
+    as `dense_spans`, `draw_dense` and `first_layers_watched`.
+    """
+    spans = dense_spans(pipe)
+    found: list[T] = []
+
+    def watch(images: int) -> AbstractContextManager[None]:
+        return first_layers_watched(spans, lambda view: found.append(look(view)), rate, None if both_halves else images)
+
+    for images in draw_dense(pipe, prompts, drawing, watch, output_type=output_type, progress=progress):
+        yield images, found.copy()
+        found.clear()
 
 
 @contextmanager

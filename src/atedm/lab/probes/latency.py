@@ -156,7 +156,7 @@ def latency(setup: Setup, method: Any, steps: int = 50, progress: Progress = sil
 
 
 def pruned_shapes(setup: Setup, method: AtEdm, steps: int) -> tuple[PrunedShape, ...]:
-    """Group the pruned blocks by shape, count how often a run prunes them, or raise a `ValueError` if there are none."""
+    """Group the pruned blocks by shape with how often a run prunes them, or raise a `ValueError` if there are none."""
     arch = architecture(setup.model)
     unet, early = arch.on_meta(), early_steps(method, steps)
     found: dict[tuple[int, int, int, int], PrunedShape] = {}

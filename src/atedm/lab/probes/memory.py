@@ -9,6 +9,7 @@ long as a roofline of an A100 says, and averages are over that time.
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -122,10 +123,7 @@ def memory(
     images = batch * (2 if (found.guidance if guidance is None else guidance) else 1)
     call = found.call(size, images, dtype=dtype)
     unet = nn.Module.to(found.on_meta(), dtype)  # the method of torch, because that of diffusers warns of every cast
-
-    def footprint(timestep: int) -> Footprint:
-        return traced_footprint(unet, call, timestep, attention=attention)
-
+    footprint = partial(traced_footprint, unet, call, attention=attention)
     dense = footprint(LATE)
     kinds = {candidate.is_early(step_position(timestep).share): timestep for timestep in (EARLY, LATE)}
     with candidate.applied(SimpleNamespace(unet=unet)):
