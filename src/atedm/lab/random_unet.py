@@ -14,13 +14,11 @@ _NOISE = 1_048_573
 def random_unet(
     arch: Architecture, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
 ) -> UNet2DConditionModel:
-    """Build a U-Net whose activations stay in the range of a trained one.
+    """Build a U-Net on its device whose activations stay in the range of a trained one.
 
-    Weights are normal with variance one over the fan-in, norms are the identity, biases are zero. So nothing overflows
-    in any dtype, and no denormal numbers slow it down.
-
-    It is filled on its device, and no second copy is held. The same seed gives the same weights on every device. Raises
-    a `ValueError` if diffusers cannot build it.
+    Weights are normal with variance one over the fan-in, norms are the identity, biases are zero: nothing overflows in
+    any dtype, and no denormal numbers slow it down. The same seed gives the same weights on every device. Raises a
+    `ValueError` if diffusers cannot build it.
     """
     # The method of torch: that of diffusers warns of modules to be kept in float32, of which a U-Net has none.
     unet = nn.Module.to(arch.on_meta(), dtype).to_empty(device=device)

@@ -19,12 +19,9 @@ class Setup:
     """A model at one size on one device."""
 
     model: str
-    #: (width, height) in pixels.
-    size: tuple[int, int]
-    #: Images at a time.
-    batch: int
-    #: Whether the U-Net runs on two of each image.
-    guidance: bool
+    size: tuple[int, int]  #: (width, height) in pixels.
+    batch: int  #: Images at a time.
+    guidance: bool  #: Whether the U-Net runs on two of each image.
     dtype: str
     device: str
     repeats: int
@@ -71,8 +68,7 @@ class Setup:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype itself."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
 
     def call(self) -> dict[str, Any]:
         """Return the arguments of a call of the U-Net but for the timestep, on the device."""

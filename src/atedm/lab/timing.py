@@ -15,8 +15,8 @@ import torch
 class Stopwatch:
     """Starts when it is made; `lap` adds the time since the last lap to a name.
 
-    On CUDA laps are events in the stream, and nothing waits for the device before `read`. A lap that waited would
-    charge each part for starting the device anew, which no part does when they run one after another.
+    On CUDA laps are events in the stream, and nothing waits before `read`: a lap that waited would charge each part for
+    starting the device anew.
     """
 
     def __init__(self, device: torch.device) -> None:

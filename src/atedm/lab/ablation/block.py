@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -68,15 +69,12 @@ class AblatedTransformer2DModel(PrunedTransformer2DModel):
                 cross_attention=lambda: queries_and_keys(layer.attn2, layer.norm2, tokens, *words),
             )
 
-        def ranked(tokens: Tensor) -> Ranking | None:
-            return None if recalled is not None else rank_tokens(variant, view_of(tokens))
+        def ranked(tokens: Tensor) -> Ranking | Choice:
+            return rank_tokens(variant, view_of(tokens)) if recalled is None else recalled
 
-        def dropped(tokens: Tensor, ranking: Ranking | None) -> tuple[Cut, Choice]:
+        def dropped(tokens: Tensor, found: Ranking | Choice) -> tuple[Cut, Choice]:
             at = view_of(tokens)
-            choice = recalled
-            if ranking is not None:
-                choice = choose(variant, at, ranking)
-            assert choice is not None
+            choice = found if isinstance(found, Choice) else choose(variant, at, found)
             return drop(variant, at, choice), choice
 
         if variant.place == "before-self-attention":
@@ -88,26 +86,21 @@ class AblatedTransformer2DModel(PrunedTransformer2DModel):
             return cut.tokens, cut, choice
         tokens = start + _self_attention(layer, start, inputs)
         ranking = ranked(tokens)
-        if variant.place == "after-self-attention":
-            cut, choice = dropped(tokens, ranking)
-            tokens = cut.tokens
-        tokens = tokens + _cross_attention(layer, tokens, inputs)
-        if variant.place == "before-feed-forward":
-            cut, choice = dropped(tokens, ranking)
-            tokens = cut.tokens
-        tokens = tokens + layer.ff(layer.norm3(tokens))
-        if variant.place == "after-feed-forward":
-            cut, choice = dropped(tokens, ranking)
-            tokens = cut.tokens
+        parts: dict[str, Callable[[Tensor], Tensor]] = {
+            "after-self-attention": lambda tokens: tokens + _cross_attention(layer, tokens, inputs),
+            "before-feed-forward": lambda tokens: tokens + layer.ff(layer.norm3(tokens)),
+            "after-feed-forward": lambda tokens: tokens,
+        }
+        for place, run_what_follows in parts.items():
+            if place == variant.place:
+                cut, choice = dropped(tokens, ranking)
+                tokens = cut.tokens
+            tokens = run_what_follows(tokens)
         return tokens, cut, choice
 
     @staticmethod
     def check(name: str, module: Transformer2DModel, variant: Any) -> None:
-        """Raise if a layer that is to be run part by part has a forward that is not diffusers' own.
-
-        Raises:
-            ValueError: If so.
-        """
+        """Raise a `ValueError` if a layer that is to be run part by part has a forward that is not diffusers' own."""
         if variant.place in ("before-self-attention", "after-feed-forward") and not variant.ranks_by_words:
             return
         for index, _ in variant.drops:

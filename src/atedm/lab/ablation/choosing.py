@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from atedm.lab.ablation.controls import (
-    attention_received,
-    cells,
-    facility_location,
-    important_of_cells,
-    uniform_random,
-)
+from atedm.lab.ablation import controls
 from atedm.lab.ablation.map_modes import scores_by
 from atedm.lab.ablation.mappings import MAPPINGS
 from atedm.lab.ablation.recoveries import bicubic_interpolation, zero_padding
@@ -45,8 +39,7 @@ _BY_MATCH = ("similarity-copy", "matched-update")
 class Ranking(NamedTuple):
     """How the tokens rank, and whom to copy from by attention."""
 
-    #: (B, N) float32.
-    importance: Tensor
+    importance: Tensor  #: (B, N) float32.
     #: Gives (B, N) int64 places within ``keep`` (B, K); None where no copy goes by attention.
     source: Callable[[Tensor], Tensor] | None = None
 
@@ -54,24 +47,18 @@ class Ranking(NamedTuple):
 class Choice(NamedTuple):
     """Which tokens go on and who refills the others: what can outlast a step."""
 
-    #: (B, N) float32.
-    importance: Tensor
-    #: (B, K) int64, ascending.
-    keep: Tensor
-    #: (B, N) int64 places within K; None for refills that go by no match.
-    source: Tensor | None = None
+    importance: Tensor  #: (B, N) float32.
+    keep: Tensor  #: (B, K) int64, ascending.
+    source: Tensor | None = None  #: (B, N) int64 places within K; None for refills that go by no match.
 
 
 @dataclass(frozen=True)
 class Remembered:
     """What a block hands to its next step."""
 
-    #: (B, N, C): the last update of every token.
-    updates: Tensor | None = None
-    #: By layer.
-    choices: dict[int, Choice] | None = None
-    #: Steps since the choices were made.
-    age: int = 0
+    updates: Tensor | None = None  #: (B, N, C): the last update of every token.
+    choices: dict[int, Choice] | None = None  #: By layer.
+    age: int = 0  #: Steps since the choices were made.
 
 
 @torch.no_grad()  # who is kept and whom a token is like has no gradient
@@ -100,13 +87,13 @@ def _importance(settings: Settings, view: View, by_attention: Tensor | None) -> 
         f = MAPPINGS[rank.removeprefix("cross-attention-")]
         return rank_by_attention(*view.cross_attention(), f=f, iterations=settings.iterations).importance
     if rank == "attention-received":
-        return attention_received(mean_attention_map(*view.self_attention()))
+        return controls.attention_received(mean_attention_map(*view.self_attention()))
     if rank == "uniform-random":
-        return uniform_random(batch, number, seed=0, step=view.step, device=tokens.device)
+        return controls.uniform_random(batch, number, seed=0, step=view.step, device=tokens.device)
     if rank == "facility-location":
-        return facility_location(tokens, view.count)
+        return controls.facility_location(tokens, view.count)
     if rank == "cells":
-        return cells(view.size, step=view.step, device=tokens.device).expand(batch, -1)
+        return controls.cells(view.size, step=view.step, device=tokens.device).expand(batch, -1)
     if rank in ("lattice", "representative"):
         cover = lattice(view.size, step=view.step, device=tokens.device).expand(batch, -1)
         if rank == "lattice":
@@ -114,7 +101,7 @@ def _importance(settings: Settings, view: View, by_attention: Tensor | None) -> 
         return representative(_features(settings, tokens), cover, view.count, settings.cover_share)
     assert by_attention is not None
     if rank == "important-of-cells":
-        return important_of_cells(by_attention, view.size)
+        return controls.important_of_cells(by_attention, view.size)
     return -by_attention if rank.endswith("-reversed") else by_attention
 
 
@@ -124,13 +111,10 @@ def choose(settings: Settings, view: View, ranking: Ranking) -> Choice:
     keep = keep_most_important(ranking.importance, view.count)
     source = None
     if settings.refill in _BY_MATCH:
-        by_features = partial(_source_by_features, settings, view.tokens)
-        source = (ranking.source or by_features)(keep)
+        by_attention = ranking.source
+        features = _features(settings, view.tokens)
+        source = by_attention(keep) if by_attention else match_by_features(features, keep).source
     return Choice(ranking.importance, keep, source)
-
-
-def _source_by_features(settings: Settings, tokens: Tensor, keep: Tensor) -> Tensor:
-    return match_by_features(_features(settings, tokens), keep).source
 
 
 def _features(settings: Settings, tokens: Tensor) -> Tensor:

@@ -13,13 +13,9 @@ _BITS = 12  # of a place along one side: grids up to 4096 tokens wide, and 24 bi
 
 
 def attention_received(attention_map: Tensor) -> Tensor:
-    """``mean_i A_ij``, the attention each key gets: one iteration of self-attention G-WPR.
+    """``mean_i A_ij``, the attention each key gets of A, (..., M, N): one iteration of self-attention G-WPR.
 
-    Args:
-        attention_map: A, (..., M, N), any floating dtype.
-
-    Returns:
-        (..., N) float32, sums to 1.
+    Returns (..., N) float32, which sums to 1.
     """
     return attention_map.mean(-2, dtype=torch.float32)
 
@@ -27,20 +23,10 @@ def attention_received(attention_map: Tensor) -> Tensor:
 def uniform_random(
     batch: int, tokens: int, *, seed: int, step: int | Tensor, device: torch.device | str | None = None
 ) -> Tensor:
-    """Importance by chance: a hash of (seed, step, place in the batch, token) as a number in [0, 1).
+    """Importance by chance: a hash of (seed, step, place in the batch, token), (batch, tokens) float32 in [0, 1).
 
     No generator is read or advanced, so the images' own noise stays as it was, the numbers are equal on every device,
-    and the function can be compiled.
-
-    Args:
-        batch: B.
-        tokens: N.
-        seed: Any integer; its low 64 bits count.
-        step: Index of the denoising step; its low 32 bits count.
-        device: Where to put the result.
-
-    Returns:
-        (B, N) float32, multiples of 2^-24 in [0, 1).
+    and the function can be compiled. Of the seed the low 64 bits count, of the denoising step the low 32.
     """
     batch_index = torch.arange(batch, device=device).unsqueeze(-1)
     token_index = torch.arange(tokens, device=device)
@@ -65,16 +51,11 @@ def _splitmix32(x: Tensor) -> Tensor:
 def cells(size: tuple[int, int], *, step: int | Tensor = 0, device: torch.device | str | None = None) -> Tensor:
     """Importance by the ordered-dither matrix (Bayer, 1973): one token of each 2 x 2 cell, then the next of each.
 
-    Args:
-        size: (h, w) of the grid, at most 4096 each.
-        step: Index of the denoising step, at least 0; the matrix is shifted by its bits, so that four steps in a row
-            begin with the four tokens of a cell.
-        device: Where to put the result.
-
-    Returns:
-        (h w,) float32 in (0, 1], in raster order, all different.
+    ``size`` is (h, w), at most 4096 each. The matrix is shifted by the bits of the denoising step, so that four steps
+    in a row begin with the four tokens of a cell. Returns (h w,) float32 in (0, 1], in raster order, all different.
     """
-    y, x = _grid(size, device)
+    token = torch.arange(size[0] * size[1], device=device)
+    y, x = token // size[1], token % size[1]
     mask = 2**_BITS - 1
     x, y = (x + _every_other_bit(step)) & mask, (y + _every_other_bit(step >> 1)) & mask
     rank = torch.zeros_like(x)
@@ -88,12 +69,8 @@ def cells(size: tuple[int, int], *, step: int | Tensor = 0, device: torch.device
 def important_of_cells(importance: Tensor, size: tuple[int, int]) -> Tensor:
     """Cover by importance: the most important token of each 2 x 2 cell before the second of any.
 
-    Args:
-        importance: (B, N) with N = h w in raster order, in [0, 1].
-        size: (h, w); cells at an odd edge are smaller.
-
-    Returns:
-        (B, N) float32: 3 minus the place within the cell, plus the importance.
+    ``importance`` is (B, h w) in raster order, in [0, 1]; cells at an odd edge of ``size`` (h, w) are smaller. Returns
+    (B, h w) float32: 3 minus the place within the cell, plus the importance.
     """
     (h, w), batch = size, importance.shape[0]
     padded = functional.pad(importance.float().reshape(batch, h, w), (0, w % 2, 0, h % 2), value=-1.0)
@@ -112,12 +89,8 @@ def facility_location(tokens: Tensor, count: int) -> Tensor:
     The sum of what dropped tokens have in common with their best kept ones is what a match lives on, so this is what a
     cover could be, at N^2 memory and K passes over it: a reference to measure others by, not for use.
 
-    Args:
-        tokens: (B, N, C), any floating dtype.
-        count: K, how many to choose.
-
-    Returns:
-        (B, N) float32: K for the first chosen down to 1, and 0 for those not chosen.
+    Of ``tokens`` (B, N, C) it chooses ``count``, K. Returns (B, N) float32: K for the first chosen down to 1, and 0 for
+    those not chosen.
     """
     with without_autocast(tokens.device):
         unit = functional.normalize(tokens.float(), dim=-1)
@@ -131,12 +104,6 @@ def facility_location(tokens: Tensor, count: int) -> Tensor:
         of_best = cosine.gather(1, best.unsqueeze(-1).expand(-1, -1, cosine.shape[2])).squeeze(1)
         covered = torch.maximum(covered, of_best)
     return importance
-
-
-def _grid(size: tuple[int, int], device: torch.device | str | None) -> tuple[Tensor, Tensor]:
-    """Row and column of every token in raster order, int64."""
-    token = torch.arange(size[0] * size[1], device=device)
-    return token // size[1], token % size[1]
 
 
 def _every_other_bit(step: int | Tensor) -> int | Tensor:

@@ -21,18 +21,11 @@ COLUMNS = 8
 
 
 def row_lse(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """``logsumexp_j(scale q_i . k_j)`` of each query.
+    """``logsumexp_j(scale q_i . k_j)`` of each query, (B, H, M) float32.
 
-    Args:
-        q: Queries, (B, H, M, D), on the CPU or CUDA; on CUDA in 16 bits, or 32 where memory-efficient attention runs.
-        k: Keys, (B, H, N, D), of the same dtype.
-        scale: The factor on the logits.
-
-    Returns:
-        (B, H, M) float32.
-
-    Raises:
-        ValueError: If no fused attention of this device gives log-sum-exps.
+    Queries ``q`` (B, H, M, D) and keys ``k`` (B, H, N, D) are of one dtype, on the CPU or CUDA; on CUDA in 16 bits, or
+    32 where memory-efficient attention runs. Raises a `ValueError` if no fused attention of the device gives
+    log-sum-exps.
     """
     q, k = q.contiguous(), k.contiguous()
     lse: Tensor
@@ -51,17 +44,9 @@ def row_lse(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def column_sums(q: Tensor, k: Tensor, scale: float, lse: Tensor, s: Tensor) -> Tensor:
-    """``sum_i A_ij s_i``: what each key is passed along the map.
+    """``sum_i A_ij s_i``: what each key is passed along the map, (B, H, N) float32.
 
-    Args:
-        q: Queries, (B, H, M, D).
-        k: Keys, (B, H, N, D).
-        scale: The factor on the logits.
-        lse: `row_lse` of them, (B, H, M).
-        s: What each query has to pass on, (B, H, M) float32, positive.
-
-    Returns:
-        (B, H, N) float32.
+    ``lse`` is `row_lse` of the queries and keys, ``s`` what each query has to pass on, (B, H, M) float32, positive.
     """
     bias = (s.log() - lse) / scale  # the product is multiplied by it
     largest = torch.finfo(q.dtype).max

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,16 +40,9 @@ HEAD_FUSIONS = ("rms", "mean-map")
 def scores_by(mode: str, view: View, *, head_fusion: str, iterations: int, rows: int) -> Scores:
     """Rank and find copy sources in one of `MAP_MODES`.
 
-    Args:
-        mode: One of `MAP_MODES`.
-        view: Of the span.
-        head_fusion: One of `HEAD_FUSIONS`; "mean-map" always makes the whole map.
-        iterations: Of G-WPR; 0 where only the copy is wanted.
-        rows: How many rows are sampled.
-
-    Raises:
-        ImportError: If Triton is asked for and not installed.
-        ValueError: If the device has no flash attention that gives log-sum-exps, or Triton does not run there.
+    ``head_fusion`` is one of `HEAD_FUSIONS`, of which "mean-map" always makes the whole map; ``iterations`` of G-WPR
+    are 0 where only the copy is wanted; ``rows`` are sampled. Raises an `ImportError` if Triton is asked for and not
+    installed, and a `ValueError` if it, or flash attention that gives log-sum-exps, does not run on the device.
     """
     attention = view.self_attention()
     tokens = attention.k.shape[2]
@@ -73,11 +67,7 @@ def _sampled_rows(view: View, tokens: int, rows: int) -> Tensor:
 
 
 def scores_by_flash(q: Tensor, k: Tensor, scale: float, *, iterations: int) -> Scores:
-    """As `scores_in_blocks`, with the iterations left to stock flash attention.
-
-    Raises:
-        ValueError: If the device has none that gives log-sum-exps.
-    """
+    """As `scores_in_blocks`, with the iterations left to stock flash attention, and raising as `flash_maps.row_lse`."""
     lse = flash_maps.row_lse(q, k, scale) if iterations else None
     importance = _passed_on(flash_maps.column_sums, q, k, scale, lse, iterations)
     return Scores(importance, functools.partial(source_in_blocks, q, k, scale))
@@ -86,25 +76,20 @@ def scores_by_flash(q: Tensor, k: Tensor, scale: float, *, iterations: int) -> S
 def scores_by_triton(q: Tensor, k: Tensor, scale: float, *, iterations: int) -> Scores:
     """As `scores_in_blocks`, by Triton kernels. On the meta device plain products take their place, to be counted.
 
-    Raises:
-        ImportError: If Triton is not installed.
-        ValueError: If the tensors are not where it runs.
+    Raises an `ImportError` if Triton is not installed, and a `ValueError` if the tensors are not where it runs.
     """
-    maps = plain_maps if q.device.type == "meta" else _triton_maps()
+    maps: Any = plain_maps
+    if q.device.type != "meta":
+        try:
+            maps = import_module("atedm.lab.ablation.triton_maps")
+        except ImportError as error:
+            raise ImportError(
+                "map_mode 'triton' needs the triton package, which torch for CUDA on Linux brings along; "
+                "use 'auto', which picks what runs anywhere"
+            ) from error
     lse = maps.row_lse(q, k, scale)
     importance = _passed_on(maps.column_sums, q, k, scale, lse, iterations)
     return Scores(importance, functools.partial(maps.copy_source, q, k, scale, lse))
-
-
-def _triton_maps() -> ModuleType:
-    try:
-        from atedm.lab.ablation import triton_maps
-    except ImportError as error:
-        raise ImportError(
-            "map_mode 'triton' needs the triton package, which torch for CUDA on Linux brings along; "
-            "use 'auto', which picks what runs anywhere"
-        ) from error
-    return triton_maps
 
 
 def _passed_on(

@@ -1,4 +1,8 @@
-"""The mappings f(A, s_K) that take G-WPR to cross-attention (supplement C.2)."""
+"""The mappings f(A, s_K) that take G-WPR to cross-attention (supplement C.2).
+
+Each takes the attention map A, (..., M, N), and the importance of the keys s_K, (..., N), and returns that of the
+queries, (..., M).
+"""
 
 from __future__ import annotations
 
@@ -15,14 +19,7 @@ def entropy(attention_map: Tensor, s_k: Tensor, floor: float = 1e-6) -> Tensor:
     """``s_q(i) = sum_j A_ij s_k(j) / (-sum_j A_ij ln A_ij)``: attend to what matters, and to few.
 
     Supplement C.2 says that it rewards by the dot product and penalises by the entropy; the quotient is our reading.
-
-    Args:
-        attention_map: A, (..., M, N).
-        s_k: Importance of the keys, (..., N).
-        floor: Least entropy to divide by; a one-hot row has none.
-
-    Returns:
-        (..., M).
+    ``floor`` is the least entropy to divide by; a one-hot row has none.
     """
     reward = torch.einsum("...mn,...n->...m", attention_map, s_k)
     # 0 ln 0 = 0, and its gradient is finite.
@@ -31,48 +28,21 @@ def entropy(attention_map: Tensor, s_k: Tensor, floor: float = 1e-6) -> Tensor:
 
 
 def hard_clip(attention_map: Tensor, s_k: Tensor, eta: float = 0.2) -> Tensor:
-    """``s_q(i) = sum_j [A_ij >= eta] s_k(j)`` (supplement Eq. 2).
-
-    Args:
-        attention_map: A, (..., M, N).
-        s_k: Importance of the keys, (..., N).
-        eta: The threshold of attention.
-
-    Returns:
-        (..., M).
-    """
+    """``s_q(i) = sum_j [A_ij >= eta] s_k(j)`` (supplement Eq. 2)."""
     return torch.einsum("...mn,...n->...m", (attention_map >= eta).to(s_k.dtype), s_k)
 
 
 def soft_clip(attention_map: Tensor, s_k: Tensor, eta: float = 0.2) -> Tensor:
-    """``s_q(i) = sum_j sigmoid(A_ij - eta) s_k(j)`` (supplement Eq. 3).
-
-    Args:
-        attention_map: A, (..., M, N).
-        s_k: Importance of the keys, (..., N).
-        eta: The threshold of attention.
-
-    Returns:
-        (..., M).
-    """
+    """``s_q(i) = sum_j sigmoid(A_ij - eta) s_k(j)`` (supplement Eq. 3)."""
     return torch.einsum("...mn,...n->...m", torch.sigmoid(attention_map - eta), s_k)
 
 
 def power(attention_map: Tensor, s_k: Tensor, alpha: float = 5.0, beta: float | None = None) -> Tensor:
-    """``s_q(i) = sum_j (beta s_k(j)) ^ (alpha A_ij)`` (supplement Eq. 4).
+    """``s_q(i) = sum_j (beta s_k(j)) ^ (alpha A_ij)`` (supplement Eq. 4); ``beta`` is by default the paper's N / 2.
 
     Computed as ``exp(alpha A_ij ln(beta s_k(j)))`` with the exponent capped at 60, so that no alpha overflows; the
     default alpha and beta stay below 60 up to 300 000 keys. ``s_k(j) = 0`` counts as the least positive number, which
     gives 1 where ``A_ij = 0`` too.
-
-    Args:
-        attention_map: A, (..., M, N).
-        s_k: Importance of the keys, (..., N).
-        alpha: The factor on the exponent.
-        beta: The factor on the base; None is the paper's N / 2.
-
-    Returns:
-        (..., M).
     """
     beta = s_k.shape[-1] / 2 if beta is None else beta
     log_base = torch.log(beta * s_k.clamp_min(torch.finfo(s_k.dtype).tiny))

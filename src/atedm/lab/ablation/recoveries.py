@@ -1,4 +1,8 @@
-"""The paper's baselines of similarity-based copy (supplement A.6)."""
+"""The paper's baselines of similarity-based copy (supplement A.6).
+
+Each takes the kept tokens, (B, K, C), and their places ``keep``, (B, K) int64, and returns all tokens, (B, N, C).
+Both are differentiable in the kept tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,7 @@ from atedm.method.recovery import direct_copy
 
 
 def zero_padding(kept_tokens: Tensor, keep: Tensor, tokens: int) -> Tensor:
-    """Dropped tokens become zero (supplement A.6 I).
-
-    Args:
-        kept_tokens: (B, K, C).
-        keep: (B, K) int64.
-        tokens: N.
-
-    Returns:
-        (B, N, C). Differentiable in ``kept_tokens``.
-    """
+    """Dropped ones of the N ``tokens`` become zero (supplement A.6 I)."""
     batch, _, channels = kept_tokens.shape
     return direct_copy(kept_tokens, keep, kept_tokens.new_zeros(batch, tokens, channels))
 
@@ -28,16 +23,8 @@ def bicubic_interpolation(kept_tokens: Tensor, keep: Tensor, size: tuple[int, in
     """Dropped tokens are interpolated from a half-size image with zeros in their places (supplement A.6 II).
 
     Zeros in, h x w to h/2 x w/2 and back by bicubic interpolation without antialiasing; half an odd side is rounded
-    down, to 1 at least. Only dropped positions take the result.
-
-    Args:
-        kept_tokens: (B, K, C).
-        keep: (B, K) int64.
-        size: (h, w) with N = h w, tokens in raster order.
-
-    Returns:
-        (B, N, C) in the dtype of ``kept_tokens``, interpolated in float32 or better. Differentiable in
-        ``kept_tokens``.
+    down, to 1 at least. Only dropped positions take the result. ``size`` is (h, w), N = h w in raster order. The
+    result has the dtype of the kept tokens, and is interpolated in float32 or better.
     """
     h, w = size
     dtype = torch.promote_types(kept_tokens.dtype, torch.float32)

@@ -42,43 +42,30 @@ _GRID_RANKS = ("lattice", "cells", "important-of-cells", "representative", "faci
 class Settings:
     """One setting. The defaults are the paper's; `variant_of` gives those of any method.
 
-    Raises:
-        ValueError: If a value is out of its range, a name is unknown, or two choices do not go together.
+    Raises a `ValueError` if a value is out of its range, a name is unknown, or two choices do not go together.
     """
 
     rate: float = 0.63
     level_factors: tuple[tuple[int, float], ...] = ()
     where: Where = everywhere
-    #: One of `RANKS`.
-    rank: str = "self-attention"
-    #: One of `atedm.lab.ablation.map_modes.HEAD_FUSIONS`.
-    head_fusion: str = "rms"
+    rank: str = "self-attention"  #: One of `RANKS`.
+    head_fusion: str = "rms"  #: One of `atedm.lab.ablation.map_modes.HEAD_FUSIONS`.
     iterations: int = 3
-    #: One of `atedm.lab.ablation.map_modes.MAP_MODES`.
-    map_mode: str = "auto"
+    map_mode: str = "auto"  #: One of `atedm.lab.ablation.map_modes.MAP_MODES`.
     sampled_rows: int = 256
-    #: One of `REFILLS`.
-    refill: str = "similarity-copy"
-    #: One of `MATCHES`.
-    match: str = "attention"
-    #: Share of the kept tokens that cover, in the "representative" ranking.
-    cover_share: float = 0.4
-    #: Whether kept tokens go on as the mean of themselves and those that match them.
-    merge: bool = False
-    #: Whether self-attention counts a kept token as often as there are tokens that match it.
-    counts: bool = False
+    refill: str = "similarity-copy"  #: One of `REFILLS`.
+    match: str = "attention"  #: One of `MATCHES`.
+    cover_share: float = 0.4  #: Share of the kept tokens that cover, in the "representative" ranking.
+    merge: bool = False  #: Whether kept tokens go on as the mean of themselves and those that match them.
+    counts: bool = False  #: Whether self-attention counts a kept token as often as there are tokens that match it.
     own_update_share: float = 0.0
-    #: One of `PLACES`.
-    place: str = "after-feed-forward"
+    place: str = "after-feed-forward"  #: One of `PLACES`.
     #: Several drops in place of one: (layer, rate) pairs, layers counted from 0, each rate a share of what reaches it.
     gradual: tuple[tuple[int, float], ...] = ()
-    #: One of `SCHEDULES`.
-    schedule: str = "prune-less-early"
+    schedule: str = "prune-less-early"  #: One of `SCHEDULES`.
     early_share: float = 0.3
-    #: One of `atedm.method.schedule.PAIRINGS`.
-    pairing: str = "F-L"
-    #: For how many steps a block keeps its choice of tokens (supplement F).
-    refresh_every: int = 1
+    pairing: str = "F-L"  #: One of `atedm.method.schedule.PAIRINGS`.
+    refresh_every: int = 1  #: For how many steps a block keeps its choice of tokens (supplement F).
 
     def __post_init__(self) -> None:
         """Check every value, and what does not go together."""

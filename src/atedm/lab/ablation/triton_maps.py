@@ -9,7 +9,7 @@ Import this only where Triton is; it runs on CUDA, and on the CPU where ``TRITON
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -118,64 +118,44 @@ def _copy_source(
 
 
 def row_lse(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """``logsumexp_j(scale q_i . k_j)`` of each query: as `flash_maps.row_lse` beside this, in any floating dtype.
-
-    Raises:
-        ValueError: If the tensors are not where Triton runs.
-    """
+    """As `flash_maps.row_lse` beside this, in any floating dtype. Raises a `ValueError` where Triton does not run."""
     q, k = _ready(q), _ready(k)
     out = q.new_empty(q.shape[:3], dtype=torch.float32)
-    with _on(q):
-        tile = tile_of(q.shape[3], q.element_size())
-        _row_lse[triton.cdiv(q.shape[2], tile), q.shape[0] * q.shape[1]](
-            q, k, out, scale, q.shape[1], q.shape[2], k.shape[2], q.shape[3], *_strides(q, k), **_constants(q, tile)
-        )
+    _launch(_row_lse, q.shape[2], q.shape[0] * q.shape[1], q, k, out, scale, q.shape[1], q.shape[2], k.shape[2])
     return out
 
 
 def column_sums(q: Tensor, k: Tensor, scale: float, lse: Tensor, s: Tensor) -> Tensor:
-    """``sum_i A_ij s_i``, what each key is passed along the map: as `atedm.lab.ablation.flash_maps.column_sums`.
-
-    Raises:
-        ValueError: If the tensors are not where Triton runs.
-    """
+    """As `flash_maps.column_sums` beside this. Raises a `ValueError` where Triton does not run."""
     q, k = _ready(q), _ready(k)
     out = q.new_empty(k.shape[:3], dtype=torch.float32)
-    with _on(q):
-        tile = tile_of(q.shape[3], q.element_size())
-        _column_sums[triton.cdiv(k.shape[2], tile), q.shape[0] * q.shape[1]](
-            q, k, lse.contiguous(), s.contiguous(), out,
-            scale, q.shape[1], q.shape[2], k.shape[2], q.shape[3], *_strides(q, k), **_constants(q, tile),
-        )  # fmt: skip
+    given = (lse.contiguous(), s.contiguous(), out, scale, q.shape[1], q.shape[2], k.shape[2])
+    _launch(_column_sums, k.shape[2], q.shape[0] * q.shape[1], q, k, *given)
     return out
 
 
 def copy_source(q: Tensor, k: Tensor, scale: float, lse: Tensor, keep: Tensor) -> Tensor:
-    """As `atedm.matching.attention_source` on the mean map of the heads.
+    """As `atedm.method.matching.attention_source` on the mean map of the heads.
 
-    Args:
-        q: Queries, (B, H, N, D).
-        k: Keys, (B, H, N, D).
-        scale: The factor on the logits.
-        lse: `row_lse` of them, (B, H, N).
-        keep: (B, K) int64.
-
-    Returns:
-        (B, N) int64 places within ``keep``; kept tokens point to themselves.
-
-    Raises:
-        ValueError: If the tensors are not where Triton runs.
+    Queries and keys are (B, H, N, D), ``lse`` is `row_lse` of them, ``keep`` (B, K) int64. Returns (B, N) int64 places
+    within ``keep``, where kept tokens point to themselves. Raises a `ValueError` where Triton does not run.
     """
     q, k, keep = _ready(q), _ready(k), keep.contiguous()
-    batch, heads, tokens, width = k.shape
+    batch, heads, tokens, _ = k.shape
     out = torch.empty(batch, tokens, dtype=torch.int64, device=k.device)
-    with _on(q):
-        tile = tile_of(width, q.element_size())
-        _copy_source[triton.cdiv(tokens, tile), batch](
-            q, k, lse.contiguous(), keep, out,
-            scale, heads, q.shape[2], keep.shape[1], tokens, width, *_strides(q, k), **_constants(q, tile),
-        )  # fmt: skip
+    given = (lse.contiguous(), keep, out, scale, heads, q.shape[2], keep.shape[1], tokens)
+    _launch(_copy_source, tokens, batch, q, k, *given)
     return point_to_themselves(out, keep)
+
+
+def _launch(kernel: Any, side: int, images: int, q: Tensor, k: Tensor, *given: Any) -> None:
+    """Run a program for each tile of ``side`` and each of ``images``, on the device of ``q``, current or not."""
+    on_cuda, width = q.device.type == "cuda", q.shape[3]
+    tile = tile_of(width, q.element_size())
+    precision = _PRECISIONS[q.dtype] if on_cuda else "interpreted"
+    constants = {"WIDTH": width_of(width), "ROWS": tile, "COLUMNS": tile, "PRECISION": precision}
+    with torch.cuda.device(q.device) if on_cuda else nullcontext():
+        kernel[triton.cdiv(side, tile), images](q, k, *given, width, *q.stride()[:3], *k.stride()[:3], **constants)
 
 
 def _ready(x: Tensor) -> Tensor:
@@ -188,15 +168,6 @@ def _ready(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    """Launch on the device of ``x``, which need not be the current one."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
-
-
-def _strides(q: Tensor, k: Tensor) -> tuple[int, ...]:
-    return (*q.stride()[:3], *k.stride()[:3])
-
-
 def tile_of(width: int, bytes_each: int) -> int:
     """Rows and columns of the tile that a program makes at once: what its queries and keys leave room for."""
     row = bytes_each * width_of(width)
@@ -206,8 +177,3 @@ def tile_of(width: int, bytes_each: int) -> int:
 def width_of(width: int) -> int:
     """``width`` as kernels take it: a power of two that tensor cores know."""
     return max(16, int(triton.next_power_of_2(width)))
-
-
-def _constants(q: Tensor, tile: int) -> dict[str, Any]:
-    precision = _PRECISIONS[q.dtype] if q.device.type == "cuda" else "interpreted"
-    return {"WIDTH": width_of(q.shape[3]), "ROWS": tile, "COLUMNS": tile, "PRECISION": precision}

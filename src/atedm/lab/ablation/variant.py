@@ -86,6 +86,7 @@ class Variant(Settings):
         """MACs of one block in one step; ``reuses``: it goes by a choice of tokens made before."""
         n, c = shape.tokens, shape.channels
         counts = self.counts_by_layer(shape.place, n, early=early)
+        one_drop = dataclasses.replace(self, rate=0.0, gradual=(), level_factors=(), where=everywhere)
         total = Macs(linear=2 * n * c * c)
         for layer in range(shape.place.layers):
             left = counts.get(layer, n)
@@ -94,7 +95,7 @@ class Variant(Settings):
             in_ff = n if self.place == "after-feed-forward" else left
             total = total.plus(layer_macs(shape, in_self, in_cross, in_ff))
             if left < n and not reuses:
-                total = total.plus(Macs(overhead=meta_overhead(self._as_one_drop(), shape, left, tokens=n)))
+                total = total.plus(Macs(overhead=meta_overhead(one_drop, shape, left, tokens=n)))
             n = left
         return total
 
@@ -114,16 +115,11 @@ class Variant(Settings):
             *(self.span_macs(shape, early=early, reuses=reuses).times(n) for (early, reuses), n in kinds.items())
         )
 
-    def _as_one_drop(self) -> Variant:
-        """The same without what does not matter for the cost of one drop."""
-        return dataclasses.replace(self, rate=0.0, gradual=(), level_factors=(), where=everywhere)
-
 
 def variant_of(method: Method) -> Variant:
     """Return the variant that does what ``method`` does, bit for bit.
 
-    Raises:
-        ValueError: If it has functions of one's own, or is of a class not known here.
+    Raises a `ValueError` if it has functions of one's own, or is of a class not known here.
     """
     if isinstance(method, Variant):
         return method

@@ -34,14 +34,10 @@ class Timed:
     """What one method takes."""
 
     method: dict[str, Any]
-    #: Share of the dense multiply-accumulates, everything that is added counted.
-    cost: float
-    #: Milliseconds.
-    time: Spread
-    #: Over dense, each of the same round: what slows the machine for a while slows both.
-    ratio: Spread
-    #: Bytes of activations at the highest point of a call; None where they were not measured.
-    peak: int | None
+    cost: float  #: Share of the dense multiply-accumulates, everything that is added counted.
+    time: Spread  #: Milliseconds.
+    ratio: Spread  #: Over dense, each of the same round: what slows the machine for a while slows both.
+    peak: int | None  #: Bytes of activations at the highest point of a call; None where they were not measured.
 
 
 @dataclass(frozen=True)
@@ -118,20 +114,16 @@ def bench(
 class Turns(NamedTuple):
     """What a method took."""
 
-    #: Milliseconds of each round that counts.
-    times: list[float]
-    #: Bytes of activations at the highest point of one call more; None where they were not asked for.
-    peak: int | None
+    times: list[float]  #: Milliseconds of each round that counts.
+    peak: int | None  #: Bytes of activations at the highest point of one call more; None if they were not asked for.
 
 
 class _Turn(NamedTuple):
     """What a method does in a round."""
 
     act: Callable[[], object]
-    #: What surrounds it and is not timed.
-    applied: Callable[[], AbstractContextManager[object]] = nullcontext
-    #: How many steps it takes; its time is divided by them.
-    steps: int = 1
+    applied: Callable[[], AbstractContextManager[object]] = nullcontext  #: What surrounds it and is not timed.
+    steps: int = 1  #: How many steps it takes; its time is divided by them.
 
 
 @torch.no_grad()

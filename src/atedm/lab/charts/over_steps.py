@@ -55,19 +55,18 @@ def errors_chart(report: ErrorsReport, title: str = "") -> Image.Image:
         over_steps.plot(steps, method.moved, lw=1.8, ms=3, **styles[method.name])
         over_steps.plot(steps, method.moved_if_independent, lw=1, ls="--", ms=3, **styles[method.name])
     by_block.axhline(1, color=FAINT_HEX, lw=1, ls=":")
-    by_block.set_xticks(range(len(names)), [_short(name, report.levels[name]) for name in names], fontsize=8)
+    # Such as "down", "1.0" and "level 2" below each other, which fits under the bars.
+    short = [
+        f"{name.partition('_block')[0]}\n{'.'.join(filter(str.isdigit, name.split('.')))}\nlevel {report.levels[name]}"
+        for name in names
+    ]
+    by_block.set_xticks(range(len(names)), short, fontsize=8)
     headed(by_block, "error of what a block adds, relative to it; 1 is as if it added nothing")
     headed(over_steps, "image moved by all errors so far, relative to it")
     over_steps.set(xlabel="denoising steps done; dashed: were errors independent", yscale="log")
     over_steps.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(frameon=False, loc="outside lower left", labelcolor=INK_HEX, fontsize=9, ncols=2)
     return picture_of(figure)
-
-
-def _short(block: str, level: int) -> str:
-    """Fit the name of a block under its bars."""
-    numbers = [part for part in block.split(".") if part.isdigit()]
-    return f"{block.partition('_block')[0]}\n{'.'.join(numbers)}\nlevel {level}"
 
 
 def objects_chart(report: ObjectsReport, title: str = "") -> Image.Image:

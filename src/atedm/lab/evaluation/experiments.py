@@ -21,14 +21,10 @@ class Experiment:
     """Methods to compare, under one or several settings."""
 
     title: str
-    #: What it reproduces.
-    source: str
-    #: Methods by label, as `atedm.lab.methods.by_name` reads them.
-    methods: dict[str, str]
-    #: Guidance scales; empty for the one asked for.
-    guidance: tuple[float, ...] = ()
-    #: Numbers of steps; empty for the one asked for.
-    steps: tuple[int, ...] = ()
+    source: str  #: What it reproduces.
+    methods: dict[str, str]  #: Methods by label, as `atedm.lab.methods.by_name` reads them.
+    guidance: tuple[float, ...] = ()  #: Guidance scales; empty for the one asked for.
+    steps: tuple[int, ...] = ()  #: Numbers of steps; empty for the one asked for.
     #: Whether its chart shows quality against cost, and joins methods that differ in their cost alone.
     against_cost: bool = False
 

@@ -33,10 +33,8 @@ class Drawing:
     steps: int = 20
     guidance: float = 3.0
     seed: int = 0
-    #: Images drawn at once.
-    batch: int = 10
-    #: In pixels; None leaves them to the pipeline.
-    width: int | None = None
+    batch: int = 10  #: Images drawn at once.
+    width: int | None = None  #: In pixels; None leaves them to the pipeline.
     height: int | None = None
     dtype: str = "float32"
 

@@ -16,10 +16,8 @@ class Prompt:
     """One line to draw."""
 
     text: str
-    #: What it means, if it is a scene and the judge can read it back.
-    scene: Scene | None = None
-    #: A real picture it describes.
-    picture: Path | None = None
+    scene: Scene | None = None  #: What it means, if it is a scene and the judge can read it back.
+    picture: Path | None = None  #: A real picture it describes.
 
     @property
     def has_reference(self) -> bool:

@@ -125,26 +125,18 @@ def write_report(
 
 def page_of(found: Sequence[Table], title: str, note: str, pictures: Sequence[Image.Image], foot: str = FOOT) -> str:
     """Return one page that needs nothing else: tables, what is said below them, and pictures."""
-    return _PAGE.format(
-        title=html.escape(title),
-        note=html.escape(note),
-        tables="".join(map(_html_table, found)),
-        foot=html.escape(foot),
-        pictures="\n".join(map(_html_picture, pictures)),
-    )
-
-
-def _html_picture(picture: Image.Image) -> str:
-    png = io.BytesIO()
-    picture.save(png, format="PNG", optimize=True)
-    return f'<img alt="{ALT}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
-
-
-def _html_table(table: Table) -> str:
-    head, rows = table
-    lines = [[f"<th>{html.escape(cell)}</th>" for cell in head]]
-    lines += [[f"<td>{html.escape(cell)}</td>" for cell in row] for row in rows]
-    return "<div><table>" + "".join(f"<tr>{''.join(line)}</tr>" for line in lines) + "</table></div>"
+    tables, images = "", []
+    for head, rows in found:
+        lines = [(cell, "th") for cell in head], *([(cell, "td") for cell in row] for row in rows)
+        cells = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell, tag in line) for line in lines)
+        tables += "<div><table>" + "".join(f"<tr>{line}</tr>" for line in cells) + "</table></div>"
+    for picture in pictures:
+        png = io.BytesIO()
+        picture.save(png, format="PNG", optimize=True)
+        data = base64.b64encode(png.getvalue()).decode()
+        images.append(f'<img alt="{ALT}" src="data:image/png;base64,{data}">')
+    title, note, foot = map(html.escape, (title, note, foot))
+    return _PAGE.format(title=title, note=note, tables=tables, foot=foot, pictures="\n".join(images))
 
 
 _PAGE = """<!doctype html>

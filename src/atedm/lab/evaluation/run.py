@@ -38,11 +38,9 @@ class Result:
 
     name: str
     candidate: Candidate
-    #: Share of the dense run's multiply-accumulates, counted by torch on a run of one image.
-    cost: float
+    cost: float  #: Share of the dense run's multiply-accumulates, counted by torch on a run of one image.
     scores: Scores
-    #: Where its images are.
-    folder: Path
+    folder: Path  #: Where its images are.
 
     def as_dict(self, dense: Result | None) -> dict[str, Any]:
         """Return plain JSON values, with paired differences to dense."""
@@ -70,11 +68,9 @@ def evaluate(
     `shared_work`. ``progress`` is told of every group of images and every metric. The results are in the order of the
     methods, and empty in all processes but the first.
 
-    Raises:
-        FileNotFoundError: If FID of scenes is asked for, and their objects cannot be fetched.
-        ImportError: If a package is missing.
-        ValueError: If FID is asked for of one image, a method cannot be applied, ``out`` holds images of something
-            else, or the weights of a metric cannot be had; or as `shared_work`.
+    Raises as `shared_work`, a `FileNotFoundError` if FID of scenes is asked for and their objects cannot be fetched, an
+    `ImportError` if a package is missing, and a `ValueError` if FID is asked for of one image, a method cannot be
+    applied, ``out`` holds images of something else, or the weights of a metric cannot be had.
     """
     state = state or shared_work()
     has_references = all(prompt.has_reference for prompt in prompts)
@@ -191,7 +187,15 @@ def run_experiment(
     for steps in experiment.steps or (drawing.steps,):
         for guidance in experiment.guidance or (drawing.guidance,):
             here = replace(drawing, steps=steps, guidance=guidance)
-            methods, left_out = _methods(experiment, here)
+            methods: dict[str, Candidate] = {}
+            left_out: dict[str, str] = {}
+            for label, spec in experiment.methods.items():
+                try:
+                    methods[spec] = method_by_name(spec, here.model, size=here.size, steps=steps)
+                except CostOutOfReach as error:
+                    left_out[label] = str(error)
+            if not methods:
+                raise ValueError(next(iter(left_out.values())))
             folder = out / setting_name(here)
             found = evaluate(pipe, methods, prompts, here, metrics, folder, state=state, progress=progress)
             named = tuple(replace(result, name=labels.get(result.name, result.name)) for result in found)
@@ -199,20 +203,6 @@ def run_experiment(
             setting |= {"guidance": guidance} if experiment.guidance else {}
             outcomes.append(Outcome(here, named, setting, left_out))
     return outcomes
-
-
-def _methods(experiment: Experiment, drawing: Drawing) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """Return the methods by what describes them, and by label why others cannot be had."""
-    methods: dict[str, Candidate] = {}
-    left_out: dict[str, str] = {}
-    for label, spec in experiment.methods.items():
-        try:
-            methods[spec] = method_by_name(spec, drawing.model, size=drawing.size, steps=drawing.steps)
-        except CostOutOfReach as error:
-            left_out[label] = str(error)
-    if not methods:
-        raise ValueError(next(iter(left_out.values())))
-    return methods, left_out
 
 
 def setting_name(drawing: Drawing) -> str:

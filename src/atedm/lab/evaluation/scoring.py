@@ -43,8 +43,7 @@ class Metrics:
     """Which figures are taken, and by which models."""
 
     names: tuple[str, ...] = METRICS[:4]
-    #: An open_clip model, and its weights.
-    clip_model: str = CLIP_MODEL
+    clip_model: str = CLIP_MODEL  #: An open_clip model, and its weights.
     clip_pretrained: str = CLIP_WEIGHTS
     #: Features that FID compares: "inception", or an open_clip model, with the same weights.
     fid_features: str = INCEPTION

@@ -71,7 +71,13 @@ def method_by_name(
     name, fields = match[1], _fields(match[2] or "")
     check_name("method", name, NAMES)
     target = fields.pop(EQUAL_COST, None)
-    candidate = _build(name, fields, model)
+    candidate: Candidate
+    if name in METHODS:
+        candidate = Pruning(_changed(method_named(name, transformer=architecture(model).is_transformer), fields))
+    elif name == "tome":
+        candidate = Merging(_replace(ToMe(), fields))
+    else:
+        candidate = _replace({"dense": Dense, "deepcache": Caching, **CACHES}[name](), fields)
     if target is None:
         return candidate
     if solved := [field for field in fields if field in SOLVED]:
@@ -117,15 +123,6 @@ def _fields(text: str) -> dict[str, Any]:
         except json.JSONDecodeError:
             fields[key] = value
     return fields
-
-
-def _build(name: str, fields: dict[str, Any], model: Any) -> Candidate:
-    if name in METHODS:
-        return Pruning(_changed(method_named(name, transformer=architecture(model).is_transformer), fields))
-    if name == "tome":
-        return Merging(_replace(ToMe(), fields))
-    others: dict[str, type[Candidate]] = {"dense": Dense, "deepcache": Caching, **CACHES}
-    return _replace(others[name](), fields)
 
 
 def _changed(method: Method, fields: dict[str, Any]) -> Method:

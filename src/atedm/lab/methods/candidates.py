@@ -19,6 +19,8 @@ class Candidate:
 
     #: What charts call it. Candidates that differ in their cost alone have the same kind.
     kind = ""
+    #: What files call it, where that is not the same.
+    filed_as = ""
     #: Steps after which what it does repeats itself.
     cycle = 1
 
@@ -36,7 +38,7 @@ class Candidate:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything that makes a difference as plain JSON values."""
-        return {"kind": self.kind, **asdict(self)}
+        return {"kind": self.filed_as or self.kind, **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Dense(Candidate):
     Raises a `ValueError` if the share is out of its range.
     """
 
-    #: Share of the denoising steps that are taken, in (0, 1].
-    steps_share: float = 1.0
+    steps_share: float = 1.0  #: Share of the denoising steps that are taken, in (0, 1].
+
+    filed_as = "dense"
 
     def __post_init__(self) -> None:
         if not is_number(self.steps_share) or not 0 < self.steps_share <= 1:
@@ -61,10 +64,6 @@ class Dense(Candidate):
     def steps_of(self, steps: int) -> int:
         """Return the share of ``steps``, at least one."""
         return max(1, round(self.steps_share * steps))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the share."""
-        return {"kind": "dense", **asdict(self)}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The caches that diffusers ships for transformers: first block, TaylorSeer, pyramid attention broadcast."""
 
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,15 +16,15 @@ from atedm.lab.methods.candidates import Candidate
 from atedm.words import check_whole, is_number
 
 
-class TransformerCache(Candidate, ABC):
+class TransformerCache(Candidate):
     """A cache of diffusers over the blocks of a transformer. Afterwards they are as before."""
 
     #: Names of its hooks in the registry of diffusers.
     hooks: ClassVar[tuple[str, ...]]
 
-    @abstractmethod
     def _lay_over(self, model: nn.Module, timestep: Callable[[], float]) -> None:
         """Register the hooks; ``timestep`` returns the one of the current call, from 1000 down to 0."""
+        raise NotImplementedError
 
     @contextmanager
     def applied(self, pipe: Any, seed: int = 0) -> Iterator[None]:
@@ -67,7 +66,7 @@ class TransformerCache(Candidate, ABC):
 class FirstBlockCache(TransformerCache):
     """Where the first block changes by less than ``threshold`` since the last whole step, the others are skipped.
 
-    Raises a `ValueError` if the threshold is negative.
+    Raises a `ValueError` if the threshold is negative, or where it is applied to SD3.
     """
 
     threshold: float = 0.1
@@ -80,7 +79,6 @@ class FirstBlockCache(TransformerCache):
             raise ValueError(f"threshold must be 0 or more, not {self.threshold!r}")
 
     def _lay_over(self, model: nn.Module, timestep: Callable[[], float]) -> None:
-        """Register the hooks, or raise a `ValueError` for SD3, whose last block returns no text."""
         if any(getattr(block, "context_pre_only", False) for block in model.modules()):
             raise ValueError("the first-block cache of diffusers does not run on SD3, whose last block returns no text")
         hooks.apply_first_block_cache(model, hooks.FirstBlockCacheConfig(threshold=self.threshold))
@@ -90,13 +88,12 @@ class FirstBlockCache(TransformerCache):
 class TaylorSeer(TransformerCache):
     """Attention runs in every ``interval``-th step, and is extrapolated in the others.
 
-    Raises a `ValueError` if a value is out of its range.
+    The first ``warmup`` steps run whole; ``order`` is that of the extrapolation. Raises a `ValueError` if a value is
+    out of its range.
     """
 
     interval: int = 3
-    #: Steps at the start that run whole.
     warmup: int = 3
-    #: Order of the extrapolation.
     order: int = 1
 
     kind = "TaylorSeer"
@@ -139,9 +136,5 @@ class PyramidBroadcast(TransformerCache):
         hooks.apply_pyramid_attention_broadcast(model, config)
 
 
-CACHES: dict[str, type[TransformerCache]] = {
-    "first-block-cache": FirstBlockCache,
-    "taylorseer": TaylorSeer,
-    "pyramid": PyramidBroadcast,
-}
+CACHES = {"first-block-cache": FirstBlockCache, "taylorseer": TaylorSeer, "pyramid": PyramidBroadcast}
 """Those of diffusers by the names that users write."""

@@ -37,7 +37,6 @@ class Merging(Candidate):
             unet,
             ratio=self.tome.ratio,
             max_downsample=1 if self.tome.levels == "highest" else 8,
-            merge_attn=True,
             merge_crossattn=everything,
             merge_mlp=everything,
         )
@@ -71,10 +70,10 @@ class Caching(Candidate):
     """
 
     interval: int = 2
-    #: Which skip connection is the last to be computed, counted from the shallowest.
-    branch: int = 0
+    branch: int = 0  #: Which skip connection is the last to be computed, counted from the shallowest.
 
     kind = "DeepCache"
+    filed_as = "caching"
 
     def __post_init__(self) -> None:
         check_whole("interval", self.interval)
@@ -89,10 +88,6 @@ class Caching(Candidate):
         """Cache."""
         _unet_of(pipe, "DeepCache")
         return deep_cached(pipe, lambda steps: range(0, steps, self.interval), self.branch)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the setting."""
-        return {"kind": "caching", **asdict(self)}
 
 
 def _unet_of(pipe: Any, peer: str) -> Any:

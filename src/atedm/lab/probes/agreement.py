@@ -1,9 +1,8 @@
 """How far a mode of the attention map agrees with the whole map, measured in dense runs on equal queries and keys."""
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from atedm.lab.ablation import Variant
 from atedm.lab.ablation.choosing import Ranking, rank_tokens
 from atedm.lab.evaluation.images import Drawing
-from atedm.lab.probes.dense_runs import dense_spans, draw_dense, first_layers_watched
+from atedm.lab.probes.dense_runs import look_into_dense
 from atedm.lab.progress import Progress, silent
 from atedm.method.contract import View
 from atedm.method.keep import keep_most_important
@@ -42,12 +41,8 @@ def map_agreement(
 
     ``modes`` are variants by name that differ from the default in ``map_mode`` and ``sampled_rows`` only. With guidance
     the half of the batch that knows the prompt is looked at. ``rate`` is the share of the tokens that is dropped.
-
-    Raises:
-        TypeError: By `dense_spans`.
-        ValueError: By `dense_spans` and `draw_dense`, or if nothing is dropped.
+    Raises as `look_into_dense`.
     """
-    spans = dense_spans(pipe)
     values: defaultdict[tuple[str, int], list[tuple[float, float, float]]] = defaultdict(list)
 
     def compare(view: View) -> None:
@@ -55,23 +50,18 @@ def map_agreement(
         for name, variant in modes.items():
             values[name, view.place.level] += compared(whole, rank_tokens(variant, view), view.count)
 
-    watch = partial(first_layers_watched, spans, compare, rate)
-    deque(draw_dense(pipe, prompts, drawing, watch, progress=progress), maxlen=0)  # the images are not looked at
-    levels = sorted({place.level for place, _ in spans.values()})
-    return [
-        Agreement(mode, level, *torch.tensor(values[mode, level]).mean(0).tolist())
-        for mode in modes
-        for level in levels
-    ]
+    for _ in look_into_dense(pipe, prompts, drawing, compare, rate, progress=progress):
+        pass  # `compare` keeps what is wanted
+    order = [*modes]
+    ranked = sorted(values.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
+    return [Agreement(mode, level, *torch.tensor(found).mean(0).tolist()) for (mode, level), found in ranked]
 
 
 def variant_of_mode(name: str) -> Variant:
     """Read a map mode, with the number of rows of a sample, such as "sampled/64", or raise a `ValueError`."""
-    mode, _, rows = name.partition("/")
-    if rows and not rows.isdecimal():
-        raise ValueError(f"a number of rows follows the slash, as in sampled/64, not {rows!r}")
-    if rows and mode != "sampled":
-        raise ValueError(f"only a sample has a number of rows, as in sampled/64, not {name!r}")
+    mode, slash, rows = name.partition("/")
+    if slash and (mode != "sampled" or not rows.isdecimal()):
+        raise ValueError(f"only a sample has a number of rows, and that after a slash: sampled/64, not {name!r}")
     return Variant(map_mode=mode, sampled_rows=int(rows)) if rows else Variant(map_mode=mode)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,13 @@ from atedm.method.contract import QueriesAndKeys, View
 from atedm.method.keep import keep_count
 from atedm.patch import is_applied
 
+T = TypeVar("T")
+
 
 def dense_spans(pipe: Any) -> UnetSpans:
     """Return the attention blocks of the U-Net of a pipeline.
 
-    Raises:
-        TypeError: If the pipeline has no U-Net.
-        ValueError: If it is patched or compiled, or has no attention blocks.
+    Raises a `TypeError` if it has no U-Net, and a `ValueError` if that is patched or compiled, or has no such blocks.
     """
     unet = find_unet(pipe)
     if is_applied(unet) or unet is not pipe.unet:
@@ -44,14 +44,12 @@ def draw_dense(
     *,
     output_type: str = "latent",
     progress: Progress = silent,
-) -> Iterator[tuple[int, Any]]:
-    """Draw prompts, and yield of each batch the number of its first image, and the images.
+) -> Iterator[Any]:
+    """Draw prompts, and yield the images of each batch.
 
     Image i has the noise of seed ``drawing.seed + i``. ``watch`` is given the number of images of a batch, and gives
-    what surrounds the drawing of it. ``output_type`` is as pipelines take it.
-
-    Raises:
-        ValueError: If there is nothing to draw.
+    what surrounds the drawing of it. ``output_type`` is as pipelines take it. Raises a `ValueError` if there is nothing
+    to draw.
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("there are no prompts to draw, or a prompt is empty")
@@ -65,15 +63,42 @@ def draw_dense(
             return kwargs
 
         with watch(len(group)):
-            images = pipe(
+            drawn = pipe(
                 group,
                 num_inference_steps=drawing.steps,
                 generator=drawing.noise(range(start, start + len(group))),
                 output_type=output_type,
                 callback_on_step_end=end_call,
                 **drawing.call,
-            ).images
-        yield start, images
+            )
+        yield drawn.images
+
+
+def look_into_dense(
+    pipe: Any,
+    prompts: Sequence[str],
+    drawing: Drawing,
+    look: Callable[[View], T],
+    rate: float | None,
+    *,
+    both_halves: bool = False,
+    output_type: str = "latent",
+    progress: Progress = silent,
+) -> Iterator[tuple[Any, list[T]]]:
+    """Draw prompts as `draw_dense`, and yield of each batch the images and what ``look`` made of every view.
+
+    Views are as in `first_layers_watched`; with guidance they are of the half that knows the prompt, or of both. Raises
+    as `dense_spans`, `draw_dense` and `first_layers_watched`.
+    """
+    spans = dense_spans(pipe)
+    found: list[T] = []
+
+    def watch(images: int) -> AbstractContextManager[None]:
+        return first_layers_watched(spans, lambda view: found.append(look(view)), rate, None if both_halves else images)
+
+    for images in draw_dense(pipe, prompts, drawing, watch, output_type=output_type, progress=progress):
+        yield images, found.copy()
+        found.clear()
 
 
 @contextmanager
@@ -84,11 +109,8 @@ def first_layers_watched(
 
     The view is what a method would be shown after the first layer, in float32; ``view.step`` counts calls, and
     ``view.count`` is for ``rate``, or all tokens. Only the last ``images`` of the batch are looked at, all by default:
-    with guidance, these are the half that knows the prompt.
-
-    Raises:
-        ValueError: In the call, if the first layer of a block attends to the words in place of its own tokens, or no
-            token is dropped at the rate.
+    with guidance, these are the half that knows the prompt. The call raises a `ValueError` if the first layer of a
+    block attends to the words in place of its own tokens, or no token is dropped at the rate.
     """
     part = slice(None) if images is None else slice(-images, None)
     sizes: dict[str, tuple[int, int]] = {}

@@ -81,10 +81,8 @@ def find_errors(
 ) -> ErrorsReport:
     """Draw prompts dense, and prune beside.
 
-    Raises:
-        TypeError: By `dense_spans`.
-        ValueError: By `dense_spans` and `draw_dense`, if no method is named, or if the scheduler is not one whose steps
-            sum up to a move.
+    Raises as `dense_spans` and `draw_dense`, or a `ValueError` if no method is named, or the scheduler is not one whose
+    steps sum up to a move.
     """
     if not methods:
         raise ValueError("there must be at least one way to prune")
@@ -97,7 +95,7 @@ def find_errors(
         )
     runs = {name: _PrunedBeside(pipe.unet, method) for name, method in methods.items()}
     watch = partial(_beside, pipe, [*runs.values()], drawing.guidance)
-    for _, latents in draw_dense(pipe, prompts, drawing, watch, progress=progress):
+    for latents in draw_dense(pipe, prompts, drawing, watch, progress=progress):
         for each in runs.values():
             each.end_images(latents)
     found = tuple(each.errors(name) for name, each in runs.items())
@@ -111,55 +109,48 @@ class _PrunedBeside:
         self.whole, self.parts = (copy_with_shared_weights(unet) for _ in range(2))
         for copied in (self.whole, self.parts):
             apply(copied, method)
-        #: By block and by figure, a batch each: squares (steps, images).
-        self.blocks: defaultdict[str, list[Tensor]] = defaultdict(list)
-        self.figures: defaultdict[str, list[Tensor]] = defaultdict(list)
-        # Of the batch that is being drawn, a step each.
-        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._of_blocks: defaultdict[str, list[Tensor]] = defaultdict(list)
+        # By block and by figure: squares (steps, images) of each batch that is done, and steps of the one being drawn.
+        self._done: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self._drawn: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     def see_block(self, name: str, args: Any, kwargs: Any, output: Tensor) -> None:
         """Run one block on what the dense one was given."""
         if name in self.parts._atedm.spans:
             start = args[0] if args else kwargs["hidden_states"]
             pruned = _first(self.parts.get_submodule(name)(*args, **kwargs))
-            self._of_blocks[name].append(_norm(pruned - output) / _norm(output - start))
+            self._drawn[name].append(_norm(pruned - output) / _norm(output - start))
 
     def see_step(self, args: Any, kwargs: Any, dense: Tensor, guidance: float, move: float) -> None:
         """Run all of it on what the dense one was given."""
         expected = _guided(dense, guidance)
         error = _guided(_first(self.whole(*args, **kwargs)), guidance) - expected
-        self._steps.append((error.flatten(1), move * error.flatten(1), _norm(error) / _norm(expected)))
+        self._drawn["error"].append(error.flatten(1))
+        self._drawn["move"].append(move * error.flatten(1))
+        self._drawn["relative"].append(_norm(error) / _norm(expected))
 
     def end_images(self, latents: Tensor) -> None:
         """Add up what was seen of one batch of images, of which ``latents`` came."""
         size = _norm(latents)
-        errors, moves, relative = (torch.stack(of_steps) for of_steps in zip(*self._steps, strict=True))
+        errors, moves, relative = (torch.stack(self._drawn.pop(name)) for name in ("error", "move", "relative"))
         found = {
             "moved": (moves.cumsum(0).norm(dim=-1) / size).square(),
             "independent": moves.square().sum(-1).cumsum(0) / size.square(),
             "steps": relative.square(),
             "successive": functional.cosine_similarity(errors[:-1], errors[1:], dim=-1, eps=1e-12),
         }
+        for name, of_block in self._drawn.items():  # both halves of guidance count alike
+            found[name] = torch.unflatten(torch.stack(of_block).square(), -1, (-1, len(latents))).mean(1)
         for name, values in found.items():
-            self.figures[name].append(values.cpu())
-        for name, of_block in self._of_blocks.items():
-            # Both halves of guidance count alike.
-            halves = torch.unflatten(torch.stack(of_block).square(), -1, (-1, len(latents)))
-            self.blocks[name].append(halves.mean(1).cpu())
-        self._steps.clear()
-        self._of_blocks.clear()
+            self._done[name].append(values.cpu())
+        self._drawn.clear()
 
     def errors(self, name: str) -> MethodErrors:
         """Give the roots of the mean squares."""
-
-        def root(squares: list[Tensor]) -> tuple[float, ...]:
-            return tuple(torch.cat(squares, -1).mean(-1).sqrt().tolist())
-
-        blocks = {block: root(squares) for block, squares in self.blocks.items()}
-        steps, moved, independent = (root(self.figures[figure]) for figure in ("steps", "moved", "independent"))
-        cosines = torch.cat(self.figures["successive"], -1)
-        return MethodErrors(name, blocks, steps, moved, independent, float(cosines.mean()) if cosines.numel() else 0.0)
+        done = {what: torch.cat(batches, -1) for what, batches in self._done.items()}
+        cosines = done.pop("successive")
+        roots = {what: tuple(squares.mean(-1).sqrt().tolist()) for what, squares in done.items()}
+        moved, independent, steps = (roots.pop(what) for what in ("moved", "independent", "steps"))
+        return MethodErrors(name, roots, steps, moved, independent, float(cosines.mean()) if cosines.numel() else 0.0)
 
 
 @contextmanager

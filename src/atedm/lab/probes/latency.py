@@ -109,10 +109,8 @@ def latency(setup: Setup, method: Any, steps: int = 50, progress: Progress = sil
     """Time the parts of AT-EDM and the dense U-Net, with random weights.
 
     ``method`` is an `AtEdm` without functions of one's own; the parts add up over a run of ``steps``. Times are medians
-    over rounds. Each round times everything once, so that what else the machine does meets all alike.
-
-    Raises:
-        ValueError: If the method is another one, ``steps`` is below 1, or there is nothing to prune.
+    over rounds. Each round times everything once, so that what else the machine does meets all alike. Raises a
+    `ValueError` if the method is another one, ``steps`` is below 1, or there is nothing to prune.
     """
     if not isinstance(method, AtEdm) or method.rank is not None or method.refill is not None:
         raise ValueError(f"the parts of AT-EDM are timed, with its own ranking and copy, not those of {method!r}")
@@ -158,11 +156,7 @@ def latency(setup: Setup, method: Any, steps: int = 50, progress: Progress = sil
 
 
 def pruned_shapes(setup: Setup, method: AtEdm, steps: int) -> tuple[PrunedShape, ...]:
-    """Group the pruned blocks by shape, and count how often they are pruned in a run.
-
-    Raises:
-        ValueError: If there is nothing to prune.
-    """
+    """Group the pruned blocks by shape with how often a run prunes them, or raise a `ValueError` if there are none."""
     arch = architecture(setup.model)
     unet, early = arch.on_meta(), early_steps(method, steps)
     found: dict[tuple[int, int, int, int], PrunedShape] = {}

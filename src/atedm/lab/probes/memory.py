@@ -9,6 +9,7 @@ long as a roofline of an A100 says, and averages are over that time.
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,13 +112,8 @@ def memory(
     """Say what activations take, dense and with a way to prune or ToMe, without weights (supplement D).
 
     ``model`` is as `atedm.costs.architectures.architecture` takes it; size in pixels and guidance are by default what
-    suits it. ``attention`` is one of `ATTENTIONS`.
-
-    Raises:
-        FileNotFoundError: By `architecture`.
-        ImportError: If ToMe is asked for and ``tomesd`` is not installed.
-        TypeError: By `architecture`, or by `atedm.apply`.
-        ValueError: By those two, or if an argument is out of its range.
+    suits it. ``attention`` is one of `ATTENTIONS`. Raises as `architecture` and `atedm.apply`, an `ImportError` if ToMe
+    is asked for and ``tomesd`` is not installed, and a `ValueError` if an argument is out of its range.
     """
     if not isinstance(candidate, Pruning | Merging):
         raise ValueError(f"memory is traced of ways to prune and of ToMe, not of {candidate!r}")
@@ -127,10 +123,7 @@ def memory(
     images = batch * (2 if (found.guidance if guidance is None else guidance) else 1)
     call = found.call(size, images, dtype=dtype)
     unet = nn.Module.to(found.on_meta(), dtype)  # the method of torch, because that of diffusers warns of every cast
-
-    def footprint(timestep: int) -> Footprint:
-        return traced_footprint(unet, call, timestep, attention=attention)
-
+    footprint = partial(traced_footprint, unet, call, attention=attention)
     dense = footprint(LATE)
     kinds = {candidate.is_early(step_position(timestep).share): timestep for timestep in (EARLY, LATE)}
     with candidate.applied(SimpleNamespace(unet=unet)):
@@ -154,10 +147,8 @@ def traced_timeline(
 ) -> list[tuple[float, int]]:
     """Return (seconds, bytes held) of every operation that moves data in one ``call`` of ``unet``, patched or not.
 
-    A patched U-Net tells by the ``timestep`` where in the run it is; ``attention`` is one of `ATTENTIONS`.
-
-    Raises:
-        ValueError: If ``unet`` is not on the meta device, or ``attention`` is unknown.
+    A patched U-Net tells by the ``timestep`` where in the run it is; ``attention`` is one of `ATTENTIONS`. Raises a
+    `ValueError` if it is unknown, or ``unet`` is not on the meta device.
     """
     check_name("attention", attention, ATTENTIONS)
     if unet.device.type != "meta":

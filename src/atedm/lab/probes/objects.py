@@ -9,7 +9,6 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn import functional
 from atedm.lab.ablation import Variant
 from atedm.lab.ablation.choosing import rank_tokens
 from atedm.lab.evaluation.images import Drawing
-from atedm.lab.probes.dense_runs import dense_spans, draw_dense, first_layers_watched
+from atedm.lab.probes.dense_runs import look_into_dense
 from atedm.lab.progress import Progress, silent
 from atedm.lab.tables import markdown_table
 from atedm.method.contract import View
@@ -109,37 +108,28 @@ def find_objects(
     """Draw scenes dense, rank the tokens of every block in every step, and compare the ranks with the image.
 
     ``pipe`` draws scenes; with guidance the half of the batch that knows the prompt is looked at. ``rankings`` are some
-    of `RANKINGS`; ``rate`` is the share of the tokens taken for dropped, for the two measures of likeness.
-
-    Raises:
-        TypeError: By `dense_spans`.
-        ValueError: By `dense_spans` and `draw_dense`, or if nothing is dropped or a ranking is unknown.
+    of `RANKINGS`; ``rate`` is the share of the tokens taken for dropped, for the two measures of likeness. Raises as
+    `look_into_dense`, or a `ValueError` if a ranking is unknown.
     """
-    spans = dense_spans(pipe)
     judge = load_judge(weights_folder() / JUDGE)
     variants = {name: Variant(rank=name, map_mode="full") for name in rankings}
-    values: defaultdict[tuple[str, int, str], list[tuple[float, float, float]]] = defaultdict(list)
-    seen: dict[tuple[str, int, str], tuple[tuple[int, int], Tensor, float, float]] = {}
+    values: defaultdict[tuple[str, int, str, int], list[tuple[float, float, float]]] = defaultdict(list)
 
-    def rank(view: View) -> None:
-        for name, variant in variants.items():
-            seen[name, int(view.step), view.place.name] = (view.size, *ranked(view, variant))
+    def rank(view: View) -> tuple[Any, ...]:
+        where = (int(view.step), view.place.name, view.place.level)
+        return view.size, where, {name: ranked(view, variant) for name, variant in variants.items()}
 
     captions = [scene.caption for scene in scenes]
-    watch = partial(first_layers_watched, spans, rank, rate)
-    for _, images in draw_dense(pipe, captions, drawing, watch, output_type="pt", progress=progress):
+    for images, seen in look_into_dense(pipe, captions, drawing, rank, rate, output_type="pt", progress=progress):
         maps = judge.object_maps(images).cpu()
-        for key, (size, importance, best_match, attention_match) in seen.items():
+        for size, where, by_ranking in seen:
             is_object = functional.interpolate(maps.unsqueeze(1), size, mode="area").flatten(1) > 0.5
-            for of_image, mask in zip(importance, is_object, strict=True):
-                if not math.isnan(auc := area_under_curve(of_image, mask)):
-                    values[key].append((auc, best_match, attention_match))
-        seen.clear()
-    findings = tuple(
-        Finding(ranking, step, block, spans[block][0].level, *torch.tensor(found).mean(0).tolist())
-        for (ranking, step, block), found in values.items()
-    )
-    return ObjectsReport(findings, len(scenes), drawing.steps, rate)
+            for name, (importance, best_match, attention_match) in by_ranking.items():
+                for of_image, mask in zip(importance, is_object, strict=True):
+                    if not math.isnan(auc := area_under_curve(of_image, mask)):
+                        values[(name, *where)].append((auc, best_match, attention_match))
+    findings = (Finding(*key, *torch.tensor(found).mean(0).tolist()) for key, found in values.items())
+    return ObjectsReport(tuple(findings), len(scenes), drawing.steps, rate)
 
 
 def ranked(view: View, variant: Variant) -> tuple[Tensor, float, float]:

@@ -39,10 +39,8 @@ def scaling(models: Sequence[str], sides: Sequence[int], method: Method, *, prog
     """Count models at sizes, with a method beside the dense cost. Nothing is computed and no weights are read.
 
     ``models`` are as `atedm.costs.architectures.architecture` takes them, ``sides`` pixels of square images. Each is
-    counted once, sizes from the smallest.
-
-    Raises:
-        ValueError: If a model is unknown or a size does not divide, before anything is counted.
+    counted once, sizes from the smallest. Raises a `ValueError` if a model is unknown or a size does not divide, before
+    anything is counted.
     """
     architectures = [architecture(model) for model in dict.fromkeys(models)]
     sides = sorted(set(sides))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from atedm.lab.evaluation.images import Drawing
-from atedm.lab.probes.dense_runs import dense_spans, draw_dense, first_layers_watched
+from atedm.lab.probes.dense_runs import look_into_dense
 from atedm.lab.progress import Progress, silent
 from atedm.lab.tables import markdown_table
 from atedm.method.attention_map import attention_maps, empty_map
@@ -99,19 +99,18 @@ def map_variance(q: Tensor, k: Tensor, scale: float) -> Tensor:
     one head's map and the mean are held.
     """
     heads = q.shape[1]
+
+    def entry_variance(maps: Tensor) -> Tensor:
+        # Not mean(a^2) - mean(a)^2: 1e-9 between two numbers of about 1e-7 is lost in float32.
+        return maps.flatten(1).var(-1, unbiased=False).mean()
+
     mean_map = empty_map(q, k)
     per_head = mean_map.new_zeros(())
     for a in attention_maps(q, k, scale):
-        per_head += _entry_variance(a) / heads
+        per_head += entry_variance(a) / heads
         mean_map.add_(a, alpha=1 / heads)
         del a  # or it lives on while the next head is computed
-    return torch.stack([per_head, _entry_variance(mean_map)])
-
-
-def _entry_variance(maps: Tensor) -> Tensor:
-    """Variance of the entries of each (N, N) map, averaged over the batch."""
-    # Not mean(a^2) - mean(a)^2: 1e-9 between two numbers of about 1e-7 is lost in float32.
-    return maps.flatten(1).var(-1, unbiased=False).mean()
+    return torch.stack([per_head, entry_variance(mean_map)])
 
 
 def attention_variance(
@@ -121,30 +120,19 @@ def attention_variance(
 
     The images are what they would be without measuring, are drawn one at a time, and are not decoded. With guidance the
     unprompted half of the batch counts like the prompted. Where the scheduler calls the U-Net more often than once a
-    step (Heun), calls are spread over the steps in their order and averaged within each.
-
-    Raises:
-        TypeError: By `dense_spans`.
-        ValueError: By `dense_spans` and `draw_dense`.
+    step (Heun), calls are spread over the steps in their order and averaged within each. Raises as
+    `look_into_dense`.
     """
-    spans = dense_spans(pipe)
-    tokens: dict[str, int] = {}
-    found: list[tuple[int, str, list[float]]] = []
 
-    def measure(view: View) -> None:
-        tokens[view.place.name] = view.tokens.shape[1]
-        found.append((int(view.step), view.place.name, map_variance(*view.self_attention()).tolist()))
+    def measure(view: View) -> tuple[int, tuple[str, int, int], list[float]]:
+        block = (view.place.name, view.place.level, view.tokens.shape[1])
+        return int(view.step), block, map_variance(*view.self_attention()).tolist()
 
-    by_step: defaultdict[tuple[int, str], list[list[float]]] = defaultdict(list)
+    values: defaultdict[tuple[int, tuple[str, int, int]], list[list[float]]] = defaultdict(list)
     one = replace(drawing, batch=1)
-    for _ in draw_dense(pipe, prompts, one, lambda _: first_layers_watched(spans, measure, None), progress=progress):
-        calls = 1 + max(call for call, _, _ in found)
+    for _, found in look_into_dense(pipe, prompts, one, measure, None, both_halves=True, progress=progress):
+        calls = 1 + found[-1][0]
         for call, block, variance in found:
-            by_step[call * drawing.steps // calls, block].append(variance)
-        found.clear()
-    rows = tuple(
-        BlockVariance(step, name, place.level, tokens[name], *np.mean(by_step[step, name], axis=0).tolist())
-        for step in range(drawing.steps)
-        for name, (place, _) in spans.items()
-    )
-    return VarianceReport(rows, len(prompts), drawing.steps)
+            values[call * drawing.steps // calls, block].append(variance)
+    rows = (BlockVariance(step, *block, *np.mean(of, axis=0).tolist()) for (step, block), of in values.items())
+    return VarianceReport(tuple(rows), len(prompts), drawing.steps)

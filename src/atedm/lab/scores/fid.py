@@ -26,11 +26,9 @@ INCEPTION = "inception"
 class Extractor(NamedTuple):
     """A network that looks at images."""
 
-    #: Gives (B, d) for (B, 3, H, W) float images in [0, 255].
-    network: Callable[[Tensor], Tensor]
+    network: Callable[[Tensor], Tensor]  #: Gives (B, d) for (B, 3, H, W) float images in [0, 255].
     device: torch.device
-    #: Resizes images first; None is clean-fid's own way, to 299 px.
-    resize: Any = None
+    resize: Any = None  #: Resizes images first; None is clean-fid's own way, to 299 px.
 
 
 def open_extractor(name: str, pretrained: str = CLIP_WEIGHTS, device: str | None = None) -> Extractor:
@@ -62,16 +60,11 @@ def file_features(extractor: Extractor, files: Sequence[Path], batch: int = 32) 
 
     Raises a `ValueError` if one cannot be read.
     """
-    library = optional("cleanfid.fid")
+    library, names = optional("cleanfid.fid"), list(map(str, files))
     options = {"num_workers": 0, "batch_size": batch, "mode": "clean", "verbose": False}
+    options |= {"device": extractor.device, "custom_fn_resize": extractor.resize}
     try:
-        features = library.get_files_features(
-            list(map(str, files)),
-            extractor.network,
-            device=extractor.device,
-            custom_fn_resize=extractor.resize,
-            **options,
-        )
+        features = library.get_files_features(names, extractor.network, **options)
     except Exception:
         for file in files:  # to name the one that is no image, if one is not
             read_picture(file)
@@ -82,8 +75,8 @@ def file_features(extractor: Extractor, files: Sequence[Path], batch: int = 32) 
 def fid(features: NDArray[Any], references: NDArray[Any]) -> float:
     """Fréchet distance between the normal distributions fitted to (n, d) and (m, d) features, by clean-fid in float64.
 
-    With few images the distance is too large: compare distances of equally many images only. Raises an `ImportError` if
-    clean-fid is not installed, and a `ValueError` if the shapes do not fit, or n or m is below 2.
+    With few images it is too large: compare equally many only. Raises an `ImportError` if clean-fid is not installed,
+    and a `ValueError` if the shapes do not fit, or n or m is below 2.
     """
     a, b = (np.asarray(x, dtype=np.float64) for x in (features, references))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
@@ -100,27 +93,19 @@ def fid_interval(features: NDArray[Any], references: NDArray[Any], *, draws: int
     """
     measured = fid(features, references)
     a, b = (np.asarray(x, dtype=np.float64) for x in (features, references))
-    rng = np.random.default_rng(seed)
-    to_references = _distance_to(b)
-    drawn = np.array([to_references(a[rng.integers(0, len(a), len(a))]) for _ in range(draws)])
-    low, high = np.percentile(drawn - drawn.mean() + measured, [2.5, 97.5])
-    return Interval(measured, max(0.0, float(low)), float(high))  # no distance is negative
-
-
-def _distance_to(references: NDArray[np.float64]) -> Callable[[NDArray[np.float64]], float]:
-    """Fréchet distance to (m, d) features, again and again.
-
-    What `fid` gives, but tr √(AB) is taken from the eigenvalues of √B A √B, which is symmetric: at d = 2048 that is
-    many times quicker than clean-fid's square root of AB, and it needs √B once only.
-    """
-    mean, covariance = references.mean(axis=0), np.atleast_2d(np.cov(references, rowvar=False))
+    mean, covariance = b.mean(axis=0), np.atleast_2d(np.cov(b, rowvar=False))
     values, vectors = np.linalg.eigh(covariance)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
-    def distance(features: NDArray[np.float64]) -> float:
-        spread = np.atleast_2d(np.cov(features, rowvar=False))
+    def distance(some: NDArray[np.float64]) -> float:
+        # As `fid`, but tr √(AB) is taken from the eigenvalues of √B A √B, which is symmetric: at d = 2048 many times
+        # quicker than clean-fid's square root of AB, and √B is needed once only.
+        spread = np.atleast_2d(np.cov(some, rowvar=False))
         shared = np.sqrt(np.linalg.eigvalsh(root @ spread @ root).clip(0)).sum()
-        shift = features.mean(axis=0) - mean
+        shift = some.mean(axis=0) - mean
         return float(shift @ shift + np.trace(spread) + np.trace(covariance) - 2 * shared)
 
-    return distance
+    rng = np.random.default_rng(seed)
+    drawn = np.array([distance(a[rng.integers(0, len(a), len(a))]) for _ in range(draws)])
+    low, high = np.percentile(drawn - drawn.mean() + measured, [2.5, 97.5])
+    return Interval(measured, max(0.0, float(low)), float(high))  # no distance is negative
