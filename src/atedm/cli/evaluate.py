@@ -27,10 +27,7 @@ def evaluate(
     dtype: options.Dtype = None,
     prompts: options.Prompts = "scenes",
     captions: Annotated[int | None, options.IMAGES("How many; by default all, or 500 scenes.")] = None,
-    steps: Annotated[
-        int | None,
-        options.IMAGES("By default what suits the model, or what few-steps varies.", callback=options.at_least_one),
-    ] = None,
+    steps: options.Steps = None,
     guidance: options.Guidance = None,
     size: options.Size = None,
     seed: options.Seed = 0,
@@ -75,7 +72,7 @@ def evaluate(
     from atedm.words import check_name
 
     if methods in EXPERIMENTS:
-        experiment = EXPERIMENTS[methods].under(steps, guidance)
+        experiment = EXPERIMENTS[methods].under(guidance)
         asked = [
             "" if steps is None else f"{steps}-step{'s' * (steps > 1)}",
             "" if guidance is None else f"guidance-{guidance:g}",

@@ -24,17 +24,12 @@ class Experiment:
     source: str  #: What it reproduces.
     methods: dict[str, str]  #: Methods by label, as `atedm.lab.methods.by_name` reads them.
     guidance: tuple[float, ...] = ()  #: Guidance scales; empty for the one asked for.
-    steps: tuple[int, ...] = ()  #: Numbers of steps; empty for the one asked for.
     #: Whether its chart shows quality against cost, and joins methods that differ in their cost alone.
     against_cost: bool = False
 
-    def under(self, steps: int | None = None, guidance: float | None = None) -> Experiment:
-        """Return the experiment under the one setting that was asked for, where it would vary it."""
-        return replace(
-            self,
-            steps=(steps,) if steps is not None and self.steps else self.steps,
-            guidance=(guidance,) if guidance is not None and self.guidance else self.guidance,
-        )
+    def under(self, guidance: float | None) -> Experiment:
+        """Return the experiment under the one guidance scale that was asked for, where it would vary it."""
+        return replace(self, guidance=(guidance,)) if guidance is not None and self.guidance else self
 
 
 def _each(method: str, values: Iterable[object], label: str = "{}") -> dict[str, str]:
@@ -152,10 +147,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         },
     ),
     "few-steps": Experiment(
-        "On a model distilled to few steps, at equal cost",
+        "On a model for few steps, such as tiny-turbo, at equal cost",
         "supplement E",
         _few_steps(),
-        steps=(4,),
         against_cost=True,
     ),
     "ablation": Experiment(

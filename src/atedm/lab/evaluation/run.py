@@ -184,24 +184,21 @@ def run_experiment(
     """
     outcomes = []
     labels = {spec: label for label, spec in experiment.methods.items()}
-    for steps in experiment.steps or (drawing.steps,):
-        for guidance in experiment.guidance or (drawing.guidance,):
-            here = replace(drawing, steps=steps, guidance=guidance)
-            methods: dict[str, Candidate] = {}
-            left_out: dict[str, str] = {}
-            for label, spec in experiment.methods.items():
-                try:
-                    methods[spec] = method_by_name(spec, here.model, size=here.size, steps=steps)
-                except CostOutOfReach as error:
-                    left_out[label] = str(error)
-            if not methods:
-                raise ValueError(next(iter(left_out.values())))
-            folder = out / setting_name(here)
-            found = evaluate(pipe, methods, prompts, here, metrics, folder, state=state, progress=progress)
-            named = tuple(replace(result, name=labels.get(result.name, result.name)) for result in found)
-            setting: dict[str, float] = {"steps": steps} if experiment.steps else {}
-            setting |= {"guidance": guidance} if experiment.guidance else {}
-            outcomes.append(Outcome(here, named, setting, left_out))
+    for guidance in experiment.guidance or (drawing.guidance,):
+        here = replace(drawing, guidance=guidance)
+        methods: dict[str, Candidate] = {}
+        left_out: dict[str, str] = {}
+        for label, spec in experiment.methods.items():
+            try:
+                methods[spec] = method_by_name(spec, here.model, size=here.size, steps=here.steps)
+            except CostOutOfReach as error:
+                left_out[label] = str(error)
+        if not methods:
+            raise ValueError(next(iter(left_out.values())))
+        folder = out / setting_name(here)
+        found = evaluate(pipe, methods, prompts, here, metrics, folder, state=state, progress=progress)
+        named = tuple(replace(result, name=labels.get(result.name, result.name)) for result in found)
+        outcomes.append(Outcome(here, named, {"guidance": guidance} if experiment.guidance else {}, left_out))
     return outcomes
 
 

@@ -31,7 +31,7 @@ from atedm.tiny.scenes import Scene
 RANKINGS = (
     *("self-attention", "attention-received"),
     *(f"cross-attention-{mapping}" for mapping in ("entropy", "power", "soft-clip", "hard-clip")),
-    *("uniform-random", "cells", "lattice", "facility-location", "representative"),
+    *("uniform-random", "cells", "lattice", "representative"),
 )
 
 
