@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import atedm
 from atedm.cli import app
+from atedm.lab.evaluation.experiments import EXPERIMENTS
 from atedm.lab.methods.by_name import method_by_name, parse_methods
 from coco import coco_folder
 from models import sdxl_pipeline, sdxl_unet, small_unet
@@ -210,7 +211,8 @@ def test_commands_are_understood(page: str, words: list[str]) -> None:
 def _methods_in(name: str, given: dict[str, Any]) -> list[str]:
     """Methods that a command is given as it reads them."""
     if name in {"evaluate", "bench", "errors"} and given["methods"] is not None:
-        return parse_methods(str(given["methods"]))
+        experiment = EXPERIMENTS.get(str(given["methods"]))
+        return parse_methods(str(given["methods"])) if experiment is None else [*experiment.methods.values()]
     return [str(given["method"])] if name in {"memory", "latency", "scaling"} else []
 
 
