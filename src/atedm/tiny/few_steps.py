@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchLCMScheduler, LCMScheduler, SchedulerMixin
+from diffusers import LCMScheduler, SchedulerMixin
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,6 +23,8 @@ _FILE = "pytorch_lora_weights.safetensors"
 def build_few_step_scheduler(transformer: bool = False) -> SchedulerMixin:
     """Build the sampler of a distilled model."""
     if transformer:
+        from diffusers import FlowMatchLCMScheduler  # which the oldest diffusers lacks
+
         return FlowMatchLCMScheduler(shift=SHIFT)
     config = {**build_scheduler().config, "original_inference_steps": TEACHER_STEPS, "timestep_spacing": "leading"}
     return LCMScheduler.from_config(config)
