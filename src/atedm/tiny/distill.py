@@ -1,6 +1,6 @@
 """Distil the model that ships to few steps: a LoRA by latent consistency distillation (Luo et al., 2023, LCM-LoRA).
 
-    python -m atedm.tiny.distill RUN --images 100000 --canvas 128
+    python -m atedm.tiny.distill RUN --images 18000 --canvas 256 --crop 128 --lr 7e-4
 
 The teacher is the run's averaged model under guidance, which the student learns to do without. At a noisy time the
 student says what the picture is; some steps of the teacher along its path lead to a less noisy time, where the student

@@ -21,6 +21,7 @@ from atedm.costs.architectures import architecture
 from atedm.files import check_writable, read_json, save_json
 from atedm.hosts.unet_spans import find_spans, find_unet
 from atedm.lab.extra import optional
+from atedm.lab.scores.pixels import lpips_distances
 from atedm.patch import is_applied
 from atedm.plans.fingerprint import checksum, fingerprint
 from atedm.plans.plan import Plan, save_plan
@@ -189,7 +190,7 @@ def tune(
         times = _timed(easel, finalists, out, lambda: progress("times, in turns", search.spent, images))
         search.spent += reserve
     best = _chosen(finalists, times, budget if of == "time" else None)
-    more = {}
+    more: dict[str, float] = {}
     if times:
         ours, theirs = times[best.key], times["dense"]
         more = {
@@ -197,6 +198,8 @@ def tune(
             "dense_seconds": round(median(theirs), 4),
             "time": round(median(one / two for one, two in zip(ours, theirs, strict=True)), 4),
         }
+    if (perceptual := _lpips(easel, best.plan)) is not None:
+        more["lpips"] = round(perceptual, 5)
     plan = recorded(best, **more)
     save_plan(plan, out / PLAN)
     tried = (*search.finalists(len(search.tried)), *(one for one in search.tried.values() if not one.is_whole))
@@ -252,6 +255,18 @@ def _chosen(finalists: Sequence[Tried], times: dict[str, list[float]], budget: f
     dense = median(times["dense"])
     kept = [one for one in finalists if median(times[one.key]) <= 1.03 * budget * dense]
     return kept[0] if kept else min(finalists, key=lambda one: median(times[one.key]))
+
+
+def _lpips(easel: Easel, plan: Plan) -> float | None:
+    """Return the mean LPIPS to the dense images; None where the package or its weights are not here already."""
+    if not any((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-*.pth")):
+        return None
+    ours, dense = (easel.files(one, len(easel.prompts)) for one in (plan, easel.dense))
+    try:
+        found = lpips_distances(ours, dense, device=str(easel.pipe.device))
+    except (ImportError, ValueError):
+        return None
+    return sum(found) / len(found)
 
 
 def _machine(pipe: Any) -> dict[str, Any]:
