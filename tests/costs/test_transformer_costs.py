@@ -12,7 +12,6 @@ from atedm.costs.architectures import architecture
 from atedm.costs.budget import CostOutOfReach, fit_to_budget, profile_of, run_cost
 from atedm.costs.flops import flop_counter
 from atedm.costs.report import cost
-from atedm.costs.tome import ToMe
 from atedm.method.presets import TRANSFORMER_METHODS
 from transformers_of import CONFIGS, transformer
 
@@ -78,10 +77,6 @@ def test_the_size_of_flux_is_the_published_one() -> None:
     assert arch.words == 512
 
 
-def test_merging_by_tomesd_is_refused_and_odd_sizes_are() -> None:
-    with pytest.raises(ValueError, match="U-Nets only"):
-        cost("pixart-sigma", ToMe())
-    with pytest.raises(ValueError, match="U-Nets only"):
-        run_cost("pixart-sigma", ToMe())
+def test_odd_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="multiples of 16 pixels"):
         profile_of(architecture("flux"), (1024, 1032))

@@ -62,27 +62,23 @@ class ToMe:
         return {"method": "tome", **asdict(self)}
 
     def kept(self, shape: SpanShape, *, early: bool = False) -> int:
-        """Tokens of a block that are left in each of its layers."""
+        """Tokens of a span that are left in each of its layers."""
         is_spared = early and self.early_share > 0 and self.spare.spares(shape.place)
         if is_spared or (self.levels == "highest" and shape.place.level > 1):
             return shape.tokens
         return max(shape.tokens - int(shape.tokens * self.ratio), _destinations(shape))
 
     def span_macs(self, shape: SpanShape, *, early: bool = False) -> Macs:
-        """MACs of one attention block in one step for one image.
-
-        Raises:
-            ValueError: If it is of a transformer, where tomesd does nothing.
-        """
-        if shape.place.is_stretch:
-            raise ValueError("tomesd merges tokens in U-Nets only; its cost in a transformer is not counted")
+        """MACs of one span in one step for one image."""
         n, c, left = shape.tokens, shape.channels, self.kept(shape, early=early)
-        elsewhere = left if self.merge == "everything" else n
-        layer = layer_macs(shape, left, elsewhere, elsewhere)
+        layers, matching = shape.place.layers, Macs()
         if left < n:
             destinations = _destinations(shape)
-            layer = layer.plus(Macs(overhead=(n - destinations) * destinations * c))
-        return shape.ends_macs().plus(layer.times(shape.place.layers))
+            matching = Macs(overhead=(n - destinations) * destinations * c).times(layers)
+        if shape.place.is_stretch:
+            return shape.layers_macs(0, layers, left).plus(matching)
+        elsewhere = left if self.merge == "everything" else n
+        return shape.ends_macs().plus(layer_macs(shape, left, elsewhere, elsewhere).times(layers), matching)
 
 
 def _destinations(shape: SpanShape) -> int:

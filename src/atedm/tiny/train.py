@@ -9,7 +9,7 @@ Patch Diffusion). SDXL's size conditioning tells the model where a square was cu
 
 ``--images`` counts from the beginning of the run, so that a sitting that was cut off goes on by the same command. Run
 it under ``torchrun --nproc_per_node 2`` with ``OMP_NUM_THREADS=1`` to use two cores. ``--transformer`` trains SD3's
-class, on whole pictures of 128 px. ``docs/reference/shipped-model.md`` has the sittings the weights had.
+class. ``docs/reference/shipped-model.md`` has the sittings the weights had.
 """
 
 from __future__ import annotations

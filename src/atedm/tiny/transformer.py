@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from atedm.tiny.autoencoder import FACTOR
 from atedm.tiny.data import tokenize
 from atedm.tiny.denoiser import freeze_unread, text_of
+from atedm.tiny.scenes import CANVAS
 from atedm.tiny.text import WIDTH
 
 SHIFT = 1.5
 """How far sampling leans towards noisy times."""
 
 
+_SIDE = CANVAS // FACTOR
+_PATCH = 4
+_WIDTH = 128
+
+
 def build_transformer() -> SD3Transformer2DModel:
-    """Build the untrained transformer, 4.7 M parameters: 8 blocks on 256 tokens at 128 px, on 1024 at 256 px."""
+    """Build the untrained transformer, 4.7 M parameters: 8 blocks on 256 tokens of 16 x 16 px, as SD3 and FLUX cut."""
     return SD3Transformer2DModel(
-        sample_size=32,
-        patch_size=2,
+        sample_size=_SIDE,
+        patch_size=_PATCH,
         in_channels=4,
         out_channels=4,
         num_layers=8,
         num_attention_heads=4,
         attention_head_dim=32,
-        caption_projection_dim=128,
+        caption_projection_dim=_WIDTH,
         joint_attention_dim=2 * WIDTH,
         pooled_projection_dim=2 * WIDTH,
-        pos_embed_max_size=32,
+        pos_embed_max_size=_SIDE // _PATCH,
         qk_norm="rms_norm",
     )
 
@@ -58,21 +67,51 @@ class FlowDenoiser(nn.Module):
         # SD3 has no zeros for a missing caption: it reads an empty one.
         self.empty: Tensor
         self.register_buffer("empty", tokenize(tokenizer, [""]), persistent=False)
+        self.places: Tensor
+        every = get_2d_sincos_pos_embed(_WIDTH, _SIDE, base_size=_SIDE // _PATCH, output_type="pt")
+        self.register_buffer("places", every.float().view(_SIDE, _SIDE, -1), persistent=False)
         freeze_unread(self.text_encoder)
         if compiled:
-            self.transformer.compile_repeated_blocks()
+            for block in self.transformer.transformer_blocks:
+                block.compile()
 
     def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, keep_caption: Tensor, sizes: Tensor) -> Tensor:
         """Predict the velocity, noise minus picture; as `atedm.tiny.denoiser.Denoiser.forward`.
 
-        ``sizes`` (B, 6) are not used: a transformer of this class is not told of crops.
+        A square out of a picture has the places in the picture that ``sizes`` (B, 6) says; SD3's own code would put
+        it in the middle.
         """
         ids = torch.where(keep_caption[:, None] > 0, ids, self.empty)
         words, pooled = text_of(self.text_encoder, self.text_encoder_2, ids)
         pooled = torch.cat([torch.zeros_like(pooled), pooled], dim=-1)
         # Written-out attention has the fastest backward pass on a CPU.
-        with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION] if noisy.is_cuda else [SDPBackend.MATH]):
+        with (
+            _places_added(self.transformer.pos_embed, self._moved(noisy, sizes)),
+            sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION] if noisy.is_cuda else [SDPBackend.MATH]),
+        ):
             return self.transformer(noisy, words, pooled, timesteps, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    def _moved(self, noisy: Tensor, sizes: Tensor) -> Tensor | None:
+        """What to add to the places that SD3 gives, (B, tokens, width): nothing to whole pictures."""
+        height, width = noisy.shape[-2:]
+        if (height, width) == (_SIDE, _SIDE):
+            return None
+        corners = ((sizes[:, 2:4] + FACTOR // 2) // FACTOR).tolist()
+        wanted = [self.places[y : y + height : _PATCH, x : x + width : _PATCH].flatten(0, 1) for y, x in corners]
+        own: Tensor = self.transformer.pos_embed.cropped_pos_embed(height, width)
+        return torch.stack(wanted) - own
+
+
+@contextmanager
+def _places_added(embedding: nn.Module, places: Tensor | None) -> Iterator[None]:
+    if places is None:
+        yield
+        return
+    hook = embedding.register_forward_hook(lambda _, __, tokens: (tokens + places).to(tokens.dtype))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class CaptionOnlySD3Pipeline(StableDiffusion3Pipeline):  # type: ignore[misc]

@@ -9,10 +9,12 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from atedm.costs.tome import ToMe
+from atedm.hosts.models import find_model, is_transformer
 from atedm.hosts.runs import step_position
 from atedm.hosts.unet_spans import find_spans
 from atedm.lab.extra import optional
 from atedm.lab.methods.candidates import Candidate
+from atedm.lab.methods.transformer_merging import merged_blocks
 from atedm.plans.caching import deep_cached
 from atedm.words import check_whole
 
@@ -30,8 +32,18 @@ class Merging(Candidate):
 
     @contextmanager
     def applied(self, pipe: Any, seed: int = 0) -> Iterator[None]:
-        """Merge tokens. ToMe draws its destinations in every layer of every step, from ``seed``."""
-        tomesd, unet = optional("tomesd", "peers"), _unet_of(pipe, "tomesd")
+        """Merge tokens. ToMe draws its destinations in every layer of every step, from ``seed``.
+
+        Raises a `ValueError` where it is not written for the model, or not in this setting.
+        """
+        tomesd, model = optional("tomesd", "peers"), find_model(pipe)
+        if is_transformer(model):
+            if self.tome != ToMe(self.tome.ratio):
+                raise ValueError(f"in a transformer ToMe has a ratio and nothing else, and this is {self.tome}")
+            with merged_blocks(model, self.tome.ratio, seed):
+                yield
+            return
+        unet = _unet_of(pipe, "tomesd")
         everything = self.tome.merge == "everything"
         tomesd.apply_patch(
             unet,
