@@ -7,13 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atedm.method.presets import DEFAULT
-
-TINY = "tiny"
-"""Name of the model that ships with the package."""
-TINY_TURBO = "tiny-turbo"
-"""Name of its sibling that draws in 4 steps."""
-SHIPPED = (TINY, TINY_TURBO)
-"""Names of the models that ship: both draw the same scenes."""
+from atedm.tiny import SHIPPED
 
 
 @dataclass(frozen=True)
@@ -47,13 +41,14 @@ def suits(model: str) -> Suits:
 
     The method is the same for every model: the one that the figures support (docs/reference/results.md).
     """
-    if model == TINY:
-        return Suits(DEFAULT, steps=20, guidance=3.0, prompts=_SCENES)
+    prompts = _SCENES if model in SHIPPED else _PICTURES
     if draws_in_few_steps(model):
-        return Suits(DEFAULT, steps=4, guidance=0.0, prompts=_SCENES if model == TINY_TURBO else _PICTURES)
+        return Suits(DEFAULT, steps=4, guidance=0.0, prompts=prompts)
+    if model in SHIPPED:
+        return Suits(DEFAULT, steps=20, guidance=3.0, prompts=prompts)
     if re.search(_TRANSFORMERS, _last_part(model), re.IGNORECASE):
-        return Suits(DEFAULT, steps=28, guidance=4.0, prompts=_PICTURES)
-    return Suits(DEFAULT, steps=50, guidance=7.0, prompts=_PICTURES)
+        return Suits(DEFAULT, steps=28, guidance=4.0, prompts=prompts)
+    return Suits(DEFAULT, steps=50, guidance=7.0, prompts=prompts)
 
 
 _TRANSFORMERS = r"flux|sd-?3|stable-diffusion-3|qwen-?image|z-?image|chroma|hunyuanimage|cogview4|auraflow"

@@ -19,8 +19,7 @@ from atedm.costs.report import CostReport, cost
 from atedm.costs.tome import ToMe
 from atedm.lab.ablation import Variant
 from atedm.method.presets import METHODS
-from atedm.suits import TINY
-from atedm.tiny import weights_folder
+from atedm.tiny import TINY, weights_folder
 from models import inputs, sd1_unet, sdxl_unet
 
 report_of = functools.cache(cost)

@@ -13,14 +13,14 @@ from diffusers import StableDiffusionXLPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from atedm.tiny.assemble import assemble
 from atedm.tiny.autoencoder import build_autoencoder
 from atedm.tiny.checkpoint import save_state
 from atedm.tiny.data import crop_around_objects, tokenize
-from atedm.tiny.denoiser import Denoiser, text_of
+from atedm.tiny.denoiser import Denoiser, text_of, whole_picture
 from atedm.tiny.distill import distill
 from atedm.tiny.download import load_atlas
 from atedm.tiny.few_steps import with_few_steps
@@ -36,7 +36,7 @@ from atedm.tiny.text import TOKENS, build_text_encoders, build_tokenizer
 from atedm.tiny.text_lessons import last_tokens, teach_text_encoders
 from atedm.tiny.train import train
 from atedm.tiny.train_judge import train_judge
-from atedm.tiny.transformer import CaptionOnlySD3Pipeline
+from atedm.tiny.transformer import CaptionOnlySD3Pipeline, FlowDenoiser, build_transformer
 from atedm.tiny.unet import build_unet
 from painted_objects import discs, keep_discs
 
@@ -299,6 +299,25 @@ def test_a_transformer_trains_and_becomes_a_pipeline(run: Path, tmp_path: Path) 
     few = with_few_steps(again, tmp_path / "folder" / "lora")("a duck", **asked, guidance_scale=1.0).images
     assert np.isfinite(few).all()
     assert sum(file.stat().st_size for file in (tmp_path / "folder").rglob("*.safetensors")) < 12e6
+
+
+def test_a_square_has_the_places_that_it_had_in_the_picture(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(tmp_path)
+    model = FlowDenoiser(build_text_encoders(tokenizer), build_transformer(), tokenizer, compiled=False)
+    seen: list[Tensor] = []
+    first = model.transformer.transformer_blocks[0]
+    first.register_forward_pre_hook(lambda _, __, given: seen.append(given["hidden_states"]), with_kwargs=True)
+    picture = torch.randn(2, 4, 64, 64)
+    ids, keep, times = tokenize(tokenizer, ["a duck"] * 2), torch.ones(2), torch.full((2,), 500.0)
+    squares = torch.stack([picture[0, :, 16:48, 8:40], picture[1, :, :32, 32:]])
+    corners = torch.tensor([[64, 32], [0, 128]])
+    sizes = torch.cat([torch.full((2, 2), 256), corners, torch.full((2, 2), 128)], dim=1)
+    with torch.no_grad():
+        model(picture, times, ids, keep, whole_picture(256, 2, torch.device("cpu")))
+        model(squares, times, ids, keep, sizes)
+    whole, cut = seen[0].unflatten(1, (16, 16)), seen[1].unflatten(1, (8, 8))
+    torch.testing.assert_close(cut, torch.stack([whole[0, 4:12, 2:10], whole[1, :8, 8:]]))
+    assert not model.transformer.pos_embed._forward_hooks
 
 
 def test_crops_are_about_an_object_and_say_where_they_are(atlas: Atlas) -> None:

@@ -11,19 +11,18 @@ from safetensors import safe_open
 
 from atedm.app.devices import best_device, check_device, usual_dtype
 from atedm.costs.architectures import architecture
-from atedm.suits import TINY, TINY_TURBO
-from atedm.tiny import weights_folder
-from atedm.tiny.few_steps import LORA, with_few_steps
+from atedm.tiny import SHIPPED, TINY
+from atedm.tiny.shipped import open_shipped
 
-_WHAT_WORKS = "give 'tiny', 'tiny-turbo', a folder, a .safetensors file or a hub id"
+_WHAT_WORKS = f"give {', '.join(map(repr, SHIPPED))}, a folder, a .safetensors file or a hub id"
 
 
 def load_pipeline(model: str = TINY, *, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
     """Open a text-to-image pipeline.
 
     Args:
-        model: "tiny" for the model that ships, "tiny-turbo" for its sibling that draws in 4 steps, a diffusers folder,
-            a single ``.safetensors`` file, or a hub id such as
+        model: "tiny" for the small SDXL that ships, "tiny-sd3" for the small SD3, "tiny-turbo" and "tiny-sd3-turbo" for
+            their siblings that draw in 4 steps; a diffusers folder, a single ``.safetensors`` file, or a hub id such as
             "stabilityai/stable-diffusion-xl-base-1.0".
         device: Where to put it. By default CUDA, else MPS, else the CPU.
         dtype: By default float32 on the CPU and float16 elsewhere.
@@ -65,11 +64,8 @@ def quiet_libraries() -> None:
 def _open(model: str, dtype: torch.dtype) -> Any:
     if not model.strip():
         raise ValueError(f"the name of the model is empty; {_WHAT_WORKS}")
-    if model == TINY_TURBO:  # in float32, so that the LoRA is added without rounding
-        pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(weights_folder(), torch_dtype=torch.float32)
-        return with_few_steps(pipe, weights_folder() / LORA).to(dtype)
-    if model == TINY:
-        return diffusers.StableDiffusionXLPipeline.from_pretrained(weights_folder(), torch_dtype=dtype)
+    if model in SHIPPED:
+        return open_shipped(model, dtype)
     if model.startswith("~"):
         model = str(Path(model).expanduser())
     if model.endswith((".safetensors", ".ckpt")):

@@ -17,8 +17,9 @@ from atedm.costs.transformer_calls import PACKED, VIDEO, transformer_call, words
 from atedm.hosts.dit_families import FAMILIES
 from atedm.hosts.models import find_model
 from atedm.hosts.unet_spans import PRUNABLE
-from atedm.suits import SHIPPED, suits
-from atedm.tiny import weights_folder
+from atedm.suits import suits
+from atedm.tiny import SHIPPED, weights_folder
+from atedm.tiny.transformer import CaptionOnlySD3Pipeline
 from atedm.words import check_name, is_whole
 
 _CONFIGS = Path(__file__).parent / "configs"
@@ -157,7 +158,7 @@ def architecture(model: Any) -> Architecture:
     """Find the U-Net or the transformer that ``model`` names.
 
     Args:
-        model: One of `NAMED`, "tiny" or "tiny-turbo"; a diffusers folder or a hub id, of which only the configs are
+        model: One of `NAMED` or of the models that ship; a diffusers folder or a hub id, of which only the configs are
             read; a pipeline, or a model.
 
     Raises:
@@ -171,7 +172,7 @@ def architecture(model: Any) -> Architecture:
     if name in NAMED:
         found = _architecture(name, _read(_CONFIGS / f"{name}.json"), 8)
         return replace(found, guidance=False) if name == "z-image" else found  # which is distilled to run without
-    folder = weights_folder() if name in SHIPPED else Path(name).expanduser()
+    folder = weights_folder(name) if name in SHIPPED else Path(name).expanduser()
     if folder.is_dir():
         return _of_folder(name, folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -190,7 +191,7 @@ def _of_object(target: Any) -> Architecture:
     words = getattr(text, "max_position_embeddings", WORDS)
     kinds = (kind.__name__ for kind in type(model).__mro__)  # a subclass costs what its class does
     config = dict(model.config) | {"_class_name": next((kind for kind in kinds if kind in FAMILIES), _UNET)}
-    return _architecture(type(target).__name__, config, factor, words)
+    return _architecture(type(target).__name__, config, factor, words, type(target).__name__)
 
 
 def _of_folder(name: str, folder: Path) -> Architecture:
@@ -200,9 +201,10 @@ def _of_folder(name: str, folder: Path) -> Architecture:
         raise ValueError(
             f"{name} has no model: neither unet/config.json nor transformer/config.json nor config.json is there"
         )
-    vae, text = (folder / part / "config.json" for part in ("vae", "text_encoder"))
+    index, vae, text = (folder / part for part in ("model_index.json", "vae/config.json", "text_encoder/config.json"))
     words = _read(text).get("max_position_embeddings", WORDS) if text.exists() else WORDS
-    return _architecture(name, _read(file), _factor(_read(vae)) if vae.exists() else 8, words)
+    pipeline = _read(index).get("_class_name", "") if index.exists() else ""
+    return _architecture(name, _read(file), _factor(_read(vae)) if vae.exists() else 8, words, pipeline)
 
 
 def _of_hub(name: str) -> Architecture:
@@ -224,7 +226,9 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _architecture(name: str, config: dict[str, Any], factor: int, words: int = WORDS) -> Architecture:
+def _architecture(
+    name: str, config: dict[str, Any], factor: int, words: int = WORDS, pipeline: str = ""
+) -> Architecture:
     kind = config.get("_class_name", _UNET)
     if kind != _UNET and kind not in FAMILIES:
         raise ValueError(
@@ -232,7 +236,8 @@ def _architecture(name: str, config: dict[str, Any], factor: int, words: int = W
             f"{', '.join(FAMILIES)}"
         )
     if kind in FAMILIES:
-        words = words_of(kind)
+        if pipeline != CaptionOnlySD3Pipeline.__name__:  # whose text is CLIP's alone
+            words = words_of(kind)
         side = config.get("sample_size") or ((480 // factor, 832 // factor) if kind in VIDEO else 1024 // factor)
     else:
         side = config.get("sample_size") or 64

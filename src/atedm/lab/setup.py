@@ -10,7 +10,8 @@ import torch
 
 from atedm.app.devices import best_device, processor_of, usual_dtype, versions
 from atedm.costs.architectures import architecture
-from atedm.suits import SHIPPED, suits
+from atedm.suits import suits
+from atedm.tiny import SHIPPED
 from atedm.words import check_whole
 
 

@@ -1,17 +1,42 @@
-"""A tiny SDXL of our own: the scenes it draws, how it was trained, and the judge of its pictures."""
+"""The models that ship: the scenes they draw, how they were trained, and the judge of their pictures."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 
-def weights_folder() -> Path:
-    """Return the folder of the model that ships: an ordinary diffusers pipeline.
+class Shipped(NamedTuple):
+    """A model that ships."""
+
+    #: Folder of its weights in this package; judge and CLIP model are in that of `TINY`.
+    weights: str
+    #: Whether it is the sibling that was distilled to few steps: a LoRA in the same folder.
+    few_steps: bool = False
+
+
+TINY = "tiny"
+"""Name of the small SDXL."""
+SHIPPED = {
+    TINY: Shipped("weights"),
+    "tiny-turbo": Shipped("weights", few_steps=True),
+    "tiny-sd3": Shipped("weights-sd3"),
+    "tiny-sd3-turbo": Shipped("weights-sd3", few_steps=True),
+}
+"""The models that ship, by name: a small SDXL and a small SD3, each with a sibling for 4 steps.
+
+All draw the same scenes.
+"""
+
+
+def weights_folder(name: str = TINY) -> Path:
+    """Return the folder of a model that ships: an ordinary diffusers pipeline.
 
     Raises:
         FileNotFoundError: If this installation carries no weights.
+        KeyError: If no model of this name ships.
     """
-    folder = Path(__file__).parent / "weights"
+    folder = Path(__file__).parent / SHIPPED[name].weights
     if not (folder / "model_index.json").exists():
         raise FileNotFoundError(
             f"the shipped model is missing from this installation: no {folder / 'model_index.json'}"

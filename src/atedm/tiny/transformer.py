@@ -7,7 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderTiny,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -94,7 +99,7 @@ class FlowDenoiser(nn.Module):
     def _moved(self, noisy: Tensor, sizes: Tensor) -> Tensor | None:
         """What to add to the places that SD3 gives, (B, tokens, width): nothing to whole pictures."""
         height, width = noisy.shape[-2:]
-        if (height, width) == (_SIDE, _SIDE):
+        if torch.equal(sizes[:, :2], sizes[:, 4:]):
             return None
         corners = ((sizes[:, 2:4] + FACTOR // 2) // FACTOR).tolist()
         wanted = [self.places[y : y + height : _PATCH, x : x + width : _PATCH].flatten(0, 1) for y, x in corners]
@@ -118,6 +123,10 @@ class CaptionOnlySD3Pipeline(StableDiffusion3Pipeline):  # type: ignore[misc]
     """SD3's pipeline for a model without T5: where SD3 fills in 256 tokens of zeros, it fills in none."""
 
     _optional_components = [*StableDiffusion3Pipeline._optional_components, "text_encoder_3", "tokenizer_3"]  # noqa: RUF012
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, Any]:  # or diffusers warns of an autoencoder that is not SD3's own
+        return {**super()._get_signature_types(), "vae": (AutoencoderTiny,)}
 
     def _get_t5_prompt_embeds(self, prompt: Any = None, num_images_per_prompt: int = 1, **_: Any) -> Tensor:
         prompts = [prompt] if isinstance(prompt, str) else prompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from atedm.suits import SHIPPED
+from atedm.tiny import SHIPPED
 from atedm.tiny.scenes import sample_scene
 
 PICTURES = (

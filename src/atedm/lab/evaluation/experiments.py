@@ -21,7 +21,7 @@ class Experiment:
     """Methods to compare, under one or several settings."""
 
     title: str
-    source: str  #: What it reproduces.
+    source: str  #: What it reproduces; empty for a list of one's own, of which each method must run.
     methods: dict[str, str]  #: Methods by label, as `atedm.lab.methods.by_name` reads them.
     guidance: tuple[float, ...] = ()  #: Guidance scales; empty for the one asked for.
     #: Whether its chart shows quality against cost, and joins methods that differ in their cost alone.
@@ -59,13 +59,20 @@ def _pareto() -> dict[str, str]:
 
 
 def _few_steps() -> dict[str, str]:
-    """Four steps leave two costs to fewer steps; the others are solved for four. "turbo" reaches no such cost."""
+    """Four steps leave two costs to fewer steps; the others are solved for four. "turbo" reaches no such cost.
+
+    One cache is for U-Nets, two for transformers; the other kind is left out.
+    """
     methods = {"dense": "dense", "turbo": "turbo"} | _each("dense[cost={}]", (0.75, 0.5), "fewer steps {}")
     for cost in (0.85, 0.75, 0.6, 0.5):
         methods[f"AT-EDM {cost}"] = f"paper[schedule=constant,cost={cost}]"
         methods[f"ToMe {cost}"] = f"tome[cost={cost}]"
         methods[f"matched {cost}"] = f"matched[cost={cost}]"
-    return methods | {"DeepCache 2": "deepcache[interval=2]"}
+    return methods | {
+        "DeepCache 2": "deepcache[interval=2]",
+        "TaylorSeer 2": "taylorseer[interval=2,warmup=1]",
+        "pyramid 2": "pyramid[interval=2]",
+    }
 
 
 _BASE = {"dense": "dense", "paper": "paper"}

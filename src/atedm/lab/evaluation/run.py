@@ -179,8 +179,9 @@ def run_experiment(
 ) -> list[Outcome]:
     """Run an experiment, as `evaluate` under each of its settings, of which each has an outcome.
 
-    Images are kept by setting and method, so that experiments share them and runs resume. It raises as `evaluate`, or
-    a `ValueError` if every cost is out of reach on this model.
+    Images are kept by setting and method, so that experiments share them and runs resume. An experiment of ours leaves
+    out what is not for this kind of model; of a list of one's own each method must run. It raises as `evaluate`, or a
+    `ValueError` if nothing is left.
     """
     outcomes = []
     labels = {spec: label for label, spec in experiment.methods.items()}
@@ -190,9 +191,14 @@ def run_experiment(
         left_out: dict[str, str] = {}
         for label, spec in experiment.methods.items():
             try:
-                methods[spec] = method_by_name(spec, here.model, size=here.size, steps=here.steps)
+                candidate = method_by_name(spec, here.model, size=here.size, steps=here.steps)
             except CostOutOfReach as error:
                 left_out[label] = str(error)
+                continue
+            if experiment.source and (why := _why_not(candidate, pipe)):
+                left_out[label] = why
+                continue
+            methods[spec] = candidate
         if not methods:
             raise ValueError(next(iter(left_out.values())))
         folder = out / setting_name(here)
@@ -200,6 +206,15 @@ def run_experiment(
         named = tuple(replace(result, name=labels.get(result.name, result.name)) for result in found)
         outcomes.append(Outcome(here, named, {"guidance": guidance} if experiment.guidance else {}, left_out))
     return outcomes
+
+
+def _why_not(candidate: Candidate, pipe: Any) -> str | None:
+    """Say why a method cannot be applied, such as a cache for U-Nets to a transformer; None if it can."""
+    try:
+        with candidate.applied(pipe):
+            return None
+    except ValueError as error:
+        return str(error)
 
 
 def setting_name(drawing: Drawing) -> str:
