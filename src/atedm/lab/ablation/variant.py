@@ -68,6 +68,16 @@ class Variant(Settings):
 
     # --- what only variants have
 
+    def why_no_transformer(self) -> str | None:
+        """Say what a transformer cannot do of this, whose blocks run whole; None if it can do all of it."""
+        if self.place not in ("after-feed-forward", "before-self-attention"):
+            return f"place={self.place} is inside a layer"
+        if self.ranks_by_words:
+            return f"rank={self.rank} reads cross-attention"
+        if self.gradual or self.refresh_every > 1:
+            return "a transformer drops once, and anew in every step"
+        return None
+
     def counts_by_layer(self, place: Place, tokens: int, *, early: bool = False) -> dict[int, int]:
         """Tokens left after each layer of a block that drops any, by layer."""
         counts: dict[int, int] = {}
@@ -87,6 +97,11 @@ class Variant(Settings):
         n, c = shape.tokens, shape.channels
         counts = self.counts_by_layer(shape.place, n, early=early)
         one_drop = dataclasses.replace(self, rate=0.0, gradual=(), level_factors=(), where=everywhere)
+        if shape.place.is_stretch:
+            left, dense = min(counts.values(), default=n), self.dense_layers if counts else shape.place.layers
+            overhead = meta_overhead(one_drop, shape, left, tokens=n) if counts else 0
+            layers = shape.layers_macs(0, dense, n), shape.layers_macs(dense, shape.place.layers, left)
+            return Macs(overhead=overhead).plus(*layers)
         total = Macs(linear=2 * n * c * c)
         for layer in range(shape.place.layers):
             left = counts.get(layer, n)
@@ -124,6 +139,8 @@ def variant_of(method: Method) -> Variant:
     if isinstance(method, Variant):
         return method
     if isinstance(method, Matched):
+        if method.first_dense:
+            raise ValueError("a variant has no dense first step, as matched pruning of transformers has")
         return Variant(
             rate=method.rate,
             level_factors=method.level_factors,

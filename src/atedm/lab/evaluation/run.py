@@ -192,13 +192,17 @@ def run_experiment(
         for label, spec in experiment.methods.items():
             try:
                 candidate = method_by_name(spec, here.model, size=here.size, steps=here.steps)
+                if experiment.source:
+                    with candidate.applied(pipe):
+                        pass
             except CostOutOfReach as error:
                 left_out[label] = str(error)
-                continue
-            if experiment.source and (why := _why_not(candidate, pipe)):
-                left_out[label] = why
-                continue
-            methods[spec] = candidate
+            except ValueError as error:
+                if not experiment.source:
+                    raise
+                left_out[label] = str(error)
+            else:
+                methods[spec] = candidate
         if not methods:
             raise ValueError(next(iter(left_out.values())))
         folder = out / setting_name(here)
@@ -206,15 +210,6 @@ def run_experiment(
         named = tuple(replace(result, name=labels.get(result.name, result.name)) for result in found)
         outcomes.append(Outcome(here, named, {"guidance": guidance} if experiment.guidance else {}, left_out))
     return outcomes
-
-
-def _why_not(candidate: Candidate, pipe: Any) -> str | None:
-    """Say why a method cannot be applied, such as a cache for U-Nets to a transformer; None if it can."""
-    try:
-        with candidate.applied(pipe):
-            return None
-    except ValueError as error:
-        return str(error)
 
 
 def setting_name(drawing: Drawing) -> str:

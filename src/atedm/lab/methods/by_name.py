@@ -73,7 +73,11 @@ def method_by_name(
     target = fields.pop(EQUAL_COST, None)
     candidate: Candidate
     if name in METHODS:
-        candidate = Pruning(_changed(method_named(name, transformer=architecture(model).is_transformer), fields))
+        is_transformer = architecture(model).is_transformer
+        method = _changed(method_named(name, transformer=is_transformer), fields)
+        if is_transformer and isinstance(method, Variant) and (why := method.why_no_transformer()):
+            raise ValueError(f"{spec!r} is for U-Nets: {why}")
+        candidate = Pruning(method)
     elif name == "tome":
         candidate = Merging(_replace(ToMe(), fields))
     else:
