@@ -16,14 +16,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from atedm.app.models import load_pipeline
+from atedm.tiny import weights_folder
 from atedm.tiny.assemble import assemble
 from atedm.tiny.autoencoder import build_autoencoder
 from atedm.tiny.checkpoint import save_state
-from atedm.tiny.data import crop_around_objects, tokenize
+from atedm.tiny.data import ScenePool, crop_around_objects, tokenize
 from atedm.tiny.denoiser import Denoiser, text_of, whole_picture
 from atedm.tiny.distill import distill
 from atedm.tiny.download import load_atlas
 from atedm.tiny.few_steps import with_few_steps
+from atedm.tiny.guided_teacher import GuidedTeacher, LessonPool, lesson_loss
 from atedm.tiny.judge import JUDGE
 from atedm.tiny.layout import place_objects
 from atedm.tiny.noise_paths import FlowPath, NoisePath, VPath
@@ -299,6 +302,37 @@ def test_a_transformer_trains_and_becomes_a_pipeline(run: Path, tmp_path: Path) 
     few = with_few_steps(again, tmp_path / "folder" / "lora")("a duck", **asked, guidance_scale=1.0).images
     assert np.isfinite(few).all()
     assert sum(file.stat().st_size for file in (tmp_path / "folder").rglob("*.safetensors")) < 12e6
+
+
+def test_a_teacher_says_what_its_pipeline_says_under_guidance(tmp_path: Path, atlas: Atlas) -> None:
+    """On the student's path a picture of the teacher's has another scale and another time."""
+    pipe = load_pipeline("tiny", device="cpu")
+    path = FlowPath(torch.device("cpu"), 1.5)
+    teacher = GuidedTeacher(weights_folder(), pipe.tokenizer, torch.device("cpu"), 3.0)
+    scenes = ScenePool(atlas, pipe.vae, pipe.tokenizer, 256, size=32, uses=1, crop=64)
+    picture, ids, sizes = (part[:4] for part in scenes.draw(4))
+    torch.manual_seed(0)
+    lesson = teacher.lesson(picture, ids, sizes, path)
+    alphas = pipe.scheduler.alphas_cumprod
+    for row in range(4):
+        sigma = float(lesson.times[row]) / 1000
+        at = int((alphas / (1 - alphas) - ((1 - sigma) / sigma) ** 2).abs().argmin())
+        a, s = alphas[at].sqrt(), (1 - alphas[at]).sqrt()
+        seen = lesson.noisy[row : row + 1] * (a + s)
+        words, pooled = text_of(pipe.text_encoder, pipe.text_encoder_2, ids[row : row + 1])
+        said = []
+        for share in (0.0, 1.0):
+            added = {"text_embeds": share * pooled, "time_ids": sizes[row : row + 1]}
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                said.append(pipe.unet(seen, at, share * words, added_cond_kwargs=added).sample.float())
+        v = said[0] + 3 * (said[1] - said[0])
+        velocity = (s * seen + a * v) - (a * seen - s * v)  # noise minus picture
+        difference = (velocity - lesson.target[row]).square().mean() / velocity.square().mean()
+        assert difference < 5e-3
+    pool = LessonPool(teacher, scenes, path, size=64, uses=2)
+    drawn = [pool.draw(16) for _ in range(8)]  # a part is replaced meanwhile
+    assert len({float(time) for lesson in drawn for time in lesson.times}) > 64
+    assert lesson_loss(lambda noisy, times, ids, keep, sizes: drawn[0].target, drawn[0]) == 0
 
 
 def test_a_square_has_the_places_that_it_had_in_the_picture(tmp_path: Path) -> None:

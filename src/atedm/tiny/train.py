@@ -35,10 +35,11 @@ from atedm.tiny.checkpoint import NAME, load_state, save_state
 from atedm.tiny.data import ScenePool
 from atedm.tiny.denoiser import load_parts
 from atedm.tiny.download import ObjectsArchive, load_atlas
+from atedm.tiny.guided_teacher import GuidedTeacher, LessonPool, lesson_loss
 from atedm.tiny.models import TRANSFORMER, UNET, build_model
 from atedm.tiny.noise_paths import training_loss
 from atedm.tiny.optimizers import build_optimizers
-from atedm.tiny.samples import draw_samples
+from atedm.tiny.samples import GUIDANCE, draw_samples
 from atedm.tiny.scenes import CANVAS
 from atedm.tiny.text import build_tokenizer
 from atedm.tiny.text_lessons import teach_text_encoders
@@ -71,6 +72,10 @@ def train(
     sample_minutes: Annotated[float, typer.Option(help="How often a sheet of samples is drawn; 0 is never.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of scenes, noise and weights.")] = 0,
     start_from: Annotated[Path | None, typer.Option(help="Begin a new run with the weights of a pipeline.")] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="Learn what the small SDXL of this folder predicts under guidance; for a transformer."),
+    ] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile: starts at once, a fifth slower.")] = False,
 ) -> None:
     """Train one sitting of the model that ships."""
@@ -104,17 +109,24 @@ def train(
         if world > 1:
             dist.destroy_process_group()
         return
+    if teacher is not None and not transformer:
+        raise typer.BadParameter("a teacher is for --transformer, which it teaches to do without guidance")
     scenes = ScenePool(
         load_atlas(run / "objects", archive).to(device),
         autoencoder,
         tokenizer,
         canvas,
         size=pool,
-        uses=uses,
+        uses=1 if teacher else uses,
         seed=hash((seed, rank, seen)) % 2**31,
         objects=objects,
         crop=crop,
     )
+    lessons = None
+    if teacher is not None:
+        torch.manual_seed(hash((seed, rank, seen, 1)) % 2**31)
+        asked = GuidedTeacher(teacher, tokenizer, device, GUIDANCE)
+        lessons = LessonPool(asked, scenes, path, size=pool, uses=uses)
     steps, total, began, shown, saved, drawn = 0, 0.0, *([time.monotonic()] * 4)
     while seen < images:
         left = (images - seen) / cooldown if cooldown else 1.0
@@ -122,7 +134,10 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (seen + batch * world) / _WARMUP, left)
         torch.manual_seed(hash((seed, rank, seen)) % 2**31)  # so that a run that is resumed has the same noise
-        loss = training_loss(trained, scenes.draw(batch), path)
+        if lessons is None:
+            loss = training_loss(trained, scenes.draw(batch), path)
+        else:
+            loss = lesson_loss(trained, lessons.draw(batch))
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -146,7 +161,9 @@ def train(
             save_state(run, model, average, optimizers, seen)
             saved = now
         if sample_minutes and now - drawn > 60 * sample_minutes:
-            draw_samples(average, scheduler, autoencoder, tokenizer, canvas, run / f"samples-{canvas}-{seen}.png")
+            sheet = run / f"samples-{canvas}-{seen}.png"
+            scale = GUIDANCE if teacher is None else 1.0
+            draw_samples(average, scheduler, autoencoder, tokenizer, canvas, sheet, guidance=scale)
             drawn = time.monotonic()
     if rank == 0:
         save_state(run, model, average, optimizers, seen)
