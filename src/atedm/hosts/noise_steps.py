@@ -72,7 +72,7 @@ class NoiseSteps:
             self.contexts.clear()
         elif position.step != last:  # a text that is made anew in every step must not pile up
             self.contexts = {key: c for key, c in self.contexts.items() if c.step >= position.step - 1}
-        context = self.contexts.setdefault(_key(text), Context(text))
+        context = self.contexts.setdefault(text_key(text), Context(text))
         context.is_ambiguous |= context.step == position.step
         follows = context.step == position.step - 1 and not context.is_ambiguous
         context.step = position.step
@@ -94,10 +94,10 @@ def _noise_of(timestep: Any, to_noise: Callable[[float], float]) -> float:
     return max(map(to_noise, ends))
 
 
-def _key(text: Any) -> Any:
-    """Something that is the same for the same tensors in memory."""
+def text_key(text: Any) -> Any:
+    """Return something that is the same for the same tensors in memory."""
     if isinstance(text, list | tuple):
-        return tuple(_key(part) for part in text)
+        return tuple(text_key(part) for part in text)
     if not isinstance(text, Tensor):
         return id(text)
     try:

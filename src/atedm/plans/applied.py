@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atedm.hosts.models import attach, detach
+from atedm.hosts.models import attach, detach, find_model, is_transformer
 from atedm.hosts.state import refuse_attached
-from atedm.hosts.unet_spans import find_unet
 from atedm.method.matched import Matched
 from atedm.plans.caching import deep_cached
 from atedm.plans.fingerprint import checksum, refuse_other_model
@@ -28,7 +27,7 @@ ADAPTER = "atedm_plan"
 
 
 class _Applied:
-    """What undoes a plan; it sits on the U-Net. A copy of a U-Net, pickled or not, has nothing to undo."""
+    """What undoes a plan; it sits on the model. A copy of a model, pickled or not, has nothing to undo."""
 
     def __init__(self, undo: ExitStack | None = None) -> None:
         self.undo = undo
@@ -73,59 +72,66 @@ def apply_plan(target: Any, plan: Plan, mask: Tensor | None = None) -> PlanSumma
     """Set a pipeline up by a plan: its method, cache, scheduler and LoRA. The steps are the caller's to ask for.
 
     Args:
-        target: A pipeline; a U-Net where the plan only prunes.
+        target: A pipeline; a U-Net or a transformer where the plan only prunes.
         plan: What to do.
         mask: (H, W) zeros and ones over the image: what is never dropped.
 
     Raises:
         FileNotFoundError: If the plan's LoRA is not there.
         ImportError: If the plan needs a package that is missing.
-        TypeError: If there is no U-Net, or the plan needs the pipeline of one.
+        TypeError: If there is no such model, or the plan needs the pipeline of one.
         ValueError: If the plan is for another model, or cannot be applied to this one. Nothing has been changed then.
     """
-    unet = find_unet(target)
-    refuse_attached(unet)
-    if is_planned(unet):
-        raise ValueError("this U-Net has a plan already; call atedm.remove(...) first, then apply the other one")
+    model = find_model(target)
+    refuse_attached(model)
+    if is_planned(model):
+        raise ValueError("this model has a plan already; call atedm.remove(...) first, then apply the other one")
     refuse_other_model(plan.model, target)
     needs_pipe = [name for name in ("scheduler", "cache", "lora") if getattr(plan, name) is not None]
-    if needs_pipe and getattr(target, "unet", None) is not unet:
+    if needs_pipe and getattr(target, part_of(model), None) is not model:
         raise TypeError(f"this plan has a {needs_pipe[0]}, which is set on a whole pipeline, not compiled: give that")
     with ExitStack() as undo:
         if plan.lora_folder is not None:
             _load_lora(target, plan, undo)
         undo.enter_context(scheduled(target, plan.scheduler))
         if plan.method is not None:
-            attach(unet, plan.method, mask)
-            undo.callback(detach, unet)
+            attach(model, plan.method, mask)
+            undo.callback(detach, model)
         if plan.cache is not None:
             branch = plan.cache.branch
+            if branch is not None and is_transformer(model):
+                raise ValueError("DeepCache is for U-Nets, and this pipeline has a transformer")
             undo.enter_context(
                 forecast(target, plan.full_steps) if branch is None else deep_cached(target, plan.full_steps, branch)
             )
         method = Matched(rate=0.0) if plan.method is None else plan.method
-        pruned = frozenset() if plan.method is None else frozenset(unet._atedm.spans)
+        pruned = frozenset() if plan.method is None else frozenset(model._atedm.spans)
         summary = PlanSummary(**vars(PatchSummary.of(target, method, pruned)), plan=plan)
-        unet._atedm_plan = _Applied(undo.pop_all())
+        model._atedm_plan = _Applied(undo.pop_all())
     return summary
 
 
-def is_planned(unet: nn.Module) -> bool:
-    """Whether a plan is applied to a U-Net."""
-    applied: _Applied | None = vars(unet).get("_atedm_plan")
+def part_of(model: nn.Module) -> str:
+    """Name the part of a pipeline that a model is: "unet" or "transformer"."""
+    return "transformer" if is_transformer(model) else "unet"
+
+
+def is_planned(model: nn.Module) -> bool:
+    """Whether a plan is applied to a model."""
+    applied: _Applied | None = vars(model).get("_atedm_plan")
     return applied is not None and applied.undo is not None
 
 
-def remove_plan(unet: nn.Module) -> None:
+def remove_plan(model: nn.Module) -> None:
     """Undo `apply_plan`.
 
     Raises:
         KeyError: If there is no plan.
-        RuntimeError: If another thread is in the middle of a step of the U-Net.
+        RuntimeError: If another thread is in the middle of a step of the model.
     """
-    if (state := vars(unet).get("_atedm")) is not None:
+    if (state := vars(model).get("_atedm")) is not None:
         state.caller.refuse_others()
-    applied: _Applied = vars(unet).pop("_atedm_plan")
+    applied: _Applied = vars(model).pop("_atedm_plan")
     if applied.undo is not None:
         applied.undo.close()
 
@@ -135,35 +141,36 @@ def _load_lora(pipe: Any, plan: Plan, undo: ExitStack) -> None:
     assert folder is not None
     if not folder.is_dir() or not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"the LoRA of this plan is not at {str(folder)!r}; train it by `atedm finetune`")
+    model = find_model(pipe)
     weights = plan.found.get("weights")
-    if weights is not None and weights != checksum(pipe.unet):
+    if weights is not None and weights != checksum(model):
         raise ValueError("the LoRA of this plan was trained for other weights; train one for these by `atedm finetune`")
-    if getattr(pipe.unet, "peft_config", None):
+    if getattr(model, "peft_config", None):
         raise ValueError(
             "this pipeline has LoRAs of its own beside which the plan's was not trained; unload them first"
         )
-    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in _linear(pipe.unet)}
-    undo.callback(_restore, pipe.unet, before)
+    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in _linear(model)}
+    undo.callback(_restore, model, before)
     try:
         # Into the weights: beside them it would be computed in every step.
         pipe.load_lora_weights(folder, adapter_name=ADAPTER)
-        pipe.fuse_lora(components=["unet"])
+        pipe.fuse_lora(components=[part_of(model)])
     except Exception as error:  # diffusers and peft raise many kinds
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load the LoRA at {str(folder)!r}: {line}") from error
     finally:
-        if getattr(pipe.unet, "peft_config", None):
+        if getattr(model, "peft_config", None):
             pipe.unload_lora_weights()
 
 
-def _linear(unet: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _linear(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights that a LoRA may change."""
-    for name, module in unet.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             yield name, module.weight
 
 
 @torch.no_grad()
-def _restore(unet: nn.Module, before: Mapping[str, Tensor]) -> None:
-    for name, parameter in _linear(unet):
+def _restore(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    for name, parameter in _linear(model):
         parameter.copy_(before[name])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from atedm.hosts.unet_spans import find_unet
+from atedm.hosts.models import find_model, is_transformer
 from atedm.plans.plan import refuse_difference
 
 _FIELDS = (
@@ -21,18 +21,29 @@ _FIELDS = (
     "transformer_layers_per_block",
     "cross_attention_dim",
 )
+_OF_TRANSFORMERS = (
+    "sample_size",
+    "in_channels",
+    "patch_size",
+    "num_layers",
+    "num_single_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "joint_attention_dim",
+)
 
 
 def fingerprint(target: Any) -> dict[str, Any]:
-    """Describe the model of a pipeline, or a U-Net, as plain JSON values.
+    """Describe the model of a pipeline, or a model, as plain JSON values.
 
     Raises:
-        TypeError: If there is no U-Net.
+        TypeError: If there is none that can be pruned.
     """
-    unet = find_unet(target)
-    found: dict[str, Any] = {"unet": type(unet).__name__}
-    for name in _FIELDS:
-        value = unet.config.get(name)
+    model = find_model(target)
+    part, fields = ("transformer", _OF_TRANSFORMERS) if is_transformer(model) else ("unet", _FIELDS)
+    found: dict[str, Any] = {part: type(model).__name__}
+    for name in fields:
+        value = model.config.get(name)
         found[name] = list(value) if isinstance(value, tuple) else value
     scheduler = getattr(target, "scheduler", None)
     if scheduler is not None:
@@ -50,10 +61,10 @@ def refuse_other_model(planned: Mapping[str, Any], target: Any) -> None:
             refuse_difference(name, planned[name], here)
 
 
-def checksum(unet: torch.nn.Module) -> int:
+def checksum(model: torch.nn.Module) -> int:
     """Tell one set of weights from another: a checksum of the first numbers of every parameter."""
     total = 0
-    for name, parameter in sorted(unet.named_parameters()):
+    for name, parameter in sorted(model.named_parameters()):
         first = parameter.detach().flatten()[:256].float().cpu().numpy().tobytes()
         total = zlib.crc32(name.encode() + first, total)
     return total

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from atedm.files import save_image
+from atedm.hosts.models import find_model
 from atedm.lab.evaluation.images import image_file
 from atedm.lab.scores.pixels import distances
 from atedm.lab.timing import Stopwatch
@@ -69,13 +70,13 @@ class Easel:
         return found
 
     def step_seconds(self, plan: Plan) -> tuple[list[float], float]:
-        """Time an image by a plan: the seconds of each call of the U-Net, and of all else."""
-        unet, steps = self.pipe.unet, itertools.count()
+        """Time an image by a plan: the seconds of each step of the model, and of all else."""
+        model, calls_so_far = find_model(self.pipe), itertools.count()
         with self._applied(plan):
             watch = Stopwatch(self.pipe.device)
             hooks = [
-                unet.register_forward_pre_hook(lambda *_: watch.lap("else")),
-                unet.register_forward_hook(lambda *_: watch.lap(f"step {next(steps)}")),
+                model.register_forward_pre_hook(lambda *_: watch.lap("else")),
+                model.register_forward_hook(lambda *_: watch.lap(f"call {next(calls_so_far)}")),
             ]
             try:
                 self._draw(plan, 0)
@@ -84,8 +85,9 @@ class Easel:
                 for hook in hooks:
                     hook.remove()
         seconds = {name: milliseconds / 1e3 for name, milliseconds in watch.read().items()}
-        outside = seconds.pop("else")
-        return [*seconds.values()], outside
+        outside, calls = seconds.pop("else"), [*seconds.values()]
+        each = max(1, len(calls) // plan.steps)  # a transformer may be called once with the prompt and once without
+        return [sum(calls[i : i + each]) for i in range(0, len(calls), each)], outside
 
     def _applied(self, plan: Plan) -> AbstractContextManager[object]:
         return nullcontext() if plan == self.dense else pruned(self.pipe, plan)

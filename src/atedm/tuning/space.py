@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from atedm.costs.budget import least_rate
@@ -44,6 +44,16 @@ class Space:
     budget: float
     #: Branches of DeepCache that may be used, None for a forecast; empty where steps cannot be left out.
     branches: tuple[int | None, ...] = (0, None)
+    #: Schedulers that may take the place of the model's own.
+    schedulers: tuple[str, ...] = tuple(SCHEDULERS)
+    #: Methods by name, as they are for this kind of model.
+    methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
+
+    @property
+    def _matched(self) -> Matched:
+        matched = self.methods["matched"]
+        assert isinstance(matched, Matched)
+        return matched
 
     @property
     def dense_steps(self) -> int:
@@ -57,7 +67,7 @@ class Space:
     def point(self, trial: Any) -> Values:
         """Ask an Optuna trial for a point. What has no use at a point is not asked for."""
         values: Values = {
-            "scheduler": trial.suggest_categorical("scheduler", [OWN, *SCHEDULERS]),
+            "scheduler": trial.suggest_categorical("scheduler", [OWN, *self.schedulers]),
             "cached": trial.suggest_categorical("cached", list(_CACHED if self.branches else _CACHED[:1])),
             "pruned": trial.suggest_float("pruned", 0.0, 1.0, step=0.125),
         }
@@ -65,7 +75,10 @@ class Space:
             values["bend"] = trial.suggest_float("bend", 0.6, 1.8, step=0.2)
             values["branch"] = trial.suggest_categorical("branch", list(self.branches))
         if values["pruned"]:
-            values["level_2"] = trial.suggest_float("level_2", 0.5, 1.0, step=0.1)
+            if self._matched.level_factors:
+                values["level_2"] = trial.suggest_float("level_2", 0.5, 1.0, step=0.1)
+            if self._matched.first_dense:
+                values["first_dense"] = trial.suggest_categorical("first_dense", [True, False])
             values["own_update"] = trial.suggest_float("own_update", 0.1, 0.9, step=0.2)
             values["cover"] = trial.suggest_float("cover", 0.3, 0.7, step=0.1)
         # 0.30000000000000004 is no value to write down.
@@ -78,10 +91,15 @@ class Space:
         Raises:
             OutOfSpace: If there is none.
         """  # noqa: D205
-        method: Method = Matched()
+        method = self._matched
         if values["pruned"]:
-            changed = {"own_update_share": values["own_update"], "cover_share": values["cover"]}
-            method = dataclasses.replace(method, level_factors=((2, values["level_2"]),), **changed)  # type: ignore[type-var]
+            method = dataclasses.replace(
+                method,
+                own_update_share=values["own_update"],
+                cover_share=values["cover"],
+                level_factors=((2, values["level_2"]),) if "level_2" in values else method.level_factors,
+                first_dense=values.get("first_dense", method.first_dense),
+            )
 
         def at(steps: int, method: Method | None) -> Plan:
             share = values["cached"]
@@ -121,7 +139,7 @@ class Space:
 
     def singles(self) -> Iterator[tuple[str, Plan]]:
         """Yield every single technique at the budget, by name: a plan may be none of them, but never worse than all."""
-        for scheduler in (None, *SCHEDULERS):
+        for scheduler in (None, *self.schedulers):
             steps = self._most_steps(lambda steps: dataclasses.replace(self.base, steps=steps))
             if steps:
                 name = "fewer steps" + (f", {scheduler}" if scheduler else "")
@@ -134,14 +152,18 @@ class Space:
         for name in ("matched", "paper", "dagger"):
             if self.costs.of == "time" and name != "matched":
                 continue  # no step of theirs was timed
+            if name == "dagger" and not self._matched.level_factors:
+                continue  # where there are no levels it is "paper"
             try:
-                yield name, self.fitted(dataclasses.replace(self.base, method=METHODS[name]))
+                yield name, self.fitted(dataclasses.replace(self.base, method=self.methods[name]))
             except (OutOfSpace, ValueError):
                 continue
 
     def starts(self, scheduler: str) -> Iterator[Values]:
         """Yield points that are good on the model that ships, to begin with, by the scheduler that leads."""
-        usual = {"bend": 1.0, "branch": None, "level_2": 0.8, "own_update": 0.5, "cover": 0.4}
+        usual: Values = {"bend": 1.0, "branch": None, "own_update": 0.5, "cover": 0.4}
+        usual |= {"level_2": 0.8} if self._matched.level_factors else {}
+        usual |= {"first_dense": True} if self._matched.first_dense else {}
         for pruned in (0.125, 0.25):
             yield {**usual, "scheduler": scheduler, "cached": 0.0, "pruned": pruned}
         for cached, pruned in ((0.3, 0.5), (0.4, 0.5), (0.5, 0.0), (0.6, 0.0)) if None in self.branches else ():

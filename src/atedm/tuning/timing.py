@@ -26,7 +26,7 @@ class Times:
     """Seconds on this device, measured step by step. A pruned step takes what steps of equal arithmetic take."""
 
     arithmetic: Arithmetic
-    #: Of an image outside of the U-Net: text, latents to pixels, the scheduler.
+    #: Of an image outside of the model: text, latents to pixels, the scheduler.
     outside: float
     #: Of a dense step.
     dense: float
@@ -38,12 +38,14 @@ class Times:
 
     def share(self, plan: Plan, dense_steps: int) -> float:
         """Add up measured steps."""
-        full, step = len(plan.full_steps()), self.dense
+        full, step, early = len(plan.full_steps()), self.dense, 0
         if plan.method is not None:
             step = float(np.interp(self.arithmetic.step(plan.method), *np.array(self.pruned).T))
+            # Of the methods that are timed, an early step is a dense one.
+            early = sum(plan.method.is_early(index / plan.steps) for index in plan.full_steps())
         branch = None if plan.cache is None else plan.cache.branch
         cached = 0.0 if branch is None else self.cached[branch]
-        image = self.outside + full * step + (plan.steps - full) * cached
+        image = self.outside + early * self.dense + (full - early) * step + (plan.steps - full) * cached
         return image / (self.outside + dense_steps * self.dense)
 
     def as_dict(self) -> dict[str, Any]:
@@ -65,9 +67,13 @@ def images_timed(branches: Sequence[int | None], dense_steps: int) -> float:
 
 
 def time_steps(
-    easel: Easel, arithmetic: Arithmetic, branches: Sequence[int | None], told: Told = lambda: None
+    easel: Easel,
+    arithmetic: Arithmetic,
+    branches: Sequence[int | None],
+    matched: Matched | None = None,
+    told: Told = lambda: None,
 ) -> Times:
-    """Run a few steps of each kind, and take medians."""
+    """Run a few steps of each kind, those of ``matched`` pruning among them, and take medians."""
     short = dataclasses.replace(easel.dense, steps=STEPS)
 
     def step(plan: Plan, which: Sequence[int]) -> tuple[float, float]:
@@ -80,7 +86,7 @@ def time_steps(
     dense, outside = step(short, every)
     pruned = []
     for rate in RATES:
-        method = Matched(rate=rate)
+        method = dataclasses.replace(matched or Matched(), rate=rate)
         pruned.append((arithmetic.step(method), step(dataclasses.replace(short, method=method), every)[0]))
     cached = {
         branch: step(dataclasses.replace(short, cache=Cache(1, 1.0, branch)), every)[0]

@@ -19,12 +19,15 @@ from atedm.app.devices import processor_of
 from atedm.app.models import native_size
 from atedm.costs.architectures import architecture
 from atedm.files import check_writable, read_json, save_json
-from atedm.hosts.unet_spans import find_spans, find_unet
+from atedm.hosts.models import find_model, is_transformer, spans_of
 from atedm.lab.extra import optional
 from atedm.lab.scores.pixels import lpips_distances
+from atedm.method.presets import METHODS, TRANSFORMER_METHODS
 from atedm.patch import is_applied
 from atedm.plans.fingerprint import checksum, fingerprint
+from atedm.plans.forecasting import can_forecast
 from atedm.plans.plan import Plan, save_plan
+from atedm.plans.schedulers import SCHEDULERS
 from atedm.suits import suits
 from atedm.tuning.claim import claim
 from atedm.tuning.costs import Arithmetic
@@ -86,9 +89,9 @@ def tune(
     far.
 
     Args:
-        pipe: A text-to-image pipeline with a U-Net, as it is.
+        pipe: A text-to-image pipeline, as it is.
         budget: What a run may take, as a share of the dense run, in (0, 1).
-        of: One of `BUDGETS_OF`: time measured here and now, or multiply-accumulates of the U-Net.
+        of: One of `BUDGETS_OF`: time measured here and now, or multiply-accumulates of the model.
         prompts: What to draw, 8 of a set of our own by default; a few of one's own are better.
         steps: Of the dense run; by default what suits the model.
         guidance: Scale; by default what suits the model.
@@ -101,7 +104,7 @@ def tune(
 
     Raises:
         ImportError: If the extra ``tune`` is not installed.
-        TypeError: If the pipeline has no U-Net.
+        TypeError: If the pipeline has nothing that can be pruned.
         ValueError: If an argument is out of its range, the pipeline is patched, ``out`` is of another search, or not
             one plan keeps to the budget.
     """
@@ -111,7 +114,7 @@ def tune(
         raise ValueError(f"budget must be above 0 and below 1, a share of the dense run, not {budget!r}")
     if not is_number(images) or images <= 0:
         raise ValueError(f"images must be a number above 0, not {images!r}")
-    unet = find_unet(pipe)
+    model_of = find_model(pipe)
     if is_applied(pipe):
         raise ValueError("this pipeline is patched, and a search begins with dense images; call atedm.remove first")
     name = model or str(getattr(pipe, "name_or_path", "") or pipe.config.get("_name_or_path", ""))
@@ -128,17 +131,20 @@ def tune(
         size=size,
     )
     check_writable(out / PLAN, out / PAGE)
-    weights = checksum(unet)
+    weights = checksum(model_of)
     asked = {"model": dict(dense.model), **dense.settings(), "prompts": list(prompts), "seed": seed}
-    claim(out / SETTINGS, asked | {"weights": weights, "dtype": str(unet.dtype)}, "a search with")
+    claim(out / SETTINGS, asked | {"weights": weights, "dtype": str(model_of.dtype)}, "a search with")
     easel = Easel(pipe, prompts, dense, seed, out / "images")
     branches = _caching(pipe, steps)
     arithmetic = Arithmetic.counted(architecture(pipe), size or native_size(pipe), branches)
-    spent, costs = 0.0, _costs(of, easel, arithmetic, branches, out, progress)
+    methods = TRANSFORMER_METHODS if is_transformer(model_of) else METHODS
+    spent, costs = 0.0, _costs(of, easel, arithmetic, branches, methods["matched"], out, progress)
     if of == "time":
         spent = images_timed(branches, steps)
     reserve = ROUNDS * (1 + FINALISTS * budget)
-    space = Space(dense, costs, budget, branches)
+    # Solvers for few steps are written for models that predict noise or v; a flow's own is Euler's.
+    schedulers = () if is_transformer(model_of) else tuple(SCHEDULERS)
+    space = Space(dense, costs, budget, branches, schedulers, methods)
     record = {
         "budget": budget,
         "of": of,
@@ -210,26 +216,34 @@ def tune(
 
 def _caching(pipe: Any, steps: int) -> tuple[int | None, ...]:
     """Return at which branches DeepCache can be used, and None where a step can be forecast."""
-    unet = pipe.unet
+    unet = find_model(pipe)
     if steps < 4 or pipe.scheduler.order != 1:
         return ()
+    if is_transformer(unet):
+        return (None,) if can_forecast(unet) else ()
     try:
         optional("DeepCache", "peers")
     except ImportError:
         return (None,)
     layers = unet.config.layers_per_block
     first = layers if isinstance(layers, int) else layers[0]
-    usable = unet.mid_block is not None and bool(find_spans(unet))
+    usable = unet.mid_block is not None and bool(spans_of(unet))
     return ((0, 1, None) if first >= 2 else (0, None)) if usable else (None,)
 
 
 def _costs(
-    of: str, easel: Easel, arithmetic: Arithmetic, branches: Sequence[int | None], out: Path, progress: Progress
+    of: str,
+    easel: Easel,
+    arithmetic: Arithmetic,
+    branches: Sequence[int | None],
+    matched: Any,
+    out: Path,
+    progress: Progress,
 ) -> Arithmetic | Times:
     if of == "arithmetic":
         return arithmetic
     if not (out / TIMES).exists():  # measured once: a search that goes on must see the same times
-        times = time_steps(easel, arithmetic, branches, lambda: progress("times of steps", 0, 1))
+        times = time_steps(easel, arithmetic, branches, matched, lambda: progress("times of steps", 0, 1))
         save_json(times.as_dict(), out / TIMES)
     try:
         return Times.from_dict(arithmetic, read_json(out / TIMES))
@@ -271,6 +285,6 @@ def _lpips(easel: Easel, plan: Plan) -> float | None:
 
 def _machine(pipe: Any) -> dict[str, Any]:
     device = pipe.device
-    dtype = str(pipe.unet.dtype).removeprefix("torch.")
+    dtype = str(find_model(pipe).dtype).removeprefix("torch.")
     found: dict[str, Any] = {"device": str(device), "name": processor_of(str(device)), "dtype": dtype}
     return found | {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
