@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 import atedm
 from atedm import AtEdm, Matched, View
 from atedm.hosts.diffusers_dit import find_transformer_spans
-from atedm.hosts.dit_families import FAMILIES
+from atedm.hosts.dit_families import FAMILIES, Grid
 from atedm.hosts.models import attach, detach
 from atedm.method.contract import Cut
 from atedm.method.keep import gather_tokens
@@ -213,6 +213,30 @@ def test_pictures_to_go_by_are_pruned_with_the_one_that_is_made() -> None:
     attach(model, Matched(rate=0.5), torch.ones(8, 8))
     with pytest.raises(ValueError, match="protect"):
         model(**call)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "expected"),
+    [
+        ([(1, 6, 10)], Grid((6, 10))),
+        ([(1, 6, 10), (1, 4, 10)], Grid((10, 10), is_picture=False)),  # below one another
+        ([(1, 6, 10), (1, 4, 10), (1, 2, 10)], Grid((12, 10), is_picture=False)),
+        ([(1, 6, 10), (1, 4, 8)], Grid((1, 92), is_picture=False)),  # of two widths: in a row
+        ([(2, 3, 10)], Grid((6, 10), is_picture=False)),
+    ],
+)
+def test_pictures_of_one_width_make_one_grid(pictures: list[tuple[int, int, int]], expected: Grid) -> None:
+    tokens = sum(frames * height * width for frames, height, width in pictures)
+    hidden = torch.zeros(1, tokens, 4)
+    given = {"hidden_states": hidden, "img_shapes": [pictures]}
+    assert FAMILIES["QwenImageTransformer2DModel"].grid(None, given) == expected
+    if pictures[0][0] > 1:
+        return  # FLUX makes no videos
+    rows = [
+        (index, y, x) for index, (_, height, width) in enumerate(pictures) for y in range(height) for x in range(width)
+    ]
+    given = {"hidden_states": hidden, "img_ids": torch.tensor(rows)}
+    assert FAMILIES["FluxTransformer2DModel"].grid(None, given) == expected
 
 
 def test_return_positions_are_those_diffusers_has() -> None:

@@ -56,7 +56,7 @@ class Kind:
 class Grid(NamedTuple):
     """The image tokens of a call."""
 
-    #: (h, w): tokens lie in raster order, the frames of a video below one another.
+    #: (h, w): tokens lie in raster order, frames and pictures of one width below one another.
     size: tuple[int, int]
     #: Whether they are one picture; else a mask over the picture cannot be laid over them.
     is_picture: bool = True
@@ -114,21 +114,27 @@ def _by_ids(_: Any, given: Given) -> Grid:
     if ids.device.type == "meta":
         side = math.isqrt(tokens)
         return Grid((side, tokens // side) if tokens % side == 0 else (1, tokens))
-    rows = ids.float()
-    first = (rows[:, 0] == rows[0, 0]).sum()
-    height, width, of_first = (int(x) + 1 for x in (*(rows[:, 1:3].amax(0) - rows[0, 1:3]).tolist(), first.item() - 1))
-    if of_first == tokens == height * width:
-        return Grid((height, width))
-    return Grid((1, tokens), is_picture=False)  # pictures to go by lie beside the one that is made
+    rows = ids.float().cpu()
+    lengths = (
+        rows[:, 0].unique_consecutive(return_counts=True)[1].tolist()
+    )  # by picture: the one made, and those to go by
+    sides = [((part[-1, 1:3] - part[0, 1:3]).int() + 1).tolist() for part in rows.split(lengths)]
+    return _below_one_another([(1, *side) for side in sides], tokens)
 
 
 def _by_shapes(_: Any, given: Given) -> Grid:
     """Packed latents (B, N, C), with ``img_shapes``: (frames, h, w) of each picture, image by image."""
     tokens, shapes = int(given["hidden_states"].shape[1]), given["img_shapes"]
     first = shapes[0] if isinstance(shapes[0], list) else [shapes[0]]
-    if len(first) == 1 and math.prod(first[0]) == tokens:
-        frames, height, width = first[0]
-        return Grid((frames * height, width), is_picture=frames == 1)
+    return _below_one_another([tuple(shape) for shape in first], tokens)
+
+
+def _below_one_another(pictures: list[tuple[int, ...]], tokens: int) -> Grid:
+    """Make one grid of pictures, (frames, h, w) each, if they are of one width; else tokens lie in a row."""
+    rows = sum(frames * height for frames, height, _ in pictures)
+    width = pictures[0][2]
+    if all(picture[2] == width for picture in pictures) and rows * width == tokens:
+        return Grid((rows, width), is_picture=len(pictures) == 1 and pictures[0][0] == 1)
     return Grid((1, tokens), is_picture=False)
 
 
