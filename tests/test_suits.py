@@ -4,6 +4,7 @@ import pytest
 
 from atedm.method.presets import DEFAULT
 from atedm.suits import draws_in_few_steps, suits
+from atedm.tiny import SHIPPED
 from atedm.tiny.scenes import BACKGROUNDS
 
 
@@ -35,5 +36,5 @@ def test_the_method_is_one_for_all_and_the_shipped_models_know_their_scenes() ->
     assert {suits(model).method for model in ("tiny", "stabilityai/sdxl-turbo", "any")} == {DEFAULT}
     assert (suits("tiny").steps, suits("tiny").guidance) == (20, 3.0)
     assert (suits("tiny-turbo").steps, suits("tiny-turbo").guidance) == (4, 0.0)
-    for prompts in (suits("tiny").prompts, suits("tiny-turbo").prompts):
+    for prompts in (suits(name).prompts for name in SHIPPED):
         assert all(any(said in prompt for said in BACKGROUNDS.values()) for prompt in prompts)

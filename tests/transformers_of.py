@@ -9,7 +9,14 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from atedm.app.models import load_pipeline
 from atedm.costs.transformer_calls import transformer_call
+from atedm.tiny.transformer import (
+    CaptionOnlySD3Pipeline,
+    build_flow_scheduler,
+    build_transformer,
+    with_projection,
+)
 
 SIDE = 8
 """Image tokens a side."""
@@ -217,3 +224,22 @@ def image_of(returned: Any) -> Tensor:
     """What a call returned, as one tensor."""
     sample = returned[0]
     return torch.stack(list(sample)) if isinstance(sample, list) else sample
+
+
+def small_sd3(seed: int = 0) -> Any:
+    """The small SD3 as a pipeline, with random weights and the shipped model's text encoders and autoencoder."""
+    tiny = load_pipeline("tiny", device="cpu")
+    torch.manual_seed(seed)
+    pipe = CaptionOnlySD3Pipeline(
+        transformer=build_transformer().eval(),
+        scheduler=build_flow_scheduler(),
+        vae=tiny.vae,
+        text_encoder=with_projection(tiny.text_encoder),
+        tokenizer=tiny.tokenizer,
+        text_encoder_2=tiny.text_encoder_2,
+        tokenizer_2=tiny.tokenizer_2,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

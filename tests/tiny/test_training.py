@@ -25,11 +25,12 @@ from atedm.tiny.data import ScenePool, crop_around_objects, tokenize
 from atedm.tiny.denoiser import Denoiser, text_of, whole_picture
 from atedm.tiny.distill import distill
 from atedm.tiny.download import load_atlas
+from atedm.tiny.features import WIDTHS, Teacher, distance
 from atedm.tiny.few_steps import with_few_steps
-from atedm.tiny.guided_teacher import GuidedTeacher, LessonPool, lesson_loss
 from atedm.tiny.judge import JUDGE
 from atedm.tiny.layout import place_objects
-from atedm.tiny.noise_paths import FlowPath, NoisePath, VPath
+from atedm.tiny.models import TRANSFORMER, build_model
+from atedm.tiny.noise_paths import FlowPath, NoisePath, VPath, training_loss
 from atedm.tiny.objects import OBJECTS, with_article
 from atedm.tiny.optimizers import KernelMuon
 from atedm.tiny.pipeline import open_run
@@ -294,7 +295,8 @@ def test_a_transformer_trains_and_becomes_a_pipeline(run: Path, tmp_path: Path) 
     given = pipe.encode_prompt("a duck", None, None, do_classifier_free_guidance=False)
     torch.testing.assert_close(given[0], words)
     torch.testing.assert_close(given[2], torch.cat([torch.zeros_like(pooled), pooled], dim=-1))
-    call(distill, run, "--images 2 --rank 2")
+    for images, guidance in ((2, 1), (4, 3)):
+        call(distill, run, f"--images {images} --rank 2 --guidance {guidance}")
     assemble(run, tmp_path / "folder")
     again = CaptionOnlySD3Pipeline.from_pretrained(tmp_path / "folder")
     again.set_progress_bar_config(disable=True)
@@ -304,35 +306,34 @@ def test_a_transformer_trains_and_becomes_a_pipeline(run: Path, tmp_path: Path) 
     assert sum(file.stat().st_size for file in (tmp_path / "folder").rglob("*.safetensors")) < 12e6
 
 
-def test_a_teacher_says_what_its_pipeline_says_under_guidance(tmp_path: Path, atlas: Atlas) -> None:
-    """On the student's path a picture of the teacher's has another scale and another time."""
+def test_features_of_the_teacher_lie_where_the_tokens_are_and_are_learned(atlas: Atlas) -> None:
     pipe = load_pipeline("tiny", device="cpu")
-    path = FlowPath(torch.device("cpu"), 1.5)
-    teacher = GuidedTeacher(weights_folder(), pipe.tokenizer, torch.device("cpu"), 3.0)
-    scenes = ScenePool(atlas, pipe.vae, pipe.tokenizer, 256, size=32, uses=1, crop=64)
-    picture, ids, sizes = (part[:4] for part in scenes.draw(4))
-    torch.manual_seed(0)
-    lesson = teacher.lesson(picture, ids, sizes, path)
-    alphas = pipe.scheduler.alphas_cumprod
-    for row in range(4):
-        sigma = float(lesson.times[row]) / 1000
-        at = int((alphas / (1 - alphas) - ((1 - sigma) / sigma) ** 2).abs().argmin())
-        a, s = alphas[at].sqrt(), (1 - alphas[at]).sqrt()
-        seen = lesson.noisy[row : row + 1] * (a + s)
-        words, pooled = text_of(pipe.text_encoder, pipe.text_encoder_2, ids[row : row + 1])
-        said = []
-        for share in (0.0, 1.0):
-            added = {"text_embeds": share * pooled, "time_ids": sizes[row : row + 1]}
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                said.append(pipe.unet(seen, at, share * words, added_cond_kwargs=added).sample.float())
-        v = said[0] + 3 * (said[1] - said[0])
-        velocity = (s * seen + a * v) - (a * seen - s * v)  # noise minus picture
-        difference = (velocity - lesson.target[row]).square().mean() / velocity.square().mean()
-        assert difference < 5e-3
-    pool = LessonPool(teacher, scenes, path, size=64, uses=2)
-    drawn = [pool.draw(16) for _ in range(8)]  # a part is replaced meanwhile
-    assert len({float(time) for lesson in drawn for time in lesson.times}) > 64
-    assert lesson_loss(lambda noisy, times, ids, keep, sizes: drawn[0].target, drawn[0]) == 0
+    teacher = Teacher(weights_folder(), pipe.tokenizer, torch.device("cpu"))
+    pools = [
+        ScenePool(atlas, pipe.vae, pipe.tokenizer, 256, size=32, uses=2, crop=64, teacher=one)
+        for one in (teacher, None)
+    ]
+    with_features, without = (pool.draw(4) for pool in pools)
+    assert [one.shape for one in with_features.features] == [(4, 16, 96), (4, 16, 320)]
+    assert without.features == ()
+    # An object that moves takes its features along: here by the side of a token.
+    image = torch.full((2, 3, 256, 256), 0.7)
+    for row, left in enumerate((96, 112)):
+        image[row, :, 96:160, left : left + 64] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
+    picture = pipe.vae.encode(image * 2 - 1).latents
+    ids = tokenize(pipe.tokenizer, ["a duck", "a duck"])
+    for features in teacher.features(picture, ids, whole_picture(256, 2, torch.device("cpu"))):
+        here, there = features.float().unflatten(1, (16, 16))[:, 4:12]
+        moved = (here[:, 4:11] - there[:, 5:12]).square().mean()
+        assert moved < 0.5 * (here[:, 4:11] - there[:, 4:11]).square().mean()
+    model, path, _ = build_model(
+        TRANSFORMER, pipe.tokenizer, torch.device("cpu"), compiled=False, teacher_widths=WIDTHS
+    )
+    loss = training_loss(model, with_features, path)
+    loss.backward()
+    assert all(said.weight.grad.abs().sum() > 0 for said in model.to_teacher)
+    assert distance([one.float() for one in with_features.features], with_features.features) == 0
+    assert not any(block._forward_hooks for block in model.transformer.transformer_blocks)
 
 
 def test_a_square_has_the_places_that_it_had_in_the_picture(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from atedm.plans.forecasting import forecast
 from atedm.plans.plan import Cache, Plan
 from atedm.tuning.costs import Arithmetic
 from atedm.tuning.timing import Times
-from transformers_of import call_of, image_of, transformer
+from transformers_of import call_of, image_of, small_sd3, transformer
 
 MATCHED = TRANSFORMER_METHODS["matched"]
 CALL: dict[str, Any] = {"prompt": "a duck", "width": 128, "height": 128, "guidance_scale": 1.0}
@@ -27,7 +27,7 @@ CALL: dict[str, Any] = {"prompt": "a duck", "width": 128, "height": 128, "guidan
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    return load_pipeline("tiny-sd3", device="cpu")
+    return small_sd3()
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_an_early_step_of_a_transformer_takes_the_time_of_a_dense_one(pipe: Any,
 
 def test_a_search_ends_with_a_plan_for_this_model_and_no_other(pipe: Any, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"of": "arithmetic", "steps": 6, "size": (128, 128), "prompts": ["a duck", "a castle"]}
-    tuned = atedm.tune(pipe, 0.6, **asked, images=14, out=tmp_path, model="tiny-sd3")
+    tuned = atedm.tune(pipe, 0.6, **asked, images=14, out=tmp_path, model="small")
     names = {one.name for one in tuned.tried}
     assert {"fewer steps", "forecast", "matched"} <= names
     assert not any("dpm++" in name or name == "DeepCache" for name in names)

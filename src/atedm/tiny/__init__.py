@@ -20,13 +20,8 @@ TINY = "tiny"
 SHIPPED = {
     TINY: Shipped("weights"),
     "tiny-turbo": Shipped("weights", few_steps=True),
-    "tiny-sd3": Shipped("weights-sd3"),
-    "tiny-sd3-turbo": Shipped("weights-sd3", few_steps=True),
 }
-"""The models that ship, by name: a small SDXL and a small SD3, each with a sibling for 4 steps.
-
-All draw the same scenes.
-"""
+"""The models that ship, by name. All draw the same scenes."""
 
 
 def weights_folder(name: str = TINY) -> Path:

@@ -59,8 +59,9 @@ def load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], p
 
 
 def averaged_weights(run: Path) -> dict[str, Tensor]:
-    """Return the averaged weights of a run by their names in its model."""
-    return part_of(load_file(run / NAME), "average")
+    """Return the averaged weights of a run by their names in its model, without what only its teacher is told."""
+    weights = part_of(load_file(run / NAME), "average")
+    return {name: value for name, value in weights.items() if not name.startswith("to_teacher.")}
 
 
 def denoiser_of(weights: dict[str, Tensor]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from atedm.tiny.autoencoder import FACTOR
+from atedm.tiny.features import TOKEN, WIDTHS, Teacher
 from atedm.tiny.rendering import Atlas, Rendered, render
 from atedm.tiny.scenes import sample_scene
 from atedm.tiny.text import TOKENS
@@ -27,6 +28,8 @@ class Batch(NamedTuple):
     ids: Tensor
     #: (B, 6) int64: see `atedm.tiny.denoiser.whole_picture`.
     sizes: Tensor
+    #: Of a teacher, (B, tokens, width) float16 each: see `atedm.tiny.features`.
+    features: tuple[Tensor, ...] = ()
 
 
 class ScenePool:
@@ -48,6 +51,7 @@ class ScenePool:
         seed: int = 0,
         objects: int | None = None,
         crop: int | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         """Fill the pool.
 
@@ -61,14 +65,19 @@ class ScenePool:
             seed: Of the scenes.
             objects: As `sample_scene`.
             crop: Pixels a side of squares around an object that are given in place of whole pictures.
+            teacher: Whose features of the pictures go with them.
         """
         self._atlas, self._autoencoder, self._tokenizer = atlas, autoencoder, tokenizer
         self._canvas, self._uses, self._objects, self._crop = canvas, uses, objects, crop or canvas
-        self._rng = np.random.default_rng([seed, canvas])
+        self._rng, self._teacher = np.random.default_rng([seed, canvas]), teacher
         side = self._crop // FACTOR
         self._latents = torch.empty(size, 4, side, side, dtype=torch.float16, device=atlas.device)
         self._ids = torch.empty(size, TOKENS, dtype=torch.long, device=atlas.device)
         self._sizes = torch.empty(size, 6, dtype=torch.long, device=atlas.device)
+        tokens = (self._crop // TOKEN) ** 2
+        self._features = [
+            torch.empty(size, tokens, width, dtype=torch.float16, device=atlas.device) for width in WIDTHS if teacher
+        ]
         self._next, self._owed = 0, 0.0
         for _ in range(0, size, _CHUNK):
             self._replace(_CHUNK)
@@ -80,7 +89,8 @@ class ScenePool:
             self._replace(_CHUNK)
             self._owed -= _CHUNK
         rows = torch.from_numpy(self._rng.integers(0, len(self._ids), size=batch)).to(self._ids.device)
-        return Batch(self._latents[rows].float(), self._ids[rows], self._sizes[rows])
+        features = tuple(held[rows] for held in self._features)
+        return Batch(self._latents[rows].float(), self._ids[rows], self._sizes[rows], features)
 
     @torch.inference_mode()
     def _replace(self, count: int) -> None:
@@ -95,6 +105,10 @@ class ScenePool:
         original, target = (torch.full((count, 2), side) for side in (self._canvas, self._crop))
         self._sizes[rows] = torch.cat([original, corners, target], dim=1).to(self._sizes.device)
         self._ids[rows] = tokenize(self._tokenizer, [scene.caption for scene in scenes]).to(self._ids.device)
+        if self._teacher is not None:
+            shown = self._teacher.features(self._latents[rows].float(), self._ids[rows], self._sizes[rows])
+            for held, new in zip(self._features, shown, strict=True):
+                held[rows] = new
 
 
 def crop_around_objects(rendered: Rendered, side: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

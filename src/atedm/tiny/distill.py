@@ -92,7 +92,7 @@ def distill(
     began, shown, saved, steps, total = *([time.monotonic()] * 3), 0, 0.0
     while seen < images:
         torch.manual_seed(hash((seed, seen)) % 2**31)
-        clean, ids, sizes = scenes.draw(batch)
+        clean, ids, sizes, _ = scenes.draw(batch)
         later = torch.randint(1, TEACHER_STEPS + 1, (batch,), device=device)
         t = times[later]
         noisy = path.noised(clean, torch.randn_like(clean), t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +27,15 @@ class Untrained(NamedTuple):
     scheduler: Any
 
 
-def build_model(part: str, tokenizer: CLIPTokenizer, device: torch.device, *, compiled: bool) -> Untrained:
-    """Build the model whose pipeline has a `UNET` or a `TRANSFORMER`, on a device."""
+def build_model(
+    part: str, tokenizer: CLIPTokenizer, device: torch.device, *, compiled: bool, teacher_widths: Sequence[int] = ()
+) -> Untrained:
+    """Build the model whose pipeline has a `UNET` or a `TRANSFORMER`, on a device.
+
+    A transformer that learns from a teacher has ``teacher_widths``, those of its features.
+    """
     encoders = build_text_encoders(tokenizer)
     if part == TRANSFORMER:
-        model = FlowDenoiser(encoders, build_transformer(), tokenizer, compiled).to(device)
+        model = FlowDenoiser(encoders, build_transformer(), tokenizer, compiled, teacher_widths).to(device)
         return Untrained(model, FlowPath(device, SHIFT), build_flow_scheduler())
     return Untrained(Denoiser(encoders, build_unet(), compiled).to(device), VPath(device), build_scheduler())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from atedm.tiny.data import Batch
+from atedm.tiny.features import distance
 from atedm.tiny.unet import build_scheduler
 
 CAPTION_DROPOUT = 0.1
@@ -94,12 +95,16 @@ class FlowPath(NoisePath):
 
 
 def training_loss(model: nn.Module, scenes: Batch, path: NoisePath) -> Tensor:
-    """Mean square of the error of a `Denoiser` or a `FlowDenoiser` at random times of its path."""
-    picture, ids, sizes = scenes
+    """Mean square of the error of a `Denoiser` or a `FlowDenoiser` at random times of its path.
+
+    Where the scenes come with features of a teacher, the distance of the model's to these is added.
+    """
+    picture, ids, sizes, features = scenes
+    said: list[Tensor] = []
     times = path.draw_times(len(picture), picture.device)
     noise = torch.randn_like(picture)
     keep = (torch.rand(len(picture), device=picture.device) >= CAPTION_DROPOUT).float()
     with torch.autocast(picture.device.type, torch.bfloat16):
-        output = model(path.noised(picture, noise, times), times, ids, keep, sizes)
+        output = model(path.noised(picture, noise, times), times, ids, keep, sizes, *([said] if features else []))
     error: Tensor = output.float() - path.target(picture, noise, times)
-    return error.square().mean()
+    return error.square().mean() + distance(said, features)

@@ -30,7 +30,6 @@ def draw_samples(
     *,
     count: int = 16,
     steps: int = 16,
-    guidance: float = GUIDANCE,
 ) -> None:
     """Draw held-out scenes with a denoiser, four a row, and write their captions beside the picture.
 
@@ -43,7 +42,6 @@ def draw_samples(
         file: Where to.
         count: How many scenes.
         steps: Denoising steps.
-        guidance: Scale; 1 for a model that does without.
     """
     device = next(model.parameters()).device
     captions = [scene.caption for scene in held_out_scenes(count)]
@@ -60,7 +58,7 @@ def draw_samples(
         with torch.autocast(device.type, torch.bfloat16):
             predicted = model(both, timestep.expand(2 * count), ids, keep, sizes).float()
         without, with_caption = predicted.chunk(2)
-        latents = scheduler.step(without + guidance * (with_caption - without), timestep, latents).prev_sample
+        latents = scheduler.step(without + GUIDANCE * (with_caption - without), timestep, latents).prev_sample
     images = autoencoder.decode(latents / autoencoder.config.scaling_factor).sample
     pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).byte().cpu()
     rows = [torch.cat([*row], dim=2) for row in torch.split(pixels, 4)]

@@ -9,7 +9,8 @@ Patch Diffusion). SDXL's size conditioning tells the model where a square was cu
 
 ``--images`` counts from the beginning of the run, so that a sitting that was cut off goes on by the same command. Run
 it under ``torchrun --nproc_per_node 2`` with ``OMP_NUM_THREADS=1`` to use two cores. ``--transformer`` trains SD3's
-class. ``docs/reference/shipped-model.md`` has the sittings the weights had.
+class; with ``--teacher FOLDER`` it learns the features of the small SDXL beside the pictures.
+``docs/reference/shipped-model.md`` has the sittings the weights had.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from atedm.tiny.checkpoint import NAME, load_state, save_state
 from atedm.tiny.data import ScenePool
 from atedm.tiny.denoiser import load_parts
 from atedm.tiny.download import ObjectsArchive, load_atlas
-from atedm.tiny.guided_teacher import GuidedTeacher, LessonPool, lesson_loss
+from atedm.tiny.features import WIDTHS, Teacher
 from atedm.tiny.models import TRANSFORMER, UNET, build_model
 from atedm.tiny.noise_paths import training_loss
 from atedm.tiny.optimizers import build_optimizers
-from atedm.tiny.samples import GUIDANCE, draw_samples
+from atedm.tiny.samples import draw_samples
 from atedm.tiny.scenes import CANVAS
 from atedm.tiny.text import build_tokenizer
 from atedm.tiny.text_lessons import teach_text_encoders
@@ -73,12 +74,13 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of scenes, noise and weights.")] = 0,
     start_from: Annotated[Path | None, typer.Option(help="Begin a new run with the weights of a pipeline.")] = None,
     teacher: Annotated[
-        Path | None,
-        typer.Option(help="Learn what the small SDXL of this folder predicts under guidance; for a transformer."),
+        Path | None, typer.Option(help="Show the transformer the features of the small SDXL in this folder.")
     ] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile: starts at once, a fifth slower.")] = False,
 ) -> None:
     """Train one sitting of the model that ships."""
+    if teacher is not None and not transformer:
+        raise typer.BadParameter("--teacher goes with --transformer, which learns from it")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -92,7 +94,8 @@ def train(
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     torch.manual_seed(seed)
     part = TRANSFORMER if transformer else UNET
-    model, path, scheduler = build_model(part, tokenizer, device, compiled=not eager)
+    widths = WIDTHS if teacher is not None else ()
+    model, path, scheduler = build_model(part, tokenizer, device, compiled=not eager, teacher_widths=widths)
     if not (run / NAME).exists():
         if start_from is not None:
             load_parts(model, start_from)
@@ -109,24 +112,18 @@ def train(
         if world > 1:
             dist.destroy_process_group()
         return
-    if teacher is not None and not transformer:
-        raise typer.BadParameter("a teacher is for --transformer, which it teaches to do without guidance")
     scenes = ScenePool(
         load_atlas(run / "objects", archive).to(device),
         autoencoder,
         tokenizer,
         canvas,
         size=pool,
-        uses=1 if teacher else uses,
+        uses=uses,
         seed=hash((seed, rank, seen)) % 2**31,
         objects=objects,
         crop=crop,
+        teacher=None if teacher is None else Teacher(teacher, tokenizer, device),
     )
-    lessons = None
-    if teacher is not None:
-        torch.manual_seed(hash((seed, rank, seen, 1)) % 2**31)
-        asked = GuidedTeacher(teacher, tokenizer, device, GUIDANCE)
-        lessons = LessonPool(asked, scenes, path, size=pool, uses=uses)
     steps, total, began, shown, saved, drawn = 0, 0.0, *([time.monotonic()] * 4)
     while seen < images:
         left = (images - seen) / cooldown if cooldown else 1.0
@@ -134,10 +131,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (seen + batch * world) / _WARMUP, left)
         torch.manual_seed(hash((seed, rank, seen)) % 2**31)  # so that a run that is resumed has the same noise
-        if lessons is None:
-            loss = training_loss(trained, scenes.draw(batch), path)
-        else:
-            loss = lesson_loss(trained, lessons.draw(batch))
+        loss = training_loss(trained, scenes.draw(batch), path)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -161,9 +155,7 @@ def train(
             save_state(run, model, average, optimizers, seen)
             saved = now
         if sample_minutes and now - drawn > 60 * sample_minutes:
-            sheet = run / f"samples-{canvas}-{seen}.png"
-            scale = GUIDANCE if teacher is None else 1.0
-            draw_samples(average, scheduler, autoencoder, tokenizer, canvas, sheet, guidance=scale)
+            draw_samples(average, scheduler, autoencoder, tokenizer, canvas, run / f"samples-{canvas}-{seen}.png")
             drawn = time.monotonic()
     if rank == 0:
         save_state(run, model, average, optimizers, seen)

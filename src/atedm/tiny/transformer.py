@@ -31,6 +31,8 @@ SHIFT = 1.5
 _SIDE = CANVAS // FACTOR
 _PATCH = 4
 _WIDTH = 128
+ALIGNED = (3, 5)
+"""Blocks whose tokens a student compares with features of its teacher, while it learns."""
 
 
 def build_transformer() -> SD3Transformer2DModel:
@@ -65,10 +67,12 @@ class FlowDenoiser(nn.Module):
         transformer: SD3Transformer2DModel,
         tokenizer: CLIPTokenizer,
         compiled: bool = True,
+        teacher_widths: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.text_encoder, self.text_encoder_2 = text_encoders
         self.transformer = transformer
+        self.to_teacher = nn.ModuleList(nn.Linear(_WIDTH, width) for width in teacher_widths)
         # SD3 has no zeros for a missing caption: it reads an empty one.
         self.empty: Tensor
         self.register_buffer("empty", tokenize(tokenizer, [""]), persistent=False)
@@ -77,14 +81,24 @@ class FlowDenoiser(nn.Module):
         self.register_buffer("places", every.float().view(_SIDE, _SIDE, -1), persistent=False)
         freeze_unread(self.text_encoder)
         if compiled:
-            for block in self.transformer.transformer_blocks:
-                block.compile()
+            for index, block in enumerate(self.transformer.transformer_blocks):
+                if index not in ALIGNED or not teacher_widths:  # whose output is looked at
+                    block.compile()
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, keep_caption: Tensor, sizes: Tensor) -> Tensor:
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        ids: Tensor,
+        keep_caption: Tensor,
+        sizes: Tensor,
+        features: list[Tensor] | None = None,
+    ) -> Tensor:
         """Predict the velocity, noise minus picture; as `atedm.tiny.denoiser.Denoiser.forward`.
 
         A square out of a picture has the places in the picture that ``sizes`` (B, 6) says; SD3's own code would put
-        it in the middle.
+        it in the middle. What the student says of its teacher's features, (B, tokens, width) each, is added to the list
+        ``features``.
         """
         ids = torch.where(keep_caption[:, None] > 0, ids, self.empty)
         words, pooled = text_of(self.text_encoder, self.text_encoder_2, ids)
@@ -92,9 +106,26 @@ class FlowDenoiser(nn.Module):
         # Written-out attention has the fastest backward pass on a CPU.
         with (
             _places_added(self.transformer.pos_embed, self._moved(noisy, sizes)),
+            self._features_noted(features),
             sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION] if noisy.is_cuda else [SDPBackend.MATH]),
         ):
             return self.transformer(noisy, words, pooled, timesteps, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _features_noted(self, features: list[Tensor] | None) -> Iterator[None]:
+        hooks = []
+        if features is not None:
+            for index, said in zip(ALIGNED, self.to_teacher, strict=True):
+
+                def note(_: nn.Module, __: Any, returned: tuple[Tensor, Tensor], said: nn.Module = said) -> None:
+                    features.append(said(returned[1]))
+
+                hooks.append(self.transformer.transformer_blocks[index].register_forward_hook(note))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _moved(self, noisy: Tensor, sizes: Tensor) -> Tensor | None:
         """What to add to the places that SD3 gives, (B, tokens, width): nothing to whole pictures."""

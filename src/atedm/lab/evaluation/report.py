@@ -28,7 +28,7 @@ Table = tuple[list[str], list[list[str]]]
 ALT = "The first images of every method, a prompt a row"
 FOOT = (
     "Intervals are 95 %, by bootstrap over images. Cost is the share of the dense run's multiply-accumulates of the "
-    "U-Net, counted by torch, everything that a method adds included."
+    "model, counted by torch, everything that a method adds included."
 )
 
 
