@@ -31,7 +31,7 @@ from atedm.tiny.judge import JUDGE
 from atedm.tiny.layout import place_objects
 from atedm.tiny.models import TRANSFORMER, build_model
 from atedm.tiny.noise_paths import FlowPath, NoisePath, VPath, training_loss
-from atedm.tiny.objects import OBJECTS, with_article
+from atedm.tiny.objects import FEWER_OBJECTS, OBJECTS, with_article
 from atedm.tiny.optimizers import KernelMuon
 from atedm.tiny.pipeline import open_run
 from atedm.tiny.rendering import Atlas, render
@@ -334,6 +334,15 @@ def test_features_of_the_teacher_lie_where_the_tokens_are_and_are_learned(atlas:
     assert all(said.weight.grad.abs().sum() > 0 for said in model.to_teacher)
     assert distance([one.float() for one in with_features.features], with_features.features) == 0
     assert not any(block._forward_hooks for block in model.transformer.transformer_blocks)
+
+
+def test_scenes_hold_only_the_objects_that_are_asked_for() -> None:
+    assert set(FEWER_OBJECTS) < set(OBJECTS)
+    scenes = held_out_scenes(64, names=FEWER_OBJECTS)
+    drawn = {name for scene in scenes for name in scene.objects}
+    assert drawn <= set(FEWER_OBJECTS)
+    assert len(drawn) > 20
+    assert all(scene.held_out for scene in scenes)
 
 
 def test_a_square_has_the_places_that_it_had_in_the_picture(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import CLIPTokenizer
 
 from atedm.tiny.autoencoder import FACTOR
 from atedm.tiny.features import TOKEN, WIDTHS, Teacher
+from atedm.tiny.objects import OBJECTS
 from atedm.tiny.rendering import Atlas, Rendered, render
 from atedm.tiny.scenes import sample_scene
 from atedm.tiny.text import TOKENS
@@ -52,6 +54,7 @@ class ScenePool:
         objects: int | None = None,
         crop: int | None = None,
         teacher: Teacher | None = None,
+        names: Sequence[str] = tuple(OBJECTS),
     ) -> None:
         """Fill the pool.
 
@@ -66,10 +69,11 @@ class ScenePool:
             objects: As `sample_scene`.
             crop: Pixels a side of squares around an object that are given in place of whole pictures.
             teacher: Whose features of the pictures go with them.
+            names: Of the objects to choose from.
         """
         self._atlas, self._autoencoder, self._tokenizer = atlas, autoencoder, tokenizer
         self._canvas, self._uses, self._objects, self._crop = canvas, uses, objects, crop or canvas
-        self._rng, self._teacher = np.random.default_rng([seed, canvas]), teacher
+        self._rng, self._teacher, self._names = np.random.default_rng([seed, canvas]), teacher, names
         side = self._crop // FACTOR
         self._latents = torch.empty(size, 4, side, side, dtype=torch.float16, device=atlas.device)
         self._ids = torch.empty(size, TOKENS, dtype=torch.long, device=atlas.device)
@@ -94,7 +98,7 @@ class ScenePool:
 
     @torch.inference_mode()
     def _replace(self, count: int) -> None:
-        scenes = [sample_scene(self._rng, objects=self._objects) for _ in range(count)]
+        scenes = [sample_scene(self._rng, objects=self._objects, names=self._names) for _ in range(count)]
         rendered = render(scenes, self._atlas, self._rng, self._canvas)
         images, corners = crop_around_objects(rendered, self._crop, self._rng)
         with torch.autocast(images.device.type, torch.bfloat16):

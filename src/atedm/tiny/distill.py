@@ -31,6 +31,7 @@ from atedm.tiny.download import load_atlas
 from atedm.tiny.few_steps import LORA, TEACHER_STEPS
 from atedm.tiny.models import TRANSFORMER, UNET, build_model
 from atedm.tiny.noise_paths import NoisePath
+from atedm.tiny.objects import FEWER_OBJECTS, OBJECTS
 from atedm.tiny.scenes import CANVAS
 
 STATE = "distillation.safetensors"
@@ -87,6 +88,7 @@ def distill(
         uses=uses,
         seed=seed + seen,
         crop=crop,
+        names=FEWER_OBJECTS if part == TRANSFORMER else tuple(OBJECTS),
     )
     times = path.grid(TEACHER_STEPS)
     began, shown, saved, steps, total = *([time.monotonic()] * 3), 0, 0.0

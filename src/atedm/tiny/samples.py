@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from atedm.files import save_image
 from atedm.tiny.autoencoder import FACTOR
 from atedm.tiny.data import tokenize
 from atedm.tiny.denoiser import whole_picture
+from atedm.tiny.objects import OBJECTS
 from atedm.tiny.scenes import held_out_scenes
 
 GUIDANCE = 3.0
@@ -30,6 +32,7 @@ def draw_samples(
     *,
     count: int = 16,
     steps: int = 16,
+    names: Sequence[str] = tuple(OBJECTS),
 ) -> None:
     """Draw held-out scenes with a denoiser, four a row, and write their captions beside the picture.
 
@@ -42,9 +45,10 @@ def draw_samples(
         file: Where to.
         count: How many scenes.
         steps: Denoising steps.
+        names: Of the objects to choose from.
     """
     device = next(model.parameters()).device
-    captions = [scene.caption for scene in held_out_scenes(count)]
+    captions = [scene.caption for scene in held_out_scenes(count, names=names)]
     ids = tokenize(tokenizer, captions).to(device).repeat(2, 1)
     keep = torch.cat([torch.zeros(count), torch.ones(count)]).to(device)
     scheduler.set_timesteps(steps, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,15 +89,21 @@ class Scene:
         return zlib.crc32(self.caption.encode()) % HELD_OUT == 0
 
 
-def sample_scene(rng: np.random.Generator, *, objects: int | None = None, held_out: bool = False) -> Scene:
+def sample_scene(
+    rng: np.random.Generator,
+    *,
+    objects: int | None = None,
+    held_out: bool = False,
+    names: Sequence[str] = tuple(OBJECTS),
+) -> Scene:
     """Draw a scene at random, either always or never one of the held-out captions.
 
     Args:
         rng: Source of the choice.
         objects: How many; by default one, two or three at 30, 50 and 20 %.
         held_out: Draw from the captions that training never sees (True) or from the others (False).
+        names: Of the objects to choose from.
     """
-    names = [*OBJECTS]
     while True:
         count = objects or int(rng.choice(3, p=(0.3, 0.5, 0.2))) + 1
         chosen = rng.choice(len(names), size=count, replace=False)
@@ -111,7 +118,7 @@ def sample_scene(rng: np.random.Generator, *, objects: int | None = None, held_o
             return scene
 
 
-def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """Draw ``count`` scenes whose captions the model was never trained on."""
+def held_out_scenes(count: int, seed: int = 0, names: Sequence[str] = tuple(OBJECTS)) -> list[Scene]:
+    """Draw ``count`` scenes whose captions the model was never trained on, of objects among ``names``."""
     rng = np.random.default_rng([seed, 77])
-    return [sample_scene(rng, held_out=True) for _ in range(count)]
+    return [sample_scene(rng, held_out=True, names=names) for _ in range(count)]

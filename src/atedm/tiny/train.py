@@ -39,6 +39,7 @@ from atedm.tiny.download import ObjectsArchive, load_atlas
 from atedm.tiny.features import WIDTHS, Teacher
 from atedm.tiny.models import TRANSFORMER, UNET, build_model
 from atedm.tiny.noise_paths import training_loss
+from atedm.tiny.objects import FEWER_OBJECTS, OBJECTS
 from atedm.tiny.optimizers import build_optimizers
 from atedm.tiny.samples import draw_samples
 from atedm.tiny.scenes import CANVAS
@@ -94,6 +95,7 @@ def train(
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     torch.manual_seed(seed)
     part = TRANSFORMER if transformer else UNET
+    names = FEWER_OBJECTS if transformer else tuple(OBJECTS)
     widths = WIDTHS if teacher is not None else ()
     model, path, scheduler = build_model(part, tokenizer, device, compiled=not eager, teacher_widths=widths)
     if not (run / NAME).exists():
@@ -123,6 +125,7 @@ def train(
         objects=objects,
         crop=crop,
         teacher=None if teacher is None else Teacher(teacher, tokenizer, device),
+        names=names,
     )
     steps, total, began, shown, saved, drawn = 0, 0.0, *([time.monotonic()] * 4)
     while seen < images:
@@ -155,7 +158,8 @@ def train(
             save_state(run, model, average, optimizers, seen)
             saved = now
         if sample_minutes and now - drawn > 60 * sample_minutes:
-            draw_samples(average, scheduler, autoencoder, tokenizer, canvas, run / f"samples-{canvas}-{seen}.png")
+            sheet = run / f"samples-{canvas}-{seen}.png"
+            draw_samples(average, scheduler, autoencoder, tokenizer, canvas, sheet, names=names)
             drawn = time.monotonic()
     if rank == 0:
         save_state(run, model, average, optimizers, seen)
