@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 import atedm
+from atedm import Matched
 from atedm.app.models import load_pipeline
 from atedm.costs.architectures import architecture
 from atedm.lab.methods.candidates import Dense, Planned
@@ -18,7 +20,10 @@ from atedm.plans.fingerprint import fingerprint
 from atedm.plans.forecasting import forecast
 from atedm.plans.plan import Cache, Plan
 from atedm.tuning.costs import Arithmetic
+from atedm.tuning.finetune import Training, finetune, targets
+from atedm.tuning.memory import training_needs
 from atedm.tuning.timing import Times
+from models import snapshot
 from transformers_of import call_of, image_of, small_sd3, transformer
 
 MATCHED = TRANSFORMER_METHODS["matched"]
@@ -88,6 +93,33 @@ def test_an_early_step_of_a_transformer_takes_the_time_of_a_dense_one(pipe: Any,
     arithmetic = Arithmetic.counted(architecture(pipe), (128, 128), (None,))
     times = Times(arithmetic, 1.0, 2.0, {}, ((arithmetic.step(MATCHED), 0.5), (1.0, 2.0)))
     assert times.share(plan, 6) == pytest.approx((1 + 2 + 3 * 0.5) / (1 + 6 * 2))
+
+
+def test_a_lora_brings_the_pruned_transformer_nearer_to_dense(pipe: Any, tmp_path: Path) -> None:
+    plan = Plan(fingerprint(pipe), 3, None, Matched(rate=0.9, level_factors=()), None, 3.0, (128, 128))
+    before, dense = snapshot(pipe.transformer), latents(pipe, 3, guidance_scale=3.0)
+    training = Training(runs=8, rank=4, learning_rate=5e-3)
+    tuned = finetune(pipe, plan, ["a duck", "a castle"], training, tmp_path)
+    assert [*snapshot(pipe.transformer)] == [*before]
+    with atedm.pruned(pipe, plan):
+        without = functional.mse_loss(latents(pipe, 3, guidance_scale=3.0), dense)
+    with atedm.pruned(pipe, tuned.file):
+        ours = functional.mse_loss(latents(pipe, 3, guidance_scale=3.0), dense)
+    assert ours < 0.9 * without
+    assert torch.equal(latents(pipe, 3, guidance_scale=3.0), dense)
+    names = {name.partition(".0.")[2] for name in targets(pipe.transformer) if ".0." in name}
+    assert names >= {"attn.to_q", "attn.add_q_proj", "ff.net.2", "ff_context.net.2"}
+    with pytest.raises(ValueError, match="without checkpointing"):
+        finetune(pipe, plan, ["a duck"], Training(checkpointing=True), tmp_path)
+
+
+def test_what_training_a_transformer_holds_is_counted_without_values() -> None:
+    needs = training_needs(architecture("sd35-medium"), Training(), torch.bfloat16)
+    parameters = sum(parameter.numel() for parameter in architecture("sd35-medium").on_meta().parameters())
+    assert needs.weights == 2 * parameters
+    assert needs.activations > needs.weights
+    with pytest.raises(ValueError, match="without checkpointing"):
+        training_needs(architecture("sd35-medium"), Training(checkpointing=True), torch.bfloat16)
 
 
 def test_a_search_ends_with_a_plan_for_this_model_and_no_other(pipe: Any, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def finetune(
         parts = (needs.weights, needs.lora, needs.activations, needs.total)
         weights, lora, activations, all_parts = (f"{part / 1e9:.2f} GB" for part in parts)
         typer.echo(
-            f"{model} at {' x '.join(map(str, arch.default_size))}: {all_parts}, of which U-Net {weights}, LoRA of "
+            f"{model} at {' x '.join(map(str, arch.default_size))}: {all_parts}, of which the model {weights}, LoRA of "
             f"rank {rank} with its optimiser {lora}, activations {activations} if no token were dropped"
         )
         return

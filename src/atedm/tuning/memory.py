@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
-from torch import Tensor
+from torch import Tensor, nn
 
 from atedm.costs.architectures import Architecture, run_once
+from atedm.hosts.diffusers_dit import known_family
+from atedm.hosts.models import is_transformer
 from atedm.tuning.finetune import Training
 
 
@@ -19,7 +21,7 @@ from atedm.tuning.finetune import Training
 class Needs:
     """Bytes for one image at a time; with guidance that is two halves of a call."""
 
-    #: Of the U-Net.
+    #: Of the U-Net or transformer.
     weights: int
     #: Of the LoRA, its gradients and the two moments of AdamW, in float32.
     lora: int
@@ -45,29 +47,30 @@ def training_needs(
 
     Raises:
         ImportError: If peft is not installed.
-        ValueError: As `Architecture.latents`.
+        ValueError: As `Architecture.latents` and `Training.check_for`.
     """
-    unet = arch.on_meta().requires_grad_(False)
+    model = arch.on_meta().requires_grad_(False)
+    training.check_for(model)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there are no values to begin with
-        unet.add_adapter(training.adapter())
+        model.add_adapter(training.adapter(model))
     of_one = torch.empty((), dtype=dtype).element_size()
     sizes = {True: 0, False: 0}
-    for parameter in unet.parameters():
+    for parameter in model.parameters():
         sizes[parameter.requires_grad] += parameter.numel()
         parameter.data = parameter.data.to(dtype)
-    unet.train()
+    model.train()
     call = arch.call(size, 2 if arch.guidance else 1, dtype=dtype)
-    held, largest = _held(unet, call)
+    held, largest = _held(model, call)
     if training.checkpointing:
-        unet.enable_gradient_checkpointing()
-        held = _held(unet, call)[0] + largest  # one layer at a time is run again
+        model.enable_gradient_checkpointing()
+        held = _held(model, call)[0] + largest  # one layer at a time is run again
     return Needs(of_one * sizes[False], 4 * 4 * sizes[True], held)
 
 
-def _held(unet: Any, call: dict[str, Any]) -> tuple[int, int]:
+def _held(model: Any, call: dict[str, Any]) -> tuple[int, int]:
     """Return the bytes that a call holds for its gradients, and those of the layer that holds most."""
-    own = {_storage(parameter) for parameter in unet.parameters()}
+    own = {_storage(parameter) for parameter in model.parameters()}
     seen: dict[int, Any] = {}  # holds on to them, so that no other takes the place of one
 
     def pack(tensor: Tensor) -> Tensor:
@@ -80,17 +83,26 @@ def _held(unet: Any, call: dict[str, Any]) -> tuple[int, int]:
 
     layers: list[int] = []
     hooks = []
-    for module in unet.modules():
-        if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
-            hooks.append(module.register_forward_pre_hook(lambda *_: layers.append(-total())))
-            hooks.append(module.register_forward_hook(lambda *_: layers.append(layers.pop() + total())))
+    for module in _layers(model):
+        hooks.append(module.register_forward_pre_hook(lambda *_: layers.append(-total())))
+        hooks.append(module.register_forward_hook(lambda *_: layers.append(layers.pop() + total())))
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            run_once(unet, call, 500)
+            if is_transformer(model):
+                model(**call)
+            else:
+                run_once(model, call, 500)
     finally:
         for hook in hooks:
             hook.remove()
     return total(), max(layers, default=0)
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """Those that are run again one at a time."""
+    if is_transformer(model):
+        return [block for blocks in known_family(model).kinds for block in model.get_submodule(blocks).children()]
+    return [module for module in model.modules() if isinstance(module, BasicTransformerBlock | ResnetBlock2D)]
 
 
 def _storage(tensor: Tensor) -> int:
