@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from atedm.costs.architectures import Architecture, run_once
 from atedm.hosts.diffusers_dit import known_family
@@ -61,10 +64,11 @@ def training_needs(
         parameter.data = parameter.data.to(dtype)
     model.train()
     call = arch.call(size, 2 if arch.guidance else 1, dtype=dtype)
-    held, largest = _held(model, call)
-    if training.checkpointing:
-        model.enable_gradient_checkpointing()
-        held = _held(model, call)[0] + largest  # one layer at a time is run again
+    with FusedAttention():
+        held, largest = _held(model, call)
+        if training.checkpointing:
+            model.enable_gradient_checkpointing()
+            held = _held(model, call)[0] + largest  # one layer at a time is run again
     return Needs(of_one * sizes[False], 4 * 4 * sizes[True], held)
 
 
@@ -96,6 +100,30 @@ def _held(model: Any, call: dict[str, Any]) -> tuple[int, int]:
         for hook in hooks:
             hook.remove()
     return total(), max(layers, default=0)
+
+
+class FusedAttention(TorchFunctionMode):
+    """Lets attention hold what a fused kernel holds: on the meta device it would be written out, with its maps."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+        return _Held.apply(given["query"], given["key"], given["value"])
+
+
+class _Held(torch.autograd.Function):
+    """The size of what attention gives, and what fused attention saves for its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        *batch, heads, tokens, _ = query.shape
+        # Heads lie side by side, so that the layer behind attention takes what it gives as it is.
+        attended = query.new_empty(*batch, tokens, heads, value.shape[-1]).transpose(-2, -3)
+        ctx.save_for_backward(query, key, value, attended)
+        return attended
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
