@@ -18,7 +18,7 @@ def finetune(
     prompts: options.OwnPrompts = None,
     runs: Annotated[int, TRAINING("Dense runs to learn from, one prompt each.", callback=options.at_least_one)] = 500,
     rank: Annotated[int, TRAINING("Of the LoRA.", callback=options.at_least_one)] = 16,
-    learning_rate: Annotated[float, TRAINING("At its highest.")] = 1e-3,
+    learning_rate: Annotated[float, TRAINING("At its highest.")] = 3e-4,
     checkpointing: Annotated[bool, TRAINING("Take less memory and a third more time.", "--checkpointing")] = False,
     seed: options.Seed = 0,
     memory: Annotated[

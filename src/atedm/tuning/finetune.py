@@ -61,7 +61,7 @@ class Training:
     runs: int = 500
     rank: int = 16
     #: At its highest; it rises over the first twentieth of the runs and falls to zero by a cosine.
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     seed: int = 0
     #: Whether layers are run again for their gradients and not kept, which takes a third more time. For U-Nets.
     checkpointing: bool = False
