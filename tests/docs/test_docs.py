@@ -77,7 +77,7 @@ def test_the_tutorial_runs_as_written(tmp_path: Path, monkeypatch: pytest.Monkey
     if not NIGHTLY:  # ten captions show no more of the page than two, nor eight steps more than three
         for cell in read.cells:
             for written, here in (
-                ("--captions 10", "--captions 2"),
+                ("--captions 10 --steps 4", "--captions 2 --steps 2"),
                 ("--steps 8", "--steps 3"),
                 ("steps=8", "steps=3"),
             ):
