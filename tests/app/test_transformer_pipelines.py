@@ -61,8 +61,10 @@ def test_methods_are_evaluated_and_timed_side_by_side(model: str, tmp_path: Path
         "--out", str(tmp_path / "scores"),
     )  # fmt: skip
     assert "matched" in printed
-    assert "matched" in run("bench", "dense,matched", *common, "--repeats", "1")
-    refused = CliRunner().invoke(app, ["bench", "dense,tome", *common, "--repeats", "1"])
+    timed = run("bench", "dense,matched,tome", *common, "--repeats", "1")
+    assert "matched" in timed
+    assert "tome" in timed
+    refused = CliRunner().invoke(app, ["bench", "dense,deepcache", *common, "--repeats", "1"])
     assert refused.exit_code != 0
 
 
