@@ -20,14 +20,14 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Cache:
-    """Only some steps run the whole U-Net. The others take its deep features from the last of those (DeepCache), or
+    """Only some steps run the whole model. The others take its deep features from the last of those (DeepCache), or
     its output from the line through the last two (a forecast, which costs nothing).
 
     Raises:
         ValueError: If a value is out of its range.
     """  # noqa: D205
 
-    #: Steps that run the whole U-Net, of the steps of the plan.
+    #: Steps that run the whole model, of the steps of the plan.
     full: int
     #: Where they lie: at 1 evenly, above 1 closer together at the start of the run, below 1 at its end.
     bend: float = 1.0
@@ -45,7 +45,7 @@ class Cache:
 
 
 def full_steps(steps: int, full: int, bend: float = 1.0) -> tuple[int, ...]:
-    """Return which of ``steps`` steps run the whole U-Net: ``full`` of them, ascending, the first one always.
+    """Return which of ``steps`` steps run the whole model: ``full`` of them, ascending, the first one always.
 
     >>> full_steps(10, 5), full_steps(10, 5, 2.0)
     ((0, 2, 4, 6, 8), (0, 1, 2, 4, 6))
@@ -75,7 +75,7 @@ class Plan:
     scheduler: str | None = None
     #: What prunes; None prunes nothing.
     method: Method | None = None
-    #: None runs the whole U-Net in every step.
+    #: None runs the whole model in every step.
     cache: Cache | None = None
     #: Guidance scale that it was found with; None leaves it open.
     guidance: float | None = None
@@ -114,7 +114,7 @@ class Plan:
             raise ValueError(f"lora must be the name of a folder, not {self.lora!r}")
 
     def full_steps(self, steps: int | None = None) -> tuple[int, ...]:
-        """Return which of ``steps`` steps, the plan's own by default, run the whole U-Net."""
+        """Return which of ``steps`` steps, the plan's own by default, run the whole model."""
         steps = self.steps if steps is None else steps
         if self.cache is None:
             return tuple(range(steps))

@@ -20,7 +20,7 @@ from atedm.plans.plan import Plan
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Multiply-accumulates of the U-Net, everything counted."""
+    """Multiply-accumulates of the model, everything counted."""
 
     profile: Profile
     #: By branch: what a step by DeepCache takes outside of spans, and the names of the spans that still run in it.
@@ -29,7 +29,7 @@ class Arithmetic:
 
     @classmethod
     def counted(cls, arch: Architecture, size: tuple[int, int] | None, branches: Sequence[int | None]) -> Arithmetic:
-        """Count the U-Net, and a step by DeepCache for each branch, on the meta device."""
+        """Count the model, and a step by DeepCache for each branch, on the meta device."""
         return cls(profile_of(arch, size), {one: _cached_step(arch, size, one) for one in branches if one is not None})
 
     def share(self, plan: Plan, dense_steps: int) -> float:
