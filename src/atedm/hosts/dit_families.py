@@ -115,9 +115,8 @@ def _by_ids(_: Any, given: Given) -> Grid:
         side = math.isqrt(tokens)
         return Grid((side, tokens // side) if tokens % side == 0 else (1, tokens))
     rows = ids.float().cpu()
-    lengths = (
-        rows[:, 0].unique_consecutive(return_counts=True)[1].tolist()
-    )  # by picture: the one made, and those to go by
+    # By picture: the one that is made, and those to go by.
+    lengths = rows[:, 0].unique_consecutive(return_counts=True)[1].tolist()
     sides = [((part[-1, 1:3] - part[0, 1:3]).int() + 1).tolist() for part in rows.split(lengths)]
     return _below_one_another([(1, *side) for side in sides], tokens)
 

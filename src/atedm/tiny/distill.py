@@ -52,9 +52,7 @@ def distill(
     batch: Annotated[int, typer.Option(help="Images a step.")] = 16,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 16,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-4,
-    guidance: Annotated[
-        float, typer.Option(help="Guidance scale of the teacher, which the student takes over; 1 for one without.")
-    ] = 3.0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale of the teacher, which the student takes over.")] = 3.0,
     pool: Annotated[int, typer.Option(help="Encoded scenes held.")] = 1024,
     uses: Annotated[int, typer.Option(help="How often a scene is used; 1 on a GPU.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of scenes and noise.")] = 0,
@@ -141,10 +139,6 @@ def _teacher_step(
 ) -> Tensor:
     """One guided DDIM (of a flow: Euler) step from ``t`` to ``before``."""
     count = len(noisy)
-    if scale == 1:
-        said = teacher(noisy, t.clamp_min(0), ids, torch.ones(count, device=noisy.device), sizes).float()
-        picture, noise = path.read(noisy, said, t)
-        return path.noised(picture, noise, before)
     keep = torch.cat([torch.zeros(count), torch.ones(count)]).to(noisy.device)
     twice = t.clamp_min(0).repeat(2)
     both = teacher(noisy.repeat(2, 1, 1, 1), twice, ids.repeat(2, 1), keep, sizes.repeat(2, 1)).float()

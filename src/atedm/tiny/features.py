@@ -28,7 +28,7 @@ WEIGHT = 0.2
 _LOOKED_AT = (("up_blocks.0.attentions", 1), ("up_blocks.1.attentions", 2))
 """Modules whose last one gives features, and how many of these lie along a side of a token."""
 _TIME = 100
-"""Of 1000: a tenth of the noise's variance or less."""
+"""Of 1000, where noise has 11 % of the variance."""
 
 
 class Teacher:

@@ -114,7 +114,7 @@ def tune(
         raise ValueError(f"budget must be above 0 and below 1, a share of the dense run, not {budget!r}")
     if not is_number(images) or images <= 0:
         raise ValueError(f"images must be a number above 0, not {images!r}")
-    model_of = find_model(pipe)
+    denoiser = find_model(pipe)
     if is_applied(pipe):
         raise ValueError("this pipeline is patched, and a search begins with dense images; call atedm.remove first")
     name = model or str(getattr(pipe, "name_or_path", "") or pipe.config.get("_name_or_path", ""))
@@ -131,19 +131,19 @@ def tune(
         size=size,
     )
     check_writable(out / PLAN, out / PAGE)
-    weights = checksum(model_of)
+    weights = checksum(denoiser)
     asked = {"model": dict(dense.model), **dense.settings(), "prompts": list(prompts), "seed": seed}
-    claim(out / SETTINGS, asked | {"weights": weights, "dtype": str(model_of.dtype)}, "a search with")
+    claim(out / SETTINGS, asked | {"weights": weights, "dtype": str(denoiser.dtype)}, "a search with")
     easel = Easel(pipe, prompts, dense, seed, out / "images")
     branches = _caching(pipe, steps)
     arithmetic = Arithmetic.counted(architecture(pipe), size or native_size(pipe), branches)
-    methods = TRANSFORMER_METHODS if is_transformer(model_of) else METHODS
+    methods = TRANSFORMER_METHODS if is_transformer(denoiser) else METHODS
     spent, costs = 0.0, _costs(of, easel, arithmetic, branches, methods["matched"], out, progress)
     if of == "time":
         spent = images_timed(branches, steps)
     reserve = ROUNDS * (1 + FINALISTS * budget)
     # Solvers for few steps are written for models that predict noise or v; a flow's own is Euler's.
-    schedulers = () if is_transformer(model_of) else tuple(SCHEDULERS)
+    schedulers = () if is_transformer(denoiser) else tuple(SCHEDULERS)
     space = Space(dense, costs, budget, branches, schedulers, methods)
     record = {
         "budget": budget,

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import atedm
 from atedm import AtEdm, Matched
 from atedm.costs.architectures import architecture
+from atedm.costs.flops import flop_counter
 from atedm.costs.report import cost
 from atedm.lab.ablation import Variant, variant_of
 from atedm.lab.methods.by_name import method_by_name
@@ -44,7 +46,11 @@ def test_a_variant_does_what_the_method_does(method: Any) -> None:
 )
 def test_the_formula_is_what_torch_counts(change: dict[str, Any]) -> None:
     change = {"match": "euclidean", "rank": "lattice"} | change if "place" in change else change
-    cost(transformer(SD3), Variant(rate=0.5, **change), steps=4)  # raises where torch counts anything else
+    model, variant = transformer(SD3), Variant(rate=0.5, **change)
+    call = architecture(model).call((128, 128), device="cpu")
+    with torch.no_grad(), atedm.pruned(model, variant), flop_counter() as counted, sdpa_kernel(SDPBackend.MATH):
+        model(**call)
+    assert counted.get_total_flops() // 2 == cost(model, variant, size=(128, 128), guidance=False).figures().normal_step
 
 
 @pytest.mark.parametrize(

@@ -195,10 +195,8 @@ def run_experiment(
                 if experiment.source:
                     with candidate.applied(pipe):
                         pass
-            except CostOutOfReach as error:
-                left_out[label] = str(error)
             except ValueError as error:
-                if not experiment.source:
+                if not experiment.source and not isinstance(error, CostOutOfReach):
                     raise
                 left_out[label] = str(error)
             else:

@@ -1,6 +1,7 @@
 """The caches that diffusers ships for transformers: first block, TaylorSeer, pyramid attention broadcast."""
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,15 +17,15 @@ from atedm.lab.methods.candidates import Candidate
 from atedm.words import check_whole, is_number
 
 
-class TransformerCache(Candidate):
+class TransformerCache(Candidate, ABC):
     """A cache of diffusers over the blocks of a transformer. Afterwards they are as before."""
 
     #: Names of its hooks in the registry of diffusers.
     hooks: ClassVar[tuple[str, ...]]
 
+    @abstractmethod
     def _lay_over(self, model: nn.Module, timestep: Callable[[], float]) -> None:
         """Register the hooks; ``timestep`` returns the one of the current call, from 1000 down to 0."""
-        raise NotImplementedError
 
     @contextmanager
     def applied(self, pipe: Any, seed: int = 0) -> Iterator[None]:
