@@ -26,6 +26,7 @@ from atedm.lab.methods.candidates import Candidate, Dense, Pruning
 from atedm.lab.methods.peers import Merging
 from atedm.lab.scores.clip_score import TINY_CLIP
 from atedm.lab.scores.pixels import distances, lpips_distances
+from lpips_weights import keep_random_alexnet
 from rendered_scenes import rendered_scenes
 
 QUICK = Metrics(names=("distance", "accuracy"))
@@ -239,14 +240,8 @@ def test_lpips_is_the_packages_own_and_is_nought_for_equal_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import lpips
-    import torchvision
 
-    # Torchvision's weights cannot be had everywhere: random ones under their name are opened by the same code.
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    (tmp_path / "torch" / "hub" / "checkpoints").mkdir(parents=True)
-    torch.manual_seed(0)
-    network = torchvision.models.alexnet()
-    torch.save(network.state_dict(), tmp_path / "torch" / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth")
+    keep_random_alexnet(tmp_path / "torch", monkeypatch)
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
     files = [tmp_path / f"{index}.png" for index in range(3)]

@@ -150,9 +150,11 @@ def test_the_plan_is_the_nearest_and_never_behind_a_single_technique(pipe: Any, 
     assert found["cost"] <= 0.6
     assert found["seconds"] > 0
     assert found["machine"]["device"] == "cpu"
+    assert {"clip_score", "dense_clip_score"} <= found.keys()
     page = tuned.page.read_text()
     assert page.count("data:image/png") == 2
     assert tuned.plan.what() in page
+    assert f"CLIP score {found['clip_score']:.4f}" in page
     assert not atedm.is_applied(pipe)
     # Other settings in the same folder are refused.
     with pytest.raises(ValueError, match="holds a search with another steps"):

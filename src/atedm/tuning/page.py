@@ -29,6 +29,12 @@ def write_page(file: Path, plan: Plan, tried: Sequence[Tried], easel: Easel) -> 
         f"images of {found['dense_steps']} steps on {found['prompts']} prompts, {found['cost']:.1%} of the dense "
         "arithmetic"
         + (f", {found['time']:.1%} of the dense time measured whole" if "time" in found else "")
+        + (f". LPIPS to dense {found['lpips']:.4f}" if "lpips" in found else "")
+        + (
+            f". CLIP score {found['clip_score']:.4f}, dense {found['dense_clip_score']:.4f}"
+            if "clip_score" in found
+            else ""
+        )
         + f". The search took {found['images']:g} dense images."
     )
     head = ["plan", "what it does", "cost", "distance, dB", "prompts"]

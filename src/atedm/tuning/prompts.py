@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from atedm.tiny import SHIPPED
+from atedm.tiny import SHIPPED, objects_of
 from atedm.tiny.scenes import sample_scene
 
 PICTURES = (
@@ -34,5 +34,5 @@ def tuning_prompts(model: str, count: int) -> list[str]:
     """
     if model in SHIPPED:
         rng = np.random.default_rng([0, 78])
-        return [sample_scene(rng, held_out=False).caption for _ in range(count)]
+        return [sample_scene(rng, held_out=False, names=objects_of(model)).caption for _ in range(count)]
     return [PICTURES[index % len(PICTURES)] for index in range(count)]

@@ -21,7 +21,6 @@ from atedm.costs.architectures import architecture
 from atedm.files import check_writable, read_json, save_json
 from atedm.hosts.models import find_model, is_transformer, spans_of
 from atedm.lab.extra import optional
-from atedm.lab.scores.pixels import lpips_distances
 from atedm.method.presets import METHODS, TRANSFORMER_METHODS
 from atedm.patch import is_applied
 from atedm.plans.fingerprint import checksum, fingerprint
@@ -34,6 +33,7 @@ from atedm.tuning.costs import Arithmetic
 from atedm.tuning.drawing import Easel
 from atedm.tuning.page import write_page
 from atedm.tuning.prompts import tuning_prompts
+from atedm.tuning.scores import further_scores
 from atedm.tuning.search import Search, Tried
 from atedm.tuning.space import Space
 from atedm.tuning.timing import Times, images_timed, time_steps
@@ -204,9 +204,7 @@ def tune(
             "dense_seconds": round(median(theirs), 4),
             "time": round(median(one / two for one, two in zip(ours, theirs, strict=True)), 4),
         }
-    if (perceptual := _lpips(easel, best.plan)) is not None:
-        more["lpips"] = round(perceptual, 5)
-    plan = recorded(best, **more)
+    plan = recorded(best, **more, **further_scores(easel, best.plan))
     save_plan(plan, out / PLAN)
     tried = (*search.finalists(len(search.tried)), *(one for one in search.tried.values() if not one.is_whole))
     write_page(out / PAGE, plan, tried, easel)
@@ -269,18 +267,6 @@ def _chosen(finalists: Sequence[Tried], times: dict[str, list[float]], budget: f
     dense = median(times["dense"])
     kept = [one for one in finalists if median(times[one.key]) <= 1.03 * budget * dense]
     return kept[0] if kept else min(finalists, key=lambda one: median(times[one.key]))
-
-
-def _lpips(easel: Easel, plan: Plan) -> float | None:
-    """Return the mean LPIPS to the dense images; None where the package or its weights are not here already."""
-    if not any((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-*.pth")):
-        return None
-    ours, dense = (easel.files(one, len(easel.prompts)) for one in (plan, easel.dense))
-    try:
-        found = lpips_distances(ours, dense, device=str(easel.pipe.device))
-    except (ImportError, ValueError):
-        return None
-    return sum(found) / len(found)
 
 
 def _machine(pipe: Any) -> dict[str, Any]:
