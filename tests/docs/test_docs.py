@@ -74,12 +74,15 @@ def test_the_notebook_is_the_tutorial() -> None:
 def test_the_tutorial_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
     read = notebook()
-    if not NIGHTLY:  # ten captions show no more of the page than two, nor eight steps more than three
+    if (
+        not NIGHTLY
+    ):  # ten captions show no more of the page than two, nor eight steps more than three, nor three budgets
         for cell in read.cells:
             for written, here in (
                 ("--captions 10 --steps 4", "--captions 2 --steps 2"),
                 ("--steps 8", "--steps 3"),
                 ("steps=8", "steps=3"),
+                ("(0.9, 0.75, 0.6)", "(0.6,)"),
             ):
                 cell.source = cell.source.replace(written, here)
     NotebookClient(read, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()

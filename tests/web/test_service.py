@@ -103,11 +103,11 @@ def test_a_job_that_is_stopped_leaves_nothing_behind(service: Service) -> None:
     before = set(service.folder.iterdir())
 
     def draw() -> None:
-        for event in service.draw("someone", "tiny", asked(service, steps=40)):
+        for event in service.draw("someone", "tiny", asked(service, steps=8)):
             if isinstance(event, StepDone) and (event.kind, event.step) == ("pruned", 2):
                 assert service.stop("someone")
 
-    with pytest.raises(Stopped, match=r"stopped at step \d+ of 40, pruned"):
+    with pytest.raises(Stopped, match=r"stopped at step \d+ of 8, pruned"):
         draw()
     assert set(service.folder.iterdir()) == before
     assert not atedm.is_applied(service.pipe("tiny"))

@@ -69,6 +69,7 @@ def evaluate(
     from atedm.lab.methods.by_name import parse_methods
     from atedm.lab.scores.clip_score import CLIP_MODEL, TINY_CLIP
     from atedm.lab.scores.fid import INCEPTION
+    from atedm.tiny import objects_of
     from atedm.words import check_name
 
     if methods in EXPERIMENTS:
@@ -91,7 +92,7 @@ def evaluate(
     own = TINY_CLIP if prompts == SCENES else None
     chosen = Metrics(names, clip_model or own or CLIP_MODEL, clip_pretrained, fid_features or own or INCEPTION)
     drawing = running.drawing_of(model, steps, guidance, seed, batch, size)
-    read = read_prompts(prompts, captions, seed)
+    read = read_prompts(prompts, captions, seed, objects=objects_of(model))
     if ACCURACY in chosen.names and not any(prompt.scene is not None for prompt in read):
         typer.echo("accuracy is left out: only the captions of scenes can be read back", err=True)
     if FID in chosen.names and not all(prompt.has_reference for prompt in read):

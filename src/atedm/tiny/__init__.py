@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from atedm.tiny.objects import OBJECTS
+
 
 class Shipped(NamedTuple):
     """A model that ships."""
@@ -13,6 +15,8 @@ class Shipped(NamedTuple):
     weights: str
     #: Whether it is the sibling that was distilled to few steps: a LoRA in the same folder.
     few_steps: bool = False
+    #: The objects that it draws.
+    objects: tuple[str, ...] = tuple(OBJECTS)
 
 
 TINY = "tiny"
@@ -21,7 +25,12 @@ SHIPPED = {
     TINY: Shipped("weights"),
     "tiny-turbo": Shipped("weights", few_steps=True),
 }
-"""The models that ship, by name. All draw the same scenes."""
+"""The models that ship, by name: a small SDXL and its sibling for 4 steps."""
+
+
+def objects_of(model: str) -> tuple[str, ...]:
+    """Return the objects that a model draws, of one that does not ship all there are."""
+    return SHIPPED.get(model, SHIPPED[TINY]).objects
 
 
 def weights_folder(name: str = TINY) -> Path:

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from atedm.tiny import SHIPPED, weights_folder
 from atedm.tiny.few_steps import LORA, with_few_steps
+from atedm.tiny.transformer import CaptionOnlySD3Pipeline
 
 
 def open_shipped(name: str, dtype: torch.dtype) -> Any:
@@ -18,6 +19,7 @@ def open_shipped(name: str, dtype: torch.dtype) -> Any:
         FileNotFoundError: If this installation carries no weights.
     """
     folder, few_steps = weights_folder(name), SHIPPED[name].few_steps
+    kind = CaptionOnlySD3Pipeline if (folder / "transformer").exists() else StableDiffusionXLPipeline
     # Few steps in float32 first, so that the LoRA is added without rounding.
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32 if few_steps else dtype)
+    pipe = kind.from_pretrained(folder, torch_dtype=torch.float32 if few_steps else dtype)
     return with_few_steps(pipe, folder / LORA).to(dtype) if few_steps else pipe

@@ -81,11 +81,12 @@ def errors(
     from atedm.lab.evaluation.prompts import read_prompts
     from atedm.lab.methods.by_name import parse_methods
     from atedm.lab.probes.errors import find_errors
+    from atedm.tiny import objects_of
 
     check_writable(plot)
     asked = METHODS if methods is None else {spec: spec for spec in parse_methods(methods)}
     chosen = {name: running.method_of(spec, model, steps) for name, spec in asked.items()}
-    texts = [prompt.text for prompt in read_prompts(prompts, None, seed, at_most=captions)]
+    texts = [prompt.text for prompt in read_prompts(prompts, None, seed, at_most=captions, objects=objects_of(model))]
     drawing = running.drawing_of(model, steps, guidance, seed, batch)
     pipe = running.open_pipeline(model, device, dtype)
     with running.progress_bar() as tell:

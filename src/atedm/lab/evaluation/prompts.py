@@ -3,9 +3,11 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from atedm.tiny.objects import OBJECTS
 from atedm.tiny.scenes import Scene, held_out_scenes
 
 SCENES = "scenes"
@@ -25,12 +27,20 @@ class Prompt:
         return self.scene is not None or self.picture is not None
 
 
-def read_prompts(source: str, count: int | None = None, seed: int = 0, *, at_most: int | None = None) -> list[Prompt]:
+def read_prompts(
+    source: str,
+    count: int | None = None,
+    seed: int = 0,
+    *,
+    at_most: int | None = None,
+    objects: Sequence[str] = tuple(OBJECTS),
+) -> list[Prompt]:
     """Read the first ``count`` prompts, by default all or 500 scenes; ``seed`` says which scenes.
 
-    ``source`` is "scenes" for held-out captions of the scenes that the shipped model draws; a text file of a prompt a
-    line; a CSV file with a column "prompt" or "caption"; or a folder of MS-COCO, with ``annotations/captions_*.json``
-    and the pictures of that split beside. Where no ``count`` is given, ``at_most`` so many are read.
+    ``source`` is "scenes" for held-out captions of the scenes that the shipped models draw, of ``objects``; a text file
+    of a prompt a line; a CSV file with a column "prompt" or "caption"; or a folder of MS-COCO, with
+    ``annotations/captions_*.json`` and the pictures of that split beside. Where no ``count`` is given, ``at_most`` so
+    many are read.
 
     Raises a `FileNotFoundError` if it is not there, and a `ValueError` if there are no prompts in it, or fewer than
     ``count``.
@@ -38,7 +48,7 @@ def read_prompts(source: str, count: int | None = None, seed: int = 0, *, at_mos
     if count is not None and count < 1:
         raise ValueError(f"captions must be at least 1, not {count}")
     if source == SCENES:
-        return [Prompt(scene.caption, scene) for scene in held_out_scenes(count or at_most or 500, seed)]
+        return [Prompt(scene.caption, scene) for scene in held_out_scenes(count or at_most or 500, seed, objects)]
     path = Path(source).expanduser()
     if path.is_dir():
         prompts = _read_coco(path)
