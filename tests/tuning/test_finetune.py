@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -21,7 +22,7 @@ from atedm.costs.architectures import architecture
 from atedm.hosts.unet_spans import find_spans
 from atedm.plans.fingerprint import fingerprint
 from atedm.plans.plan import Cache, Plan, read_plan, save_plan
-from atedm.tuning.finetune import Training, finetune
+from atedm.tuning.finetune import Training, _one_run, _trainable, finetune
 from atedm.tuning.memory import FusedAttention, _held, training_needs
 from models import sdxl_pipeline, sdxl_unet, snapshot
 
@@ -147,6 +148,33 @@ def test_a_training_that_was_killed_goes_on(plan: Plan, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "killed/plan.json" in done.stdout.replace(os.sep, "/")
     assert json.loads((tmp_path / "killed" / "plan.json").read_text())["lora"] == "lora"
+
+
+@pytest.mark.skipif("ATEDM_PROCESSES" not in os.environ, reason="starts two processes; ATEDM_PROCESSES=1, as do nights")
+def test_two_processes_step_by_the_mean_of_their_gradients(tmp_path: Path) -> None:
+    small = sdxl_pipeline(unet=sdxl_unet(layers_per_block=2))
+    small.save_pretrained(tmp_path / "model")
+    plan = Plan(fingerprint(small), 1, method=atedm.Matched(rate=0.5), guidance=3.0)
+    save_plan(plan, tmp_path / "plan.json")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("--main_process_port", "0", "-m", "atedm", "finetune", "model", "--plan", "plan.json", "--runs", "1"),
+        *("--rank", "2", "--prompts", "prompts.txt", "--device", "cpu", "--out", "two"),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    state = load_file(tmp_path / "two" / "state.safetensors")
+    with _trainable(small.unet, Training(rank=2)) as parameters:
+        for number, prompt in enumerate(PROMPTS):
+            _one_run(small, small.unet, plan, prompt, number)
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad /= 2
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for number, parameter in enumerate(parameters):  # AdamW's first moment begins as a tenth of the gradient
+            moment = state[f"optimizer.{number}.exp_avg"]
+            torch.testing.assert_close(moment, 0.1 * parameter.grad, rtol=1e-3, atol=1e-7)
 
 
 def test_a_plan_with_a_lora_is_refused_on_other_weights(pipe: Any, plan: Plan, tmp_path: Path) -> None:
