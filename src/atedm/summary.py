@@ -10,7 +10,8 @@ from diffusers import UNet2DConditionModel
 
 from atedm.costs.architectures import WORDS, Architecture, architecture
 from atedm.costs.budget import Profile, profile_of
-from atedm.costs.spans import SpanShape, early_steps, span_shape
+from atedm.costs.macs import SpanShape
+from atedm.costs.spans import early_steps, span_shape
 from atedm.hosts.models import find_model, is_transformer
 from atedm.hosts.unet_spans import find_spans
 from atedm.method.contract import Method

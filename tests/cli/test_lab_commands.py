@@ -40,7 +40,7 @@ def test_a_package_that_is_missing_is_told_before_anything_is_drawn(
 
 
 def test_charts_say_that_matplotlib_is_missing() -> None:
-    code = "import sys; sys.modules['matplotlib'] = None; import atedm.lab.charts.figure"
+    code = "import sys; sys.modules['matplotlib'] = None; import atedm.lab.plotting.figure"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "this needs matplotlib: pip install 'atedm[lab]'" in done.stderr
 

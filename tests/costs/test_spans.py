@@ -19,16 +19,8 @@ from atedm import AtEdm, Early, Matched, Place, not_second_level
 from atedm.costs.architectures import WORDS, architecture
 from atedm.costs.budget import BUDGETS_OF, CostOutOfReach, fit_to_budget, profile_of
 from atedm.costs.flops import flop_counter
-from atedm.costs.spans import (
-    CONVENTIONS,
-    Macs,
-    SpanShape,
-    mean_macs,
-    span_macs,
-    span_run_macs,
-    span_shape,
-    step_macs,
-)
+from atedm.costs.macs import CONVENTIONS, Macs, SpanShape
+from atedm.costs.spans import mean_macs, span_macs, span_run_macs, span_shape, step_macs
 from atedm.costs.tome import LEVELS, MERGES, ToMe
 from atedm.hosts.unet_spans import find_spans
 from atedm.lab.ablation import Variant, variant_of

@@ -1,6 +1,6 @@
 """Charts show what they are given."""
 
-from atedm.lab.charts.quality import cost_chart, curve_chart, rows_chart
+from atedm.lab.evaluation.charts import cost_chart, curve_chart, rows_chart
 from atedm.lab.scores.intervals import Interval
 
 

@@ -54,8 +54,8 @@ def cost(
     from atedm.app.models import quiet_libraries
     from atedm.costs.architectures import architecture
     from atedm.costs.budget import fit_to_budget
+    from atedm.costs.macs import CONVENTIONS
     from atedm.costs.report import cost as cost_of
-    from atedm.costs.spans import CONVENTIONS
     from atedm.costs.tome import LEVELS, MERGES, ToMe
     from atedm.files import check_writable
     from atedm.suits import suits
@@ -79,7 +79,7 @@ def cost(
 
 def tables(report: CostReport, tomes: Sequence[ToMe]) -> str:
     """Show what steps, blocks and the run cost, with settings of ToMe beside."""
-    from atedm.costs.spans import CONVENTIONS
+    from atedm.costs.macs import CONVENTIONS
     from atedm.lab.tables import markdown_table
 
     method: Method = report.method  # type: ignore[assignment]

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from atedm.costs.architectures import Architecture, architecture
 from atedm.costs.counting import StageCost, count_dense
-from atedm.costs.spans import CONVENTIONS, SpanShape, mean_macs, span_shape, step_macs
+from atedm.costs.macs import CONVENTIONS, SpanShape
+from atedm.costs.spans import mean_macs, span_shape, step_macs
 from atedm.costs.tome import ToMe
 from atedm.costs.transformers import transformer_shapes
 from atedm.hosts.models import spans_of

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from atedm.costs.architectures import Architecture, architecture
 from atedm.costs.budget import Profile, profile_of
 from atedm.costs.counting import StageCost, count_macs, kinds_of_step
-from atedm.costs.spans import CONVENTIONS, Macs, SpanShape, early_steps, span_macs, span_run_macs
+from atedm.costs.macs import CONVENTIONS, Macs, SpanShape
+from atedm.costs.spans import early_steps, span_macs, span_run_macs
 from atedm.costs.tome import ToMe
 from atedm.costs.transformers import count_blocks
 from atedm.hosts.models import attach, detach, spans_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from atedm.costs.spans import Macs, SpanShape, layer_macs
+from atedm.costs.macs import Macs, SpanShape, layer_macs
 from atedm.method.schedule import Early
 from atedm.words import check_name, is_number
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from atedm.costs.counting import StageCost
 from atedm.costs.flops import macs_by_module
-from atedm.costs.spans import Macs, SpanShape, meta
+from atedm.costs.macs import Macs, SpanShape, meta
 from atedm.costs.transformer_calls import transformer_call
 from atedm.hosts.diffusers_dit import attach_transformer, detach_transformer, find_transformer_spans, known_family
 from atedm.hosts.state import PATCHING

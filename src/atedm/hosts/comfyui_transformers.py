@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, compiler
 
+from atedm.hosts.comfyui_call import Call
 from atedm.method.contract import Cut, Memory, Method, Place, View
 from atedm.method.keep import gather_tokens
-
-if TYPE_CHECKING:
-    from atedm.hosts.comfyui import Call
 
 #: Where the blocks are, by what ComfyUI calls the class of a transformer.
 _BLOCKS = {

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, compiler, float32, nn
 
+from atedm.hosts.comfyui_call import Call
 from atedm.method.contract import Cut, Memory, Place, QueriesAndKeys, View
-
-if TYPE_CHECKING:
-    from atedm.hosts.comfyui import Call
 
 _BLOCK = "SpatialTransformer"
 #: Patches that may read the tokens of an attention block by their place.

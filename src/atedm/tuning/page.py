@@ -9,8 +9,8 @@ from PIL import Image
 
 from atedm.app.pictures.canvas import Cell, draw_sheet
 from atedm.files import save_text
-from atedm.lab.charts.figure import new_charts, picture_of
 from atedm.lab.evaluation.report import page_of
+from atedm.lab.plotting.figure import new_charts, picture_of
 from atedm.lab.scores.pixels import read_picture
 from atedm.plans.plan import Plan
 from atedm.tuning.drawing import Easel

@@ -12,7 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from atedm.costs.spans import Macs, SpanShape, layer_macs, meta_overhead
+from atedm.costs.macs import Macs, SpanShape, layer_macs
+from atedm.costs.spans import meta_overhead
 from atedm.lab.ablation.choosing import choose, drop, rank_tokens
 from atedm.lab.ablation.settings import Settings
 from atedm.method.at_edm import AtEdm

@@ -1,5 +1,1 @@
-"""Charts of what the laboratory measures, drawn by matplotlib."""
-
-from atedm.lab.extra import optional
-
-optional("matplotlib")
+"""Charts of what the lab measures: costs, times, and figures over the steps of a run."""

@@ -7,7 +7,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from atedm.costs.report import CostReport
-from atedm.lab.charts.figure import FAINT_HEX, headed, new_charts, picture_of
+from atedm.lab.plotting.figure import FAINT_HEX, headed, new_charts, picture_of
 from atedm.lab.probes.scaling import Point
 
 ATTENTION, RESNET, OTHER = "#3b6fb6", "#d98b3a", "#b9bcc4"

@@ -6,7 +6,7 @@ from matplotlib import colormaps
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from atedm.lab.charts.figure import FAINT_HEX, INK_HEX, headed, legend_beside, marks, new_charts, picture_of
+from atedm.lab.plotting.figure import FAINT_HEX, INK_HEX, headed, legend_beside, marks, new_charts, picture_of
 from atedm.lab.probes.errors import ErrorsReport, root_mean_square
 from atedm.lab.probes.objects import ObjectsReport
 from atedm.lab.probes.variance import EARLY_SHARE, THRESHOLD, VarianceReport

@@ -4,7 +4,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from atedm.lab.bench.bench import BenchReport
-from atedm.lab.charts.figure import FAINT_HEX, INK_HEX, legend_beside, new_charts, picture_of, rows_named
+from atedm.lab.plotting.figure import FAINT_HEX, INK_HEX, legend_beside, new_charts, picture_of, rows_named
 from atedm.lab.probes.latency import LatencyReport
 
 _BESIDE = {"textcoords": "offset points", "va": "center", "color": INK_HEX, "fontsize": 9}

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 import atedm
 from atedm.app.pictures.canvas import Cell, draw_sheet
 from atedm.files import save_image, save_json, save_text
-from atedm.lab.charts.quality import experiment_chart
+from atedm.lab.evaluation.charts import experiment_chart
 from atedm.lab.evaluation.experiments import Experiment
 from atedm.lab.evaluation.images import image_file
 from atedm.lab.evaluation.prompts import Prompt

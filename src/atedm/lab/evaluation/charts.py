@@ -6,10 +6,10 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from atedm.lab.charts.figure import FAINT_HEX, marks, new_charts, picture_of, rows_named
 from atedm.lab.evaluation.experiments import Experiment
 from atedm.lab.evaluation.run import Outcome
 from atedm.lab.evaluation.scoring import ACCURACY, CLIP, COLUMNS, DISTANCE, FID
+from atedm.lab.plotting.figure import FAINT_HEX, marks, new_charts, picture_of, rows_named
 from atedm.lab.scores.intervals import Interval
 
 SHOWN = (DISTANCE, ACCURACY, CLIP)
