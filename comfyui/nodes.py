@@ -97,8 +97,8 @@ def token_pruning(model: Any, method: str, rate: float, early_strength: float) -
     chosen: Any = METHODS[method]
     if method == "matched" and is_transformer(model.get_model_object("diffusion_model")):
         chosen = TRANSFORMER_METHODS[method]
-        if early_strength != 1:  # which says what early steps drop, the first one too
-            chosen = dataclasses.replace(chosen, first_dense=False)
+        if early_strength != 1:  # which says what early steps drop
+            chosen = dataclasses.replace(chosen, dense_share=0.0)
     chosen = dataclasses.replace(chosen, rate=rate)
     return prune(model, chosen if early_strength == 1 else EarlyStrength(chosen, early_strength))
 

@@ -51,7 +51,7 @@ def test_a_budget_is_kept_and_the_cost_is_printed(model: str, tmp_path: Path) ->
     assert json.loads((tmp_path / "out" / "run.json").read_text())["cost"] == pytest.approx(0.95, abs=0.01)
     printed = run("cost", "--model", model, "--json")
     assert json.loads(printed)["tome"] == []
-    assert "transformer_blocks[1:4]" in run("cost", "--model", model)
+    assert "transformer_blocks[1:5]" in run("cost", "--model", model)
 
 
 def test_methods_are_evaluated_and_timed_side_by_side(model: str, tmp_path: Path) -> None:
@@ -72,4 +72,4 @@ def test_the_page_offers_it(model: str, tmp_path: Path) -> None:
     service = Service((model,), tmp_path, device="cpu")
     assert "matched" in service.methods(model).values()
     request = service.request(model, "a duck", "matched", 95, 4, 3.0, 0)
-    assert request.method.first_dense  # type: ignore[attr-defined]
+    assert request.method.dense_share  # type: ignore[attr-defined]

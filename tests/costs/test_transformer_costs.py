@@ -12,6 +12,7 @@ from atedm.costs.architectures import architecture
 from atedm.costs.budget import CostOutOfReach, fit_to_budget, profile_of, run_cost
 from atedm.costs.flops import flop_counter
 from atedm.costs.report import cost
+from atedm.method.matched import FIRST_STEP
 from atedm.method.presets import TRANSFORMER_METHODS
 from transformers_of import CONFIGS, transformer
 
@@ -19,15 +20,15 @@ NAMES = ("flux", "sd35-large", "sd35-medium", "qwen-image", "z-image", "pixart-s
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("method", [Matched(rate=0.6, first_dense=True), AtEdm(rate=0.5)], ids=["matched", "at-edm"])
+@pytest.mark.parametrize("method", [Matched(rate=0.6, dense_share=0.5), AtEdm(rate=0.5)], ids=["matched", "at-edm"])
 def test_the_formula_is_what_torch_counts(name: str, method: object) -> None:
     report = cost(transformer(name), method, steps=4)  # raises where torch counts anything else
     figures = report.figures()
     assert figures.normal_step < figures.dense
-    assert report.early_steps == (1 if isinstance(method, Matched) else 2)
+    assert report.early_steps == 2
     if isinstance(method, Matched):
         assert figures.early_step == figures.dense
-        assert figures.mean == (figures.dense + 3 * figures.normal_step) / 4
+        assert figures.mean == (figures.dense + figures.normal_step) / 2
     assert sum(span.dense.exact for span in report.spans) + report.rest == figures.dense
 
 
@@ -56,8 +57,12 @@ def test_models_by_name_cost_what_a_budget_says(name: str) -> None:
     fitted = fit_to_budget(name, matched, share=0.6, steps=4)
     assert run_cost(name, fitted, steps=4) == pytest.approx(0.6, abs=1e-3)
     assert run_cost(name, fitted, steps=4) <= 0.6
+    # Two steps of four are dense, or where that cannot be, one, or none.
+    assert fit_to_budget(name, matched, share=0.75, steps=4).dense_share == 0.3
+    assert fit_to_budget(name, matched, share=0.4, steps=4).dense_share == FIRST_STEP
+    assert fit_to_budget(name, matched, share=0.2, steps=4).dense_share == 0
     with pytest.raises(CostOutOfReach, match="pruning reaches down to"):
-        fit_to_budget(name, matched, share=0.2, steps=4)  # a quarter of four steps is dense
+        fit_to_budget(name, matched, share=0.001, steps=4)
 
 
 def test_the_figures_of_the_page() -> None:

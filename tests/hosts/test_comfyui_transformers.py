@@ -36,11 +36,11 @@ def draw(patcher: ModelPatcher, batch: int = 1, noise: Tensor | None = None, **o
     return Guider(patcher, contexts(), **options).sample(noise, SIGMAS)
 
 
-def test_spans_leave_the_first_and_the_last_block() -> None:
+def test_spans_leave_the_first_block() -> None:
     places = [span.place for span in find_spans(model().model.diffusion_model)]
     assert [(place.name, place.layers, place.index) for place in places] == [
         ("double_blocks.1-2", 2, 0),
-        ("single_blocks.0-2", 3, 1),
+        ("single_blocks.0-3", 4, 1),
     ]
 
 
@@ -49,7 +49,7 @@ def test_blocks_run_on_what_is_kept_and_all_words() -> None:
     pruned = draw(prune(patcher, Matched(0.5)))
     network = patcher.model.diffusion_model
     assert [block.seen[0] for block in network.double_blocks] == [(5, 24), (5, 12), (5, 12)]
-    assert [block.seen[0] for block in network.single_blocks] == [17, 17, 17, 29]
+    assert [block.seen[0] for block in network.single_blocks] == [17, 17, 17, 17]
     assert pruned.isfinite().all()
     assert not torch.equal(pruned, draw(patcher))
 
@@ -69,12 +69,12 @@ def test_rate_0_changes_no_bit_and_equal_runs_are_equal() -> None:
 def test_a_dense_first_step_leaves_each_token_its_own_update() -> None:
     """The second step then adds to the update of a group what set that of a token apart, as in diffusers."""
     patcher = model()
-    method = Matched(0.5, level_factors=(), first_dense=True)
+    method = Matched(0.5, level_factors=(), dense_share=0.01)
     remembered = draw(prune(patcher, method))
     seen = [count for _, count in patcher.model.diffusion_model.double_blocks[1].seen[-3:]]
     assert seen == [24, 12, 12]
     forgetful = draw(prune(patcher, replace(method, own_update_share=0.0)))
-    pruned_at_once = draw(prune(patcher, replace(method, first_dense=False)))
+    pruned_at_once = draw(prune(patcher, replace(method, dense_share=0.0)))
     dense = draw(patcher)
     off = [float((image - dense).square().mean()) for image in (remembered, forgetful, pruned_at_once)]
     assert off[0] < off[1]
@@ -126,7 +126,7 @@ def test_while_a_controlnet_adds_to_its_tokens_it_is_dense(caplog: pytest.LogCap
     lines = [record.message for record in caplog.records]
     assert lines == [
         f"Token pruning: {name} is left dense, because a ControlNet adds to its tokens between blocks"
-        for name in ("double_blocks.1-2", "single_blocks.0-2")
+        for name in ("double_blocks.1-2", "single_blocks.0-3")
     ]
 
 
@@ -188,5 +188,5 @@ def test_what_was_kept_is_recorded() -> None:
     record = pruning_of(clone).record  # type: ignore[union-attr]
     assert {name: span.share(1).shape for name, span in record.spans.items()} == {
         "double_blocks.1-2": (2, 6, 4),
-        "single_blocks.0-2": (2, 6, 4),
+        "single_blocks.0-3": (2, 6, 4),
     }

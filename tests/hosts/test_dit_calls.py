@@ -256,7 +256,7 @@ def test_a_channel_more_is_a_bias_and_counts_are_copies() -> None:
 
 @pytest.mark.parametrize(
     ("method", "graphs"),
-    [(Matched(rate=0.5, first_dense=True), 2), (AtEdm(rate=0.5, spare=None), 1)],
+    [(Matched(rate=0.5, dense_share=0.01), 2), (AtEdm(rate=0.5, spare=None), 1)],
     ids=["matched", "at-edm"],
 )
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 import atedm
 from atedm import Matched
 from atedm.hosts.noise_steps import NoiseSteps
+from atedm.method.matched import FIRST_STEP
 from transformers_of import call_of, image_of, transformer
 
 FLUX, SD3 = "FluxTransformer2DModel", "SD3Transformer2DModel"
@@ -85,9 +86,9 @@ def run(model: Any, name: str, values: list[float], **changes: Any) -> list[Tens
 @torch.no_grad()
 def test_the_first_step_is_dense_and_leaves_its_updates_behind(name: str) -> None:
     model = transformer(name)
-    values = [1.0, 0.999]
+    values = [1.0, 0.9989]
     dense = run(model, name, values)
-    method = Matched(rate=0.5, first_dense=True, own_update_share=1.0)
+    method = Matched(rate=0.5, dense_share=FIRST_STEP, own_update_share=1.0)
     with atedm.pruned(model, method):
         first = run(model, name, values)
     with atedm.pruned(model, method):

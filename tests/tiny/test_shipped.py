@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import typer
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import SD3Transformer2DModel, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 from typer.testing import CliRunner
 
 import atedm
 from atedm.app.models import load_pipeline
-from atedm.tiny import weights_folder
+from atedm.tiny import objects_of, weights_folder
 from atedm.tiny.few_steps import LORA
 from atedm.tiny.judge import JUDGE, accuracy, judge, load_judge
 from atedm.tiny.pipeline import open_run
@@ -31,6 +31,20 @@ def test_it_is_small_and_holds_safetensors_only() -> None:
     assert sum(file.stat().st_size for file in model) < 25e6
     assert sum(file.stat().st_size for file in files) < 29e6
     assert {file.suffix for file in files} <= {".safetensors", ".json", ".txt"}
+
+
+def test_the_transformer_is_smaller_and_has_the_licence_of_its_objects() -> None:
+    files = [file for file in weights_folder("tiny-sd3").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files if LORA not in file.parts) < 12e6
+    assert sum(file.stat().st_size for file in files) < 14e6
+    assert {file.suffix for file in files} <= {".safetensors", ".json", ".txt"}
+    assert any(file.name == "NOTICE.txt" for file in files)
+
+
+def test_the_transformer_is_sd3_shaped() -> None:
+    pipe = load_pipeline("tiny-sd3", device="cpu")
+    assert isinstance(pipe.transformer, SD3Transformer2DModel)
+    assert [(shape.tokens, shape.place.layers) for shape in atedm.apply(pipe).shapes] == [(256, 6)]
 
 
 def test_it_opens_with_plain_diffusers_and_is_sdxl_shaped() -> None:
@@ -112,6 +126,23 @@ def test_its_sibling_draws_in_four_steps_dense_and_pruned() -> None:
         shares = accuracy([judge(asked, seen) for asked, seen in zip(scenes, reader.read(images), strict=True)])
         assert shares["object"] >= 0.8, shares
     assert 18 < float(np.mean(psnr(pruned, dense))) < 60
+
+
+@pytest.mark.parametrize(("name", "steps", "guidance"), [("tiny-sd3", 10, 3.0), ("tiny-sd3-turbo", 4, 0.0)])
+def test_the_transformers_draw_what_held_out_captions_say_dense_and_pruned(
+    name: str, steps: int, guidance: float
+) -> None:
+    pipe = load_pipeline(name, device="cpu")
+    reader = load_judge(weights_folder() / JUDGE)
+    scenes = held_out_scenes(16, seed=1, names=objects_of(name))
+    dense = drawn(pipe, scenes, steps, guidance=guidance)
+    with atedm.pruned(pipe, "matched"):
+        pruned = drawn(pipe, scenes, steps, guidance=guidance)
+    for images in (dense, pruned):
+        shares = accuracy([judge(asked, seen) for asked, seen in zip(scenes, reader.read(images), strict=True)])
+        assert shares["object"] >= 0.6, shares
+        assert shares["background"] >= 0.8, shares
+    assert 15 < float(np.mean(psnr(pruned, dense))) < 60
 
 
 def test_images_do_not_depend_on_how_they_are_batched() -> None:

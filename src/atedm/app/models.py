@@ -21,8 +21,9 @@ def load_pipeline(model: str = TINY, *, device: str | None = None, dtype: torch.
     """Open a text-to-image pipeline.
 
     Args:
-        model: "tiny" for the model that ships, "tiny-turbo" for its sibling that draws in 4 steps; a diffusers folder,
-            a single ``.safetensors`` file, or a hub id such as "stabilityai/stable-diffusion-xl-base-1.0".
+        model: "tiny" for the small SDXL that ships, "tiny-sd3" for the small SD3, "tiny-turbo" and "tiny-sd3-turbo" for
+            their siblings that draw in 4 steps; a diffusers folder, a single ``.safetensors`` file, or a hub id such as
+            "stabilityai/stable-diffusion-xl-base-1.0".
         device: Where to put it. By default CUDA, else MPS, else the CPU.
         dtype: By default float32 on the CPU and float16 elsewhere.
 

@@ -75,15 +75,16 @@ def panel(title: str | None) -> Callable[..., Any]:
 PLAIN, MODEL, PRUNING, IMAGES, OUTPUT = map(panel, (None, "Model", "Pruning", "Images", "Output"))
 
 MODEL_HELP = (
-    "**tiny**, the model that ships; **tiny-turbo**, its sibling for 4 steps; a hub id such as "
+    "**tiny**, the small SDXL that ships; **tiny-sd3**, the small SD3; **tiny-turbo** and **tiny-sd3-turbo**, their "
+    "siblings for 4 steps; a hub id such as "
     "stabilityai/stable-diffusion-xl-base-1.0; a diffusers folder; or a single .safetensors file."
 )
 Model = Annotated[str, MODEL(MODEL_HELP)]
 TimedModel = Annotated[
     str,
     MODEL(
-        "**tiny**, **tiny-turbo**, **sdxl**, **sdxl-turbo**, **sd15**, **sd21**, a folder or a hub id; "
-        "only the config is read."
+        "**tiny**, **tiny-turbo**, **tiny-sd3**, **tiny-sd3-turbo**, **sdxl**, **sdxl-turbo**, **sd15**, **sd21**, a "
+        "folder or a hub id; only the config is read."
     ),
 ]
 Device = Annotated[str | None, MODEL("cuda, mps or cpu; by default the fastest.", callback=checked_device)]

@@ -19,6 +19,7 @@ from atedm.costs.transformers import transformer_shapes
 from atedm.hosts.models import spans_of
 from atedm.hosts.unet_spans import choose_spans, find_spans
 from atedm.method.contract import Method
+from atedm.method.matched import DENSE_SHARES, Matched
 from atedm.words import check_name, check_whole
 
 #: What a budget is for: the mean step of a run, or a normal step, which is what the paper's figures are.
@@ -89,6 +90,8 @@ def fit_to_budget(
 ) -> M:
     """Return ``method`` with the least rate, or ratio of ToMe, that keeps to a budget for the whole model.
 
+    Matched pruning whose run begins dense does so for a smaller share of it, where else no rate keeps to the budget.
+
         >>> from atedm import AtEdm
         >>> fit_to_budget("sdxl", AtEdm(), tmacs=4.1, of="normal-step", convention="paper").rate  # doctest: +SKIP
         0.617...
@@ -129,14 +132,30 @@ def fit_to_budget(
     images = 2 if (arch.guidance if guidance is None else guidance) else 1
     target = share * profile.dense(convention) if share is not None else given * 1e12 / images
 
-    def cost(value: float) -> float:
+    def cost(value: float, method: M) -> float:
         at = dataclasses.replace(method, **{slider: value})  # type: ignore[type-var]
         if of == "mean":
             return profile.mean(at, steps, convention)
         return profile.rest + step_macs(profile.shapes, at).by(convention)
 
     what = what or ("a mean step" if of == "mean" else "a normal step")
-    return dataclasses.replace(method, **{slider: _least(cost, target, highest, what, images)})  # type: ignore[type-var]
+    *gentler, last = with_fewer_dense_steps(method)
+    for one in gentler:
+        if cost(highest, one) <= target:
+            method = one
+            break
+    else:
+        method = last
+    found = _least(functools.partial(cost, method=method), target, highest, what, images)
+    return dataclasses.replace(method, **{slider: found})  # type: ignore[type-var]
+
+
+def with_fewer_dense_steps(method: M) -> list[M]:
+    """Return ``method``, and after it the same with fewer dense steps at the beginning of a run, if it has any."""
+    if not isinstance(method, Matched):
+        return [method]
+    shares = (share for share in DENSE_SHARES if share < method.dense_share)
+    return [method, *(dataclasses.replace(method, dense_share=share) for share in shares)]
 
 
 def _least(cost: Callable[[float], float], target: float, highest: float, what: str, images: int) -> float:

@@ -1,8 +1,8 @@
 """Spans of the transformers in ComfyUI: runs of blocks of FLUX, SD3 and Qwen-Image.
 
 The tokens of the image are dropped before the first block of a span and refilled after its last; those of the prompt
-all stay. Each kept token keeps its place: its rotary embedding is gathered with it. The first and the last block of a
-model always run on all tokens.
+all stay. Each kept token keeps its place: its rotary embedding is gathered with it. The first block of a model
+always runs on all tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def find_spans(network: Any) -> Iterator[TransformerSpan]:
     names = _BLOCKS[type(network).__name__]
     for index, name in enumerate(names):
         blocks = len(getattr(network, name))
-        chosen = range(int(index == 0), blocks - int(index == len(names) - 1))
+        chosen = range(int(index == 0), blocks)
         if chosen:
             path = f"{name}.{chosen[0]}-{chosen[-1]}"
             place = Place("mid", 1, index, len(names), len(chosen), path)

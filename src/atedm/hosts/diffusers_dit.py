@@ -1,6 +1,6 @@
 """The host for diffusers' transformers: SD3, PixArt, FLUX, Qwen-Image, Z-Image, Wan and more (`dit_families`).
 
-A span is a stretch of blocks: all of a list but the first and the last block of the model, which run on all tokens.
+A span is a stretch of blocks: all of a list but the first block of the model, which runs on all tokens.
 Text tokens are never dropped. Each block of a span gets a class that prunes (`dit_blocks`); putting the old class back
 restores everything.
 """
@@ -30,7 +30,7 @@ from atedm.method.contract import Method, Place
 OLDEST = (0, 40)
 """Release of diffusers from which on blocks are handed what `dit_families` says."""
 DENSE_BLOCKS = 1
-"""Blocks at either end of the model that run on all tokens."""
+"""Blocks at the beginning of the model that run on all tokens."""
 
 
 @dataclass
@@ -80,9 +80,8 @@ def find_transformer_spans(model: nn.Module) -> Spans:
     bounds = []
     for index, (name, blocks) in enumerate(lists):
         start = DENSE_BLOCKS if index == 0 else 0
-        end = len(blocks) - (DENSE_BLOCKS if index == len(lists) - 1 else 0)
-        if end > start:
-            bounds.append((f"{name}[{start}:{end}]", blocks[start:end]))
+        if len(blocks) > start:
+            bounds.append((f"{name}[{start}:{len(blocks)}]", blocks[start:]))
     for index, (name, blocks) in enumerate(bounds):
         spans[name] = (Place("mid", 1, index, len(bounds), len(blocks), name), blocks)
     return spans

@@ -31,8 +31,12 @@ from atedm.method.protection import with_protected
 from atedm.method.recovery import group_sizes, mean_by_source, update_of_match, with_own_update
 from atedm.words import check_callable, check_pairs, check_rate, check_share
 
-_FIRST = 1e-6
-"""Shares of a run below this are those of its first step."""
+FIRST_STEP = 0.001
+"""As a `Matched.dense_share`: the first step alone, in runs of up to a thousand steps."""
+DENSE_SHARES = (0.3, FIRST_STEP, 0.0)
+"""Shares of a run to try, the gentlest first."""
+_TOLERANCE = 1e-6
+"""Below this, two shares of a run are one."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ class Matched:
     cover_share: float = 0.4
     #: How much of what set a token's last update apart from its group's is added, in [0, 1]. 0 remembers nothing.
     own_update_share: float = 0.5
-    #: Whether the first step of a run drops nothing. In a transformer it leaves every token's own update for the next.
-    first_dense: bool = False
+    #: Share of the run, at its beginning, in which nothing is dropped. Dense steps leave each token its own update.
+    dense_share: float = 0.0
 
     dense_layers = 0
     name = "Matched pruning"
@@ -70,6 +74,7 @@ class Matched:
         object.__setattr__(self, "level_factors", check_pairs("level_factors", self.level_factors))
         check_share("cover_share", self.cover_share)
         check_share("own_update_share", self.own_update_share)
+        check_share("dense_share", self.dense_share)
 
     @property
     def remembers(self) -> bool:
@@ -77,12 +82,12 @@ class Matched:
         return self.own_update_share > 0
 
     def is_early(self, share: float) -> bool:
-        """Whether this is the first step and that is dense; all others prune alike."""
-        return self.first_dense and share < _FIRST
+        """Whether nothing is dropped in a step before which ``share`` of the run is done; all others prune alike."""
+        return share < self.dense_share - _TOLERANCE
 
     def count(self, place: Place, tokens: int, *, early: bool = False) -> int:
         """Tokens that the whole span runs on."""
-        if (early and self.first_dense) or not self.where(place):
+        if (early and self.dense_share > 0) or not self.where(place):
             return tokens
         return keep_count(tokens, dict(self.level_factors).get(place.level, 1.0) * self.rate)
 
@@ -123,5 +128,5 @@ class Matched:
             "level_factors": [list(pair) for pair in self.level_factors],
             "cover_share": self.cover_share,
             "own_update_share": self.own_update_share,
-            "first_dense": self.first_dense,
+            "dense_share": self.dense_share,
         }

@@ -16,8 +16,10 @@ from atedm.words import check_name
 #: Our own method, and the paper's settings: AT-EDM, AT-EDM† (no pruning at the second level), and one for few steps.
 METHODS: dict[str, Method] = {"matched": Matched(), "paper": AtEdm(), "dagger": DAGGER, "turbo": TURBO}
 
-#: The same for transformers, where the first step of a run is dense: it leaves each token its own update for the next.
-TRANSFORMER_METHODS: dict[str, Method] = METHODS | {"matched": Matched(rate=0.6, level_factors=(), first_dense=True)}
+#: The same for transformers, where a run begins dense, and a token keeps all of its own last update.
+TRANSFORMER_METHODS: dict[str, Method] = METHODS | {
+    "matched": Matched(rate=0.6, level_factors=(), own_update_share=1.0, dense_share=0.3)
+}
 
 #: What is taken where none is named: the method that the figures support for every model (docs/reference/results.md).
 DEFAULT = "matched"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from atedm.tiny.objects import OBJECTS
+from atedm.tiny.objects import FEWER_OBJECTS, OBJECTS
 
 
 class Shipped(NamedTuple):
@@ -24,8 +24,10 @@ TINY = "tiny"
 SHIPPED = {
     TINY: Shipped("weights"),
     "tiny-turbo": Shipped("weights", few_steps=True),
+    "tiny-sd3": Shipped("weights-sd3", objects=FEWER_OBJECTS),
+    "tiny-sd3-turbo": Shipped("weights-sd3", few_steps=True, objects=FEWER_OBJECTS),
 }
-"""The models that ship, by name: a small SDXL and its sibling for 4 steps."""
+"""The models that ship, by name: a small SDXL and a small SD3, each with a sibling for 4 steps."""
 
 
 def objects_of(model: str) -> tuple[str, ...]:

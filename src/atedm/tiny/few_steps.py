@@ -10,7 +10,7 @@ from diffusers import LCMScheduler, SchedulerMixin
 from safetensors.torch import load_file
 from torch import Tensor
 
-from atedm.tiny.transformer import SHIFT
+from atedm.tiny.transformer import build_flow_scheduler
 from atedm.tiny.unet import build_scheduler
 
 LORA = "lora"
@@ -21,11 +21,9 @@ _FILE = "pytorch_lora_weights.safetensors"
 
 
 def build_few_step_scheduler(transformer: bool = False) -> SchedulerMixin:
-    """Build the sampler of a distilled model."""
+    """Build the sampler of a distilled model: of a transformer Euler's, as FLUX.1 schnell and SD 3.5 Turbo have."""
     if transformer:
-        from diffusers import FlowMatchLCMScheduler  # which the oldest diffusers lacks
-
-        return FlowMatchLCMScheduler(shift=SHIFT)
+        return build_flow_scheduler()
     config = {**build_scheduler().config, "original_inference_steps": TEACHER_STEPS, "timestep_spacing": "leading"}
     return LCMScheduler.from_config(config)
 

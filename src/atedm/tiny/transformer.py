@@ -162,7 +162,8 @@ class CaptionOnlySD3Pipeline(StableDiffusion3Pipeline):  # type: ignore[misc]
     def _get_t5_prompt_embeds(self, prompt: Any = None, num_images_per_prompt: int = 1, **_: Any) -> Tensor:
         prompts = [prompt] if isinstance(prompt, str) else prompt
         width = self.transformer.config.joint_attention_dim
-        return torch.zeros(len(prompts) * num_images_per_prompt, 0, width, device=self._execution_device)
+        count = len(prompts) * num_images_per_prompt
+        return torch.zeros(count, 0, width, device=self._execution_device, dtype=self.text_encoder.dtype)
 
 
 def with_projection(encoder: Any) -> CLIPTextModelWithProjection:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from atedm.costs.budget import least_rate
+from atedm.costs.budget import least_rate, with_fewer_dense_steps
 from atedm.method.contract import Method
-from atedm.method.matched import Matched
+from atedm.method.matched import DENSE_SHARES, Matched
 from atedm.method.presets import METHODS
 from atedm.plans.plan import Cache, Plan
 from atedm.plans.schedulers import SCHEDULERS
@@ -77,9 +77,9 @@ class Space:
         if values["pruned"]:
             if self._matched.level_factors:
                 values["level_2"] = trial.suggest_float("level_2", 0.5, 1.0, step=0.1)
-            if self._matched.first_dense:
-                values["first_dense"] = trial.suggest_categorical("first_dense", [True, False])
-            values["own_update"] = trial.suggest_float("own_update", 0.1, 0.9, step=0.2)
+            if self._matched.dense_share:
+                values["dense"] = trial.suggest_categorical("dense", list(DENSE_SHARES))
+            values["own_update"] = trial.suggest_float("own_update", 0.25, 1.0, step=0.25)
             values["cover"] = trial.suggest_float("cover", 0.3, 0.7, step=0.1)
         # 0.30000000000000004 is no value to write down.
         return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
@@ -98,7 +98,7 @@ class Space:
                 own_update_share=values["own_update"],
                 cover_share=values["cover"],
                 level_factors=((2, values["level_2"]),) if "level_2" in values else method.level_factors,
-                first_dense=values.get("first_dense", method.first_dense),
+                dense_share=values.get("dense", method.dense_share),
             )
 
         def at(steps: int, method: Method | None) -> Plan:
@@ -154,16 +154,18 @@ class Space:
                 continue  # no step of theirs was timed
             if name == "dagger" and not self._matched.level_factors:
                 continue  # where there are no levels it is "paper"
-            try:
-                yield name, self.fitted(dataclasses.replace(self.base, method=self.methods[name]))
-            except (OutOfSpace, ValueError):
-                continue
+            for method in with_fewer_dense_steps(self.methods[name]):
+                try:
+                    yield name, self.fitted(dataclasses.replace(self.base, method=method))
+                except (OutOfSpace, ValueError):
+                    continue
+                break
 
     def starts(self, scheduler: str) -> Iterator[Values]:
         """Yield points that are good on the model that ships, to begin with, by the scheduler that leads."""
         usual: Values = {"bend": 1.0, "branch": None, "own_update": 0.5, "cover": 0.4}
         usual |= {"level_2": 0.8} if self._matched.level_factors else {}
-        usual |= {"first_dense": True} if self._matched.first_dense else {}
+        usual |= {"dense": 0.3, "own_update": 1.0} if self._matched.dense_share else {}
         for pruned in (0.125, 0.25):
             yield {**usual, "scheduler": scheduler, "cached": 0.0, "pruned": pruned}
         for cached, pruned in ((0.3, 0.5), (0.4, 0.5), (0.5, 0.0), (0.6, 0.0)) if None in self.branches else ():

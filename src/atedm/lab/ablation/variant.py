@@ -140,8 +140,8 @@ def variant_of(method: Method) -> Variant:
     if isinstance(method, Variant):
         return method
     if isinstance(method, Matched):
-        if method.first_dense:
-            raise ValueError("a variant has no dense first step, as matched pruning of transformers has")
+        if method.dense_share:
+            raise ValueError("a variant has no dense steps at first, as matched pruning of transformers has")
         return Variant(
             rate=method.rate,
             level_factors=method.level_factors,

@@ -2,7 +2,7 @@
 
 tomesd itself patches U-Nets only. This does in SD3's blocks what it does there: a block matches its tokens once,
 attention and feed-forward run on the merged ones, and what they say is copied back. The blocks are those that pruning
-works on, so that both leave the first and the last block of the model alone.
+works on, so that both leave the first block of the model alone.
 """
 
 from __future__ import annotations
