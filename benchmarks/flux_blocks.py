@@ -128,8 +128,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
     config = architecture("flux").config | {
-        "num_layers": options.double + 1,  # the first block runs dense, and so does the last
-        "num_single_layers": options.single + 1,
+        "num_layers": options.double + 1,  # the first block runs dense
+        "num_single_layers": options.single,
         **(SMALL if options.small else {}),
     }
     side = 256 if options.small else options.size

@@ -13,7 +13,7 @@ import references
 from atedm.method.contract import Memory, View
 from atedm.method.cover import lattice, representative
 from atedm.method.keep import gather_tokens, keep_count, keep_most_important
-from atedm.method.matched import Matched
+from atedm.method.matched import FIRST_STEP, Matched
 from atedm.method.matching import match_by_features
 from atedm.method.places import not_second_level
 from views import SDXL, after_layers, never, view_of
@@ -236,6 +236,15 @@ def test_every_step_prunes_alike_and_the_second_level_less(early: bool) -> None:
         left = Matched().count(place, 1000, early=early)
         assert left == (1000 - 560 if place.level == 2 else 300)
     assert not any(Matched().is_early(i / 50) for i in range(50))
+
+
+@pytest.mark.parametrize(("share", "dense"), [(0.3, 15), (0.5, 25), (1.0, 50), (0.01, 1), (FIRST_STEP, 1), (0.0, 0)])
+def test_a_run_may_begin_dense(share: float, dense: int) -> None:
+    method = Matched(dense_share=share)
+    early = [method.is_early(i / 50) for i in range(50)]
+    assert early == [True] * dense + [False] * (50 - dense)
+    assert method.count(SDXL[2], 1000, early=True) == (1000 if share else 300)
+    assert method.count(SDXL[2], 1000) == 300
 
 
 @given(tokens=st.integers(1, 20000), permille=st.integers(0, 999), percent=st.integers(0, 100))

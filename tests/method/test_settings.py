@@ -208,6 +208,7 @@ def test_a_rate_outside_zero_to_one_is_refused(kind: type[Any], rate: Any) -> No
         (Matched, "where", [3, None, "everywhere"]),
         (Matched, "cover_share", [-0.1, 1.1, math.nan, None, True]),
         (Matched, "own_update_share", [-0.1, 1.1, math.nan, None, True]),
+        (Matched, "dense_share", [-0.1, 1.1, math.nan, None, True]),
         (Matched, "level_factors", [0.5, None, (2, 0.5), ((2, 0.5, 1),)]),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
+from torch import nn
 
 from atedm.tiny import SHIPPED, weights_folder
 from atedm.tiny.few_steps import LORA, with_few_steps
@@ -22,4 +23,9 @@ def open_shipped(name: str, dtype: torch.dtype) -> Any:
     kind = CaptionOnlySD3Pipeline if (folder / "transformer").exists() else StableDiffusionXLPipeline
     # Few steps in float32 first, so that the LoRA is added without rounding.
     pipe = kind.from_pretrained(folder, torch_dtype=torch.float32 if few_steps else dtype)
-    return with_few_steps(pipe, folder / LORA).to(dtype) if few_steps else pipe
+    if few_steps:
+        with_few_steps(pipe, folder / LORA)
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                nn.Module.to(part, dtype)  # diffusers' own warns of layers to be left in float32, of which there are none
+    return pipe
