@@ -27,5 +27,5 @@ def open_shipped(name: str, dtype: torch.dtype) -> Any:
         with_few_steps(pipe, folder / LORA)
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
-                nn.Module.to(part, dtype)  # diffusers' own warns of layers to be left in float32, of which there are none
+                nn.Module.to(part, dtype)  # diffusers' own warns of float32 layers, of which there are none
     return pipe
