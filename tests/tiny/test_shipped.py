@@ -44,7 +44,7 @@ def test_the_transformer_is_smaller_and_has_the_licence_of_its_objects() -> None
 def test_the_transformer_is_sd3_shaped() -> None:
     pipe = load_pipeline("tiny-sd3", device="cpu")
     assert isinstance(pipe.transformer, SD3Transformer2DModel)
-    assert [(shape.tokens, shape.place.layers) for shape in atedm.apply(pipe).shapes] == [(256, 6)]
+    assert [(shape.tokens, shape.place.layers) for shape in atedm.apply(pipe).shapes] == [(256, 7)]
 
 
 def test_it_opens_with_plain_diffusers_and_is_sdxl_shaped() -> None:

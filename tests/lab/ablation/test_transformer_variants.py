@@ -60,7 +60,7 @@ def test_the_formula_is_what_torch_counts(change: dict[str, Any]) -> None:
         ("paper[rank=cross-attention-entropy]", "reads cross-attention"),
         ("paper[gradual=[[0,0.4],[1,0.4]]]", "drops once"),
         ("dagger[refresh_every=2]", "anew in every step"),
-        ("matched[match=cosine]", "no dense first step"),
+        ("matched[match=cosine]", "no dense steps at first"),
     ],
 )
 def test_what_a_transformer_cannot_do_is_refused(spec: str, why: str) -> None:
