@@ -151,6 +151,7 @@ def _transformer(config: Any, seed: int) -> ModelPatcher:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
         else:
             nn.init.normal_(parameter, 1.0, 0.1)
+    draw_places(model.diffusion_model)
     return patcher(model)
 
 
@@ -164,8 +165,13 @@ def strong(network: nn.Module) -> None:
             continue
         gain = 2.5 if name.endswith(("to_q.weight", "to_k.weight")) else 0.05 if name == "out.2.weight" else 1.0
         nn.init.normal_(parameter, std=gain * parameter[0].numel() ** -0.5)
+    draw_places(network)
+
+
+def draw_places(network: nn.Module) -> None:
+    """Draw the table of positions, which holds what was in memory until weights are loaded."""
     for name, buffer in network.named_buffers():
-        if name.endswith("pos_embed"):  # which holds what was in memory until weights are loaded
+        if name.endswith("pos_embed"):
             nn.init.normal_(buffer, std=0.1)
 
 

@@ -96,9 +96,8 @@ def test_blocks_run_on_fewer_tokens(running: Any, model: str) -> None:
     assert seen[:half] == everything[:half]  # the first step is dense
     seen, everything = seen[half:], everything[half:]
     assert seen[0] == everything[0]
-    assert seen[-1] == everything[-1]
     dropped = [before - after for before, after in zip(everything, seen, strict=True)]
-    assert set(dropped[1:-1]) == {32}  # of the 64 of the image
+    assert set(dropped[1:]) == {32}  # of the 64 of the image
 
 
 @MODELS

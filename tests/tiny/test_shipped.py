@@ -128,13 +128,13 @@ def test_its_sibling_draws_in_four_steps_dense_and_pruned() -> None:
     assert 18 < float(np.mean(psnr(pruned, dense))) < 60
 
 
-@pytest.mark.parametrize(("name", "steps", "guidance"), [("tiny-sd3", 10, 3.0), ("tiny-sd3-turbo", 4, 0.0)])
+@pytest.mark.parametrize(("name", "steps", "guidance"), [("tiny-sd3", 6, 3.0), ("tiny-sd3-turbo", 4, 0.0)])
 def test_the_transformers_draw_what_held_out_captions_say_dense_and_pruned(
     name: str, steps: int, guidance: float
 ) -> None:
     pipe = load_pipeline(name, device="cpu")
     reader = load_judge(weights_folder() / JUDGE)
-    scenes = held_out_scenes(16, seed=1, names=objects_of(name))
+    scenes = held_out_scenes(8, seed=1, names=objects_of(name))
     dense = drawn(pipe, scenes, steps, guidance=guidance)
     with atedm.pruned(pipe, "matched"):
         pruned = drawn(pipe, scenes, steps, guidance=guidance)
