@@ -144,7 +144,10 @@ def _load_lora(pipe: Any, plan: Plan, undo: ExitStack) -> None:
     model = find_model(pipe)
     weights = plan.found.get("weights")
     if weights is not None and weights != checksum(model):
-        raise ValueError("the LoRA of this plan was trained for other weights; train one for these by `atedm finetune`")
+        raise ValueError(
+            "the LoRA of this plan was trained for other weights, or for these in another dtype; open the model in that "
+            "dtype, or train one for these by `atedm finetune`"
+        )
     if getattr(model, "peft_config", None):
         raise ValueError(
             "this pipeline has LoRAs of its own beside which the plan's was not trained; unload them first"
