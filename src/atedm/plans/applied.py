@@ -145,8 +145,8 @@ def _load_lora(pipe: Any, plan: Plan, undo: ExitStack) -> None:
     weights = plan.found.get("weights")
     if weights is not None and weights != checksum(model):
         raise ValueError(
-            "the LoRA of this plan was trained for other weights, or for these in another dtype; open the model in that "
-            "dtype, or train one for these by `atedm finetune`"
+            "the LoRA of this plan was trained for other weights, or for these in another dtype; open the model in "
+            "that dtype, or train one for these by `atedm finetune`"
         )
     if getattr(model, "peft_config", None):
         raise ValueError(
