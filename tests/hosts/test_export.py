@@ -153,14 +153,15 @@ def test_onnx_gives_what_the_model_gives(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a compiler of C++")
-def test_aotinductor_gives_what_the_model_gives(tmp_path: Path) -> None:
-    program, nothing = exported(MATCHED, True)
+@pytest.mark.parametrize("case", [MATCHED, NORMAL], ids=["matched", "AT-EDM"])
+def test_aotinductor_gives_what_the_model_gives(case: Case, tmp_path: Path) -> None:
+    program, nothing = exported(case, True)
     options = {"aot_inductor.compile_wrapper_opt_level": "O0"}
     path = torch._inductor.aoti_compile_and_package(
         program, package_path=str(tmp_path / "phase.pt2"), inductor_configs=options
     )
     package = torch._inductor.aoti_load_package(path)
-    check(MATCHED, lambda call: package(**call), nothing, share=1e-5, **ONE_BLOCK)
+    check(case, lambda call: package(**call), nothing, share=1e-5, **ONE_BLOCK)
 
 
 def test_a_controlnet_exports_too() -> None:

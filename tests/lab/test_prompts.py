@@ -10,6 +10,8 @@ from PIL import Image
 from atedm.lab.evaluation.images import image_file
 from atedm.lab.evaluation.prompts import read_prompts
 from atedm.lab.evaluation.references import write_references
+from atedm.tiny import objects_of
+from atedm.tiny.objects import FEWER_OBJECTS, OBJECTS
 from coco import coco_folder
 
 
@@ -63,6 +65,9 @@ def test_files_of_prompts(tmp_path: Path) -> None:
     scenes = read_prompts("scenes", 5)
     assert scenes == read_prompts("scenes", 9)[:5]
     assert all(prompt.scene is not None and prompt.scene.caption == prompt.text for prompt in scenes)
+    fewer = read_prompts("scenes", 30, objects=objects_of("tiny-sd3"))
+    assert {name for prompt in fewer if prompt.scene for name in prompt.scene.objects} <= set(FEWER_OBJECTS)
+    assert objects_of("tiny-turbo") == objects_of("some/model") == tuple(OBJECTS)
 
 
 def test_what_holds_no_prompts_is_told_so(tmp_path: Path) -> None:

@@ -139,13 +139,8 @@ def fit_to_budget(
         return profile.rest + step_macs(profile.shapes, at).by(convention)
 
     what = what or ("a mean step" if of == "mean" else "a normal step")
-    *gentler, last = with_fewer_dense_steps(method)
-    for one in gentler:
-        if cost(highest, one) <= target:
-            method = one
-            break
-    else:
-        method = last
+    choices = with_fewer_dense_steps(method)
+    method = next((one for one in choices if cost(highest, one) <= target), choices[-1])
     found = _least(functools.partial(cost, method=method), target, highest, what, images)
     return dataclasses.replace(method, **{slider: found})  # type: ignore[type-var]
 
