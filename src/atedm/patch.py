@@ -76,7 +76,7 @@ def apply(
     refuse_attached(model)
     if budget is not None:
         method = fit_to_budget(target, method, share=budget)
-    attach(model, method, mask)
+    attach(model, method, mask, target)
     return PatchSummary.of(target, method, frozenset(model._atedm.spans))
 
 

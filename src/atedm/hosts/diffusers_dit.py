@@ -22,6 +22,7 @@ from atedm.hosts.attention import foreign_code, stateful_hook
 from atedm.hosts.dit_blocks import BlockState, PrunedBlock, SpanState, pruned_class
 from atedm.hosts.dit_families import UNPRUNABLE, Family, Given, Grid, family_of
 from atedm.hosts.noise_steps import NoiseSteps
+from atedm.hosts.pipeline_schedule import PipelineSchedule
 from atedm.hosts.protected import check_room
 from atedm.hosts.state import PATCHING, ModelState, is_attached
 from atedm.hosts.wrapped import unwrapped
@@ -87,8 +88,10 @@ def find_transformer_spans(model: nn.Module) -> Spans:
     return spans
 
 
-def attach_transformer(model: nn.Module, spans: Spans, method: Method, protect: Tensor | None = None) -> None:
-    """Let ``method`` prune the chosen ``spans`` of a transformer.
+def attach_transformer(
+    model: nn.Module, spans: Spans, method: Method, protect: Tensor | None = None, pipe: Any = None
+) -> None:
+    """Let ``method`` prune the chosen ``spans`` of a transformer. ``pipe`` tells the steps if it has a scheduler.
 
     Raises:
         TypeError: If a block is of a class that is not known, or diffusers is older than `OLDEST`.
@@ -104,7 +107,7 @@ def attach_transformer(model: nn.Module, spans: Spans, method: Method, protect: 
     for name, (_, blocks) in spans.items():
         for block in blocks:
             _refuse_unknown(name, block, {kinds[name].image, *filter(None, [kinds[name].text])})
-    state = TransformerState(method, tuple(spans), protect=protect)
+    state = TransformerState(method, tuple(spans), protect=protect, steps=NoiseSteps(PipelineSchedule(pipe)))
     with PATCHING:
         for name, (place, blocks) in spans.items():
             span = SpanState(place, kinds[name], state)

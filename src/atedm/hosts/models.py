@@ -42,13 +42,14 @@ def spans_of(model: Any) -> Mapping[str, tuple[Place, Any]]:
     return find_transformer_spans(model) if is_transformer(model) else find_spans(model)
 
 
-def attach(model: Any, method: Method, protect: Tensor | None = None) -> None:
+def attach(model: Any, method: Method, protect: Tensor | None = None, pipe: Any = None) -> None:
     """Let ``method`` prune a U-Net or a transformer.
 
     Args:
         model: Not pruned yet.
         method: What prunes.
         protect: (H, W) zeros and ones over the image: what is never dropped.
+        pipe: The pipeline that calls it, if there is one: some tell their steps by its scheduler.
 
     Raises:
         TypeError: If diffusers has changed what the host takes over, or a block is of an unknown class.
@@ -57,7 +58,7 @@ def attach(model: Any, method: Method, protect: Tensor | None = None) -> None:
     """
     refuse_attached(model)
     if is_transformer(model):
-        attach_transformer(model, choose_spans(find_transformer_spans(model), method), method, protect)
+        attach_transformer(model, choose_spans(find_transformer_spans(model), method), method, protect, pipe)
     else:
         diffusers_unet.attach(model, method, protect)
 

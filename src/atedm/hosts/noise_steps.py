@@ -1,8 +1,9 @@
 """Which step a call of a transformer is, and what its context remembers.
 
 Some pipelines hand over elements of the scheduler's list, as those of U-Nets do (`atedm.hosts.runs`). FLUX and
-Qwen-Image hand over a number made of one; their steps are told by the noise, which falls along a run. A step may take
-several calls, with the prompt and without, so what is remembered is kept by the text that a call is given.
+Qwen-Image hand over a number made of one. It is looked up in the list (`atedm.hosts.pipeline_schedule`); without a
+pipeline, steps are told by the noise, which falls along a run. A step may take several calls, with the prompt and
+without, so what is remembered is kept by the text that a call is given.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atedm.hosts.pipeline_schedule import PipelineSchedule
 from atedm.hosts.runs import Run, StepPosition, is_listed
 from atedm.method.contract import Memory
 
@@ -42,6 +44,7 @@ class Context:
 class NoiseSteps:
     """Tells steps and runs apart. A copy knows of none."""
 
+    schedule: PipelineSchedule = field(default_factory=PipelineSchedule)
     run: Run = field(default_factory=Run)
     noise: float | None = None
     step: int = -1
@@ -66,7 +69,7 @@ class NoiseSteps:
             is_new = self.noise is None or noise > self.noise + _SAME
             step = 0 if is_new else last + (noise < (self.noise or 0.0) - _SAME)
             self.noise = noise
-            position = StepPosition(step, min(max(1 - noise, 0.0), 1 - 1e-3))
+            position = self.schedule.find(noise) or StepPosition(step, min(max(1 - noise, 0.0), 1 - 1e-3))
         self.step = position.step
         if is_new:
             self.contexts.clear()

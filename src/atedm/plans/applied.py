@@ -95,7 +95,7 @@ def apply_plan(target: Any, plan: Plan, mask: Tensor | None = None) -> PlanSumma
             _load_lora(target, plan, undo)
         undo.enter_context(scheduled(target, plan.scheduler))
         if plan.method is not None:
-            attach(model, plan.method, mask)
+            attach(model, plan.method, mask, target)
             undo.callback(detach, model)
         if plan.cache is not None:
             branch = plan.cache.branch

@@ -17,6 +17,7 @@ from torch import Tensor
 from atedm.hosts.diffusers_dit import known_family
 from atedm.hosts.models import find_model, is_transformer
 from atedm.hosts.noise_steps import NoiseSteps, text_key
+from atedm.hosts.pipeline_schedule import PipelineSchedule
 from atedm.hosts.runs import is_listed, step_position
 from atedm.plans.extrapolation import extrapolated
 
@@ -43,7 +44,7 @@ def forecast(pipe: Any, full: Callable[[int], Sequence[int]]) -> Iterator[None]:
         raise ValueError(f"the outputs of a {type(model).__name__} are lists, which cannot be forecast")
     run, had_its_own = model.forward, "forward" in vars(model)
     names = [*inspect.signature(type(model).forward).parameters][1:]
-    steps = _Steps(model)
+    steps = _Steps(model, NoiseSteps(PipelineSchedule(pipe)))
 
     def forward(*arguments: Any, **named: Any) -> Any:
         given = dict(zip(names, arguments, strict=False)) | named
@@ -72,12 +73,12 @@ class _Steps:
     """Which step of a run a call is, and what the calls with its text gave before."""
 
     model: Any
+    noise: NoiseSteps
     #: First step of the run, which is not always the first of the scheduler's list.
     start: int = 0
     last: int = -1
     #: What a call returns: a tuple, or a class of diffusers with a ``sample``.
     kind: type[Any] = tuple
-    noise: NoiseSteps = field(default_factory=NoiseSteps)
     #: Step and output of the last two calls that ran, by text, the older one first.
     histories: dict[Any, list[tuple[int, Tensor]]] = field(default_factory=dict)
     #: Texts that the current step was called with.

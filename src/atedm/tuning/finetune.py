@@ -206,7 +206,7 @@ def _one_run(pipe: Any, model: Any, plan: Plan, prompt: str, seed: int) -> float
     total = 0.0
     device = model.device.type
     mixed = nullcontext() if model.dtype == torch.float32 else torch.autocast(device, model.dtype)
-    with pruned(model, method), torch.enable_grad(), mixed:
+    with pruned(pipe, method), torch.enable_grad(), mixed:
         for arguments, options, expected in calls:
             said = model(*arguments, **options)[0].float()
             error = functional.mse_loss(said, expected.float())
