@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from atedm.record import Recording, recorded
     from atedm.summary import PatchSummary
     from atedm.tuning.finetune import finetune
+    from atedm.tuning.fit import fit
     from atedm.tuning.tune import tune
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "cost",
     "everywhere",
     "finetune",
+    "fit",
     "is_applied",
     "load_pipeline",
     "not_second_level",
@@ -83,6 +85,7 @@ _HOMES = {
     "cost": "atedm.costs.report",
     "everywhere": "atedm.method.places",
     "finetune": "atedm.tuning.finetune",
+    "fit": "atedm.tuning.fit",
     "is_applied": "atedm.patch",
     "load_pipeline": "atedm.app.models",
     "not_second_level": "atedm.method.places",

@@ -1,17 +1,13 @@
 """Steps of a run are those of the pipeline's scheduler, also where a transformer is handed a number made of one."""
 
-import copy
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import atedm
 from atedm import Matched
-from atedm.hosts.pipeline_schedule import PipelineSchedule
-from transformer_support import TRANSFORMERS, Made, flux, picture
+from transformer_support import TRANSFORMERS, Made
 
 HALF = Matched(rate=0.5, dense_share=0.3)
 IMAGES = {name: make for name, make, _ in TRANSFORMERS if name not in ("ControlNet of SD3",)}

@@ -10,6 +10,7 @@ from atedm.cli.bench import bench
 from atedm.cli.cost import cost
 from atedm.cli.evaluate import evaluate
 from atedm.cli.finetune import finetune
+from atedm.cli.fit import fit
 from atedm.cli.generate import generate
 from atedm.cli.lab import lab
 from atedm.cli.tune import tune
@@ -35,7 +36,7 @@ def about(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
-for command in (generate, web, cost, bench, evaluate, tune, finetune):
+for command in (generate, web, cost, bench, evaluate, tune, fit, finetune):
     app.command()(command)
 app.add_typer(lab, name="lab")
 

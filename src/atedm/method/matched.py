@@ -7,6 +7,7 @@ In every attention block and every step, before the first layer:
 3. **Match.** Each dropped token belongs to the kept token nearest to it.
 4. **Go on** as the mean of the group. Self-attention counts a kept token as often as there are tokens in its group.
 5. **Refill.** After the last layer each token of a group is what it was before, plus what the block did to the mean.
+   What a fit on the model's own runs says is added (`atedm.method.correction`), if there is one.
 6. **Remember.** Half of what set a token's update apart from its group's in the last step is added.
 
 It needs no attention map, and prunes the first layer too. ``docs/explanation/matched.md`` has the reasons and the
@@ -15,7 +16,7 @@ measurements.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from atedm.method.contract import Cut, Memory, Place, View, Where
+from atedm.method.correction import Corrector, Refill
 from atedm.method.cover import lattice, representative
 from atedm.method.keep import keep_count, keep_most_important
 from atedm.method.matching import match_by_features
@@ -63,6 +65,8 @@ class Matched:
     own_update_share: float = 0.5
     #: Share of the run, at its beginning, in which nothing is dropped. Dense steps leave each token its own update.
     dense_share: float = 0.0
+    #: What a fit found that the refill gets wrong: see `atedm.fit`, whose plans set it.
+    correction: Corrector | None = field(default=None, repr=False, compare=False)
 
     dense_layers = 0
     name = "Matched pruning"
@@ -101,16 +105,21 @@ class Matched:
             source = match_by_features(tokens, keep).source
             sizes = group_sizes(source, view.count)
         start = mean_by_source(tokens, source, sizes)
-        memory = view.memory if self.remembers else None
-        return Cut(start, keep, importance, partial(self._refill, start, tokens, source, memory), weights=sizes)
+        return Cut(start, keep, importance, partial(self._refill, view, start, source), weights=sizes)
 
-    def _refill(self, start: Tensor, before: Tensor, source: Tensor, memory: Memory | None, kept: Tensor) -> Tensor:
+    def _refill(self, view: View, start: Tensor, source: Tensor, kept: Tensor) -> Tensor:
         """Give (B, N, C) from the kept tokens (B, K, C) after the last layer."""
+        before, memory = view.tokens, view.memory if self.remembers else None
         update = update_of_match(kept, start, source)
+        last = None if memory is None or memory.last is None or memory.last.shape != update.shape else memory.last
+        added = None
+        if self.correction is not None:
+            added = self.correction(Refill(view.place.name, view.step, before, start, kept, source, last))
+        by_memory = update
+        if last is not None and (added is None or added[1] is not True):
+            by_memory = with_own_update(update, last, source, kept.shape[1], self.own_update_share)
+        update = by_memory if added is None else _where(added[1], update + added[0], by_memory)
         if memory is not None:
-            last = memory.last
-            if last is not None and last.shape == update.shape:
-                update = with_own_update(update, last, source, kept.shape[1], self.own_update_share)
             memory.store(update.detach().to(kept.dtype))
         return (before.to(update.dtype) + update).to(kept.dtype)
 
@@ -130,3 +139,7 @@ class Matched:
             "own_update_share": self.own_update_share,
             "dense_share": self.dense_share,
         }
+
+
+def _where(holds: bool | Tensor, this: Tensor, other: Tensor) -> Tensor:
+    return this if holds is True else torch.where(torch.as_tensor(holds, device=this.device), this, other)

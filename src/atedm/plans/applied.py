@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atedm.hosts.models import attach, detach, find_model, is_transformer
+from atedm.hosts.models import attach, detach, find_model, is_transformer, spans_of
 from atedm.hosts.state import refuse_attached
+from atedm.method.contract import Method
 from atedm.method.matched import Matched
 from atedm.plans.caching import deep_cached
 from atedm.plans.fingerprint import checksum, refuse_other_model
+from atedm.plans.fitted import read_correction, with_correction
 from atedm.plans.forecasting import forecast
 from atedm.plans.plan import Plan, read_plan
 from atedm.plans.schedulers import scheduled
@@ -95,7 +97,7 @@ def apply_plan(target: Any, plan: Plan, mask: Tensor | None = None) -> PlanSumma
             _load_lora(target, plan, undo)
         undo.enter_context(scheduled(target, plan.scheduler))
         if plan.method is not None:
-            attach(model, plan.method, mask, target)
+            attach(model, _fitted(plan, model), mask, target)
             undo.callback(detach, model)
         if plan.cache is not None:
             branch = plan.cache.branch
@@ -136,18 +138,32 @@ def remove_plan(model: nn.Module) -> None:
         applied.undo.close()
 
 
+def _fitted(plan: Plan, model: nn.Module) -> Method:
+    """Return the plan's method with its fitted refill, if it has one."""
+    assert plan.method is not None
+    if plan.fit_file is None:
+        return plan.method
+    correction = read_correction(plan.fit_file, spans_of(model))
+    _refuse_other_weights(plan, model, "fitted refill", "fit")
+    return with_correction(plan.method, correction)
+
+
+def _refuse_other_weights(plan: Plan, model: nn.Module, what: str, command: str) -> None:
+    weights = plan.found.get("weights")
+    if weights is not None and weights != checksum(model):
+        raise ValueError(
+            f"the {what} of this plan was found for other weights, or for these in another dtype; open the model in "
+            f"that dtype, or find one for these by `atedm {command}`"
+        )
+
+
 def _load_lora(pipe: Any, plan: Plan, undo: ExitStack) -> None:
     folder = plan.lora_folder
     assert folder is not None
     if not folder.is_dir() or not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"the LoRA of this plan is not at {str(folder)!r}; train it by `atedm finetune`")
     model = find_model(pipe)
-    weights = plan.found.get("weights")
-    if weights is not None and weights != checksum(model):
-        raise ValueError(
-            "the LoRA of this plan was trained for other weights, or for these in another dtype; open the model in "
-            "that dtype, or train one for these by `atedm finetune`"
-        )
+    _refuse_other_weights(plan, model, "LoRA", "finetune")
     if getattr(model, "peft_config", None):
         raise ValueError(
             "this pipeline has LoRAs of its own beside which the plan's was not trained; unload them first"

@@ -83,6 +83,8 @@ class Plan:
     size: tuple[int, int] | None = None
     #: A LoRA that `atedm finetune` trained for this plan: a folder, seen from the plan's own.
     lora: str | None = None
+    #: A refill that `atedm fit` fitted to this plan: a file, seen from the plan's own folder.
+    fit: str | None = None
     #: How it was found: budget, measured cost and time, distances, prompts, machine, versions. Plain JSON values.
     found: Mapping[str, Any] = field(default_factory=dict)
     #: Folder of the file it was read from.
@@ -110,8 +112,10 @@ class Plan:
         for name in ("cost", "distance"):
             if name in self.found and not is_number(self.found[name]):
                 raise ValueError(f"{name} of found must be a number, not {self.found[name]!r}")
-        if self.lora is not None and (not isinstance(self.lora, str) or not self.lora):
-            raise ValueError(f"lora must be the name of a folder, not {self.lora!r}")
+        for name, what in (("lora", "folder"), ("fit", "file")):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"{name} must be the name of a {what}, not {value!r}")
 
     def full_steps(self, steps: int | None = None) -> tuple[int, ...]:
         """Return which of ``steps`` steps, the plan's own by default, run the whole model."""
@@ -126,10 +130,15 @@ class Plan:
         """Where its LoRA is."""
         return None if self.lora is None else (self.folder or Path()) / self.lora
 
+    @property
+    def fit_file(self) -> Path | None:
+        """Where its fitted refill is."""
+        return None if self.fit is None else (self.folder or Path()) / self.fit
+
     def moved(self) -> Plan:
-        """Return the plan with the whole path of its LoRA, so that it can be written to another folder."""
-        folder = self.lora_folder
-        return self if folder is None else dataclasses.replace(self, lora=str(folder.resolve()))
+        """Return the plan with whole paths of its LoRA and its fit, so that it can be written to another folder."""
+        lora, fit = (None if path is None else str(path.resolve()) for path in (self.lora_folder, self.fit_file))
+        return dataclasses.replace(self, lora=lora, fit=fit)
 
     def what(self) -> str:
         """Say in a few words what it does."""
@@ -141,6 +150,8 @@ class Plan:
             parts.append(f"{self.cache.full} of them whole, the others {others}")
         if self.method is not None:
             parts.append(f"{self.method.name} at a rate of {self.method.rate:.3g}")
+        if self.fit is not None:
+            parts.append("a fitted refill")
         if self.lora is not None:
             parts.append("a LoRA")
         return ", ".join(parts)
@@ -155,6 +166,7 @@ class Plan:
             "guidance": self.guidance,
             "size": None if self.size is None else list(self.size),
             "lora": self.lora,
+            "fit": self.fit,
         }
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,0 +1,295 @@
+"""`atedm.fit`: matrices that predict what a plan's refill gets wrong, by least squares on the model's own runs.
+
+No data but prompts, and no gradients. The steps are fitted one after another. For each prompt the pruned model draws up
+to the step, with what was fitted so far; the same call is then run dense, and says what the refill should have given.
+Ridge regression of the difference on what the refill knows (`atedm.method.correction`) gives one matrix a span. They
+are kept if they bring images of other prompts nearer to the dense ones. After two steps in which they do not, it ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from atedm.hosts.models import find_model, spans_of
+from atedm.method.correction import Correction, Corrector, Refill
+from atedm.method.keep import gather_tokens
+from atedm.method.recovery import update_of_match
+from atedm.patch import is_applied, pruned
+from atedm.plans.fingerprint import checksum, refuse_other_model
+from atedm.plans.fitted import read_correction, save_correction, with_correction
+from atedm.plans.plan import Plan, save_plan
+from atedm.plans.schedulers import scheduled
+from atedm.tuning.claim import claim
+from atedm.tuning.dense_spans import run_dense
+from atedm.tuning.drawing import call_of
+from atedm.words import check_whole
+
+PLAN, FIT, SETTINGS = "plan.json", "fit.safetensors", "fit.json"
+JUDGED_SHARE = 0.25
+"""Share of the prompts that matrices are judged on and not fitted on."""
+WORTH = 0.1
+"""How many dB nearer the images of a step's matrices must be."""
+PATIENCE = 2
+"""Steps in a row without worth after which no more are tried."""
+_RIDGE = 1e-3
+"""What is added to the diagonal of the normal equations, as a share of its mean."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit gave."""
+
+    #: The plan, which names the matrices if any was kept.
+    plan: Plan
+    file: Path
+    #: Mean distance to dense in dB of the judged images without matrices.
+    before: float
+    #: The same by each step that was tried, with its matrices and those kept before it.
+    distances: Mapping[int, float]
+    #: Steps whose matrices were kept.
+    steps: tuple[int, ...]
+
+    @property
+    def after(self) -> float:
+        """Mean distance with all matrices that were kept."""
+        return self.distances[self.steps[-1]] if self.steps else self.before
+
+
+class _Enough(Exception):
+    """The step that is fitted is over; the rest of the run is not needed."""
+
+
+@dataclass
+class _Equations:
+    """Normal equations of one span."""
+
+    square: Tensor | float = 0.0
+    product: Tensor | float = 0.0
+
+    def learn(self, refill: Refill, dense: Tensor) -> None:
+        """Take in a refill, and what the dense span added to its tokens in its place, (B, N, C)."""
+        source = refill.source
+        known = torch.cat([refill.of_tokens(), gather_tokens(refill.of_groups(), source)], -1).flatten(0, 1).float()
+        wrong = dense - update_of_match(refill.kept, refill.start, source)
+        error = wrong.flatten(0, 1).float()
+        self.square = self.square + (known.T @ known).double().cpu()
+        self.product = self.product + (known.T @ error).double().cpu()
+
+    def solve(self) -> Tensor:
+        """Return the matrix, (4C, C) float32."""
+        assert isinstance(self.square, Tensor)
+        assert isinstance(self.product, Tensor)
+        ridge = _RIDGE * self.square.diagonal().mean().clamp(min=1e-12)
+        eye = torch.eye(len(self.square), dtype=self.square.dtype)
+        solved: Tensor = torch.linalg.solve(self.square + ridge * eye, self.product)
+        return solved.float()
+
+
+@dataclass
+class _Watch:
+    """Corrects as before, and notes the refills of one step by the call that they are of."""
+
+    step: int
+    correction: Corrector
+    call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    seen: list[tuple[tuple[tuple[Any, ...], dict[str, Any]], Refill]] = field(default_factory=list)
+
+    def __call__(self, refill: Refill) -> Any:
+        if int(refill.step) > self.step:
+            raise _Enough
+        if int(refill.step) == self.step:
+            assert self.call is not None
+            self.seen.append((self.call, refill))
+        return self.correction(refill)
+
+    def note(self, _: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Hold what the model is called with. A forward pre-hook."""
+        self.call = arguments, options
+
+
+def fit(
+    pipe: Any,
+    plan: Plan,
+    prompts: Sequence[str],
+    out: Path | str = Path("out/fit"),
+    *,
+    seed: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> Fitted:
+    """Fit the refill of a plan, and write the matrices with a plan that names them.
+
+    The same call goes on after the last step that was done where it was stopped or killed.
+
+    Args:
+        pipe: The pipeline that the plan is for, as it is. Left as it was.
+        plan: Of matched pruning, without a cache, a LoRA or a fit.
+        prompts: What to draw: at least 4; a quarter of them judges.
+        out: Folder for ``fit.safetensors`` and ``plan.json``.
+        seed: Of the noise of the first prompt.
+        progress: Told of every run.
+
+    Raises:
+        TypeError: If there is nothing that can be pruned.
+        ValueError: If the plan is for another model or of another kind, the pipeline is patched, there are too few
+            prompts, or ``out`` holds a fit of something else.
+    """
+    model, out = find_model(pipe), Path(out)
+    if is_applied(pipe):
+        raise ValueError("this pipeline is patched, and a fit begins with dense runs; call atedm.remove first")
+    refuse_other_model(plan.model, pipe)
+    if plan.method is None:
+        raise ValueError("this plan prunes nothing, so there is nothing that a fit could win back")
+    with_correction(plan.method, None)  # refuses other methods
+    if set_already := [name for name in ("cache", "lora", "fit") if getattr(plan, name) is not None]:
+        raise ValueError(f"this plan has a {set_already[0]}; a fit is found for a plan of pruning alone")
+    if len(prompts) < 4 or not all(prompt.strip() for prompt in prompts):
+        raise ValueError("a fit needs 4 prompts or more, none of them empty")
+    check_whole("seed", seed, 0)
+    weights = checksum(model)
+    asked = {"plan": plan.settings(), "prompts": list(prompts), "seed": seed, "weights": weights}
+    claim(out / SETTINGS, asked, "a fit of")
+    with scheduled(pipe, plan.scheduler):
+        job = _Job(pipe, model, plan, prompts, seed, progress)
+        state = _resumed(out / FIT, job)
+        for step in range(state.done, plan.steps):
+            found = job.matrices(step, state.maps)
+            if found:
+                tried = _stacked(state.maps, found, step)
+                state.judge(step, tried, job.distance(tried, f"judging step {step + 1}"))
+            state.done = step + 1
+            save_correction(state.maps, out / FIT, state.metadata())
+            if state.misses >= PATIENCE:
+                break
+    facts = {"prompts": len(prompts), "seed": seed, "steps": state.kept}
+    found_by = {**plan.found, "weights": weights, "fit": facts}
+    fitted = dataclasses.replace(plan, fit=FIT if state.kept else None, folder=out, found=found_by)
+    save_plan(fitted, out / PLAN)
+    return Fitted(fitted, out / PLAN, state.before, state.distances, tuple(state.kept))
+
+
+@dataclass
+class _State:
+    """What is known after some steps."""
+
+    before: float
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    distances: dict[int, float] = field(default_factory=dict)
+    kept: list[int] = field(default_factory=list)
+    done: int = 0
+    misses: int = 0
+
+    def judge(self, step: int, tried: dict[str, Tensor], distance: float) -> None:
+        """Keep the matrices of a step if they are worth it."""
+        best = self.distances[self.kept[-1]] if self.kept else self.before
+        self.distances[step] = distance
+        if distance >= best + WORTH:
+            self.maps, self.misses = tried, 0
+            self.kept.append(step)
+        else:
+            self.misses += 1
+
+    def metadata(self) -> dict[str, str]:
+        """Return all but the matrices as safetensors keeps it."""
+        rest = {name: value for name, value in vars(self).items() if name != "maps"}
+        return {"state": json.dumps(rest)}
+
+
+def _resumed(file: Path, job: _Job) -> _State:
+    if not file.exists():
+        return _State(job.distance({}, "judging the plan as it is"))
+    maps = read_correction(file, spans_of(job.model)).maps
+    with safe_open(file, "pt") as opened:
+        rest = json.loads(opened.metadata()["state"])
+    rest["distances"] = {int(step): distance for step, distance in rest["distances"].items()}
+    return _State(maps=dict(maps), **rest)
+
+
+@dataclass
+class _Job:
+    """Draws what a fit needs."""
+
+    pipe: Any
+    model: Any
+    plan: Plan
+    prompts: Sequence[str]
+    seed: int
+    progress: Progress
+    dense: list[Tensor] = field(default_factory=list)
+
+    @property
+    def learned(self) -> int:
+        """How many of the prompts are fitted on; the others judge."""
+        return len(self.prompts) - max(1, round(JUDGED_SHARE * len(self.prompts)))
+
+    def matrices(self, step: int, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Fit one step: (4C, C) by span; nothing if it drops nothing."""
+        equations: dict[str, _Equations] = {}
+        for index in range(self.learned):
+            self.progress(f"fitting step {step + 1}", index, self.learned)
+            watch = _Watch(step, Correction(maps))
+            hook = self.model.register_forward_pre_hook(watch.note, with_kwargs=True)
+            try:
+                self._draw(index, watch)
+            except _Enough:
+                pass
+            finally:
+                hook.remove()
+            if not watch.seen:
+                return {}
+            for call in {id(call): call for call, _ in watch.seen}.values():
+                given = run_dense(self.model, self.method(None), *call, pipe=self.pipe)
+                for refill in (refill for of, refill in watch.seen if of is call):
+                    equations.setdefault(refill.span, _Equations()).learn(refill, given[refill.span])
+        return {span: one.solve().to(self.model.dtype) for span, one in equations.items()}
+
+    def distance(self, maps: Mapping[str, Tensor], what: str) -> float:
+        """Return the mean distance in dB of the judged prompts to their dense images."""
+        judged = range(self.learned, len(self.prompts))
+        if not self.dense:
+            for done, index in enumerate(judged):
+                self.progress("drawing dense", done, len(judged))
+                self.dense.append(self._image(index, None))
+        found = []
+        for done, (index, dense) in enumerate(zip(judged, self.dense, strict=True)):
+            self.progress(what, done, len(judged))
+            error = (self._image(index, Correction(maps)) - dense).square().mean().item()
+            found.append(-10 * math.log10(max(error, 1e-12)))
+        return sum(found) / len(found)
+
+    def method(self, correction: Corrector | None) -> Any:
+        """Return the plan's method with a correction."""
+        assert self.plan.method is not None
+        return with_correction(self.plan.method, correction)
+
+    def _draw(self, index: int, correction: Corrector) -> None:
+        with pruned(self.pipe, self.method(correction)):
+            self.pipe(self.prompts[index], output_type="latent", **call_of(self.plan, self.seed + index))
+
+    def _image(self, index: int, correction: Corrector | None) -> Tensor:
+        """Draw an image, (H, W, 3) in [0, 1]: pruned with a correction, dense without."""
+        with nullcontext() if correction is None else pruned(self.pipe, self.method(correction)):
+            images = self.pipe(self.prompts[index], output_type="np", **call_of(self.plan, self.seed + index)).images
+        return torch.from_numpy(images[0]).double()
+
+
+def _stacked(maps: Mapping[str, Tensor], found: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+    """Add the matrices of a step to those of the steps before it; steps between have zeros."""
+    stacked = {}
+    for span, one in found.items():
+        before = maps.get(span, one.new_zeros(0, *one.shape))
+        gap = one.new_zeros(step - len(before), *one.shape)
+        stacked[span] = torch.cat([before, gap, one.unsqueeze(0)])
+    return stacked
