@@ -18,6 +18,7 @@ from atedm import AtEdm, Matched
 from atedm.hosts import diffusers_dit
 from atedm.hosts.dit_attention import SeenAttention, _with_channel
 from atedm.hosts.models import attach
+from atedm.method.correction import Correction
 from transformers_of import CONFIGS, call_of, image_of, transformer
 
 FLUX, SD3, QWEN = "FluxTransformer2DModel", "SD3Transformer2DModel", "QwenImageTransformer2DModel"
@@ -254,10 +255,22 @@ def test_a_channel_more_is_a_bias_and_counts_are_copies() -> None:
     torch.testing.assert_close(_with_channel(attention, given, column), expected, rtol=1e-6, atol=1e-6)
 
 
+def some_correction() -> Correction:
+    """Of the second and third step of four."""
+    width = transformer(SD3, num_layers=4).inner_dim
+    maps = 0.05 * torch.randn(3, 4 * width, width, generator=torch.Generator().manual_seed(1))
+    maps[0] = 0
+    return Correction({"transformer_blocks[1:4]": maps})
+
+
 @pytest.mark.parametrize(
     ("method", "graphs"),
-    [(Matched(rate=0.5, dense_share=0.01), 2), (AtEdm(rate=0.5, spare=None), 1)],
-    ids=["matched", "at-edm"],
+    [
+        (Matched(rate=0.5, dense_share=0.01), 2),
+        (Matched(rate=0.5, dense_share=0.01, correction=some_correction()), 2),
+        (AtEdm(rate=0.5, spare=None), 1),
+    ],
+    ids=["matched", "fitted", "at-edm"],
 )
 @torch.no_grad()
 def test_it_compiles_whole_with_a_graph_for_each_kind_of_step(method: Any, graphs: int) -> None:

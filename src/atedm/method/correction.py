@@ -96,7 +96,8 @@ class Correction:
         if isinstance(step, int):
             chosen = maps[step]
         else:
-            chosen = maps[step.clamp(max=steps - 1)]
+            row = step.clamp(max=steps - 1).to(maps.device).reshape(1)
+            chosen = maps.index_select(0, row).squeeze(0)
             right_memory = step > 0 if refill.last is not None else step == 0
             holds = ((step < steps) & right_memory).to(chosen.device) & (chosen != 0).any()
         channels = chosen.shape[-1]

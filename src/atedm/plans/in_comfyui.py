@@ -53,6 +53,8 @@ def advice(plan: Plan) -> str:
     lines.append(f"Set the sampler to {', '.join(asked)}.")
     if plan.lora is not None:
         lines.append(f"Load its LoRA before this node: {plan.lora_folder}.")
+    if plan.fit is not None:
+        lines.append("Its fitted refill is for diffusers; this node prunes without it.")
     if plan.size is not None:
         lines.append(f"Found at {plan.size[0]}×{plan.size[1]} pixels.")
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -22,9 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from atedm.hosts.models import find_model, spans_of
-from atedm.method.correction import Correction, Corrector, Refill
-from atedm.method.keep import gather_tokens
-from atedm.method.recovery import update_of_match
+from atedm.method.correction import Correction, Corrector
 from atedm.patch import is_applied, pruned
 from atedm.plans.fingerprint import checksum, refuse_other_model
 from atedm.plans.fitted import read_correction, save_correction, with_correction
@@ -33,18 +32,29 @@ from atedm.plans.schedulers import scheduled
 from atedm.tuning.claim import claim
 from atedm.tuning.dense_spans import run_dense
 from atedm.tuning.drawing import call_of
+from atedm.tuning.refill_errors import Enough, Equations, Watch
 from atedm.words import check_whole
 
 PLAN, FIT, SETTINGS = "plan.json", "fit.safetensors", "fit.json"
 JUDGED_SHARE = 0.25
 """Share of the prompts that matrices are judged on and not fitted on."""
 WORTH = 0.1
-"""How many dB nearer the images of a step's matrices must be."""
+"""How many dB nearer to dense the matrices of a step must bring the images, at the lower end of a 95 % interval."""
+MEASURED = (
+    "share",
+    "cost",
+    "distance",
+    "distances",
+    "lpips",
+    "clip_score",
+    "dense_clip_score",
+    "seconds",
+    "dense_seconds",
+    "time",
+)
+"""What a search measured without the matrices, and a fitted plan does not say."""
 PATIENCE = 2
 """Steps in a row without worth after which no more are tried."""
-_RIDGE = 1e-3
-"""What is added to the diagonal of the normal equations, as a share of its mean."""
-
 Progress = Callable[[str, int, int], None]
 
 
@@ -61,63 +71,6 @@ class Fitted:
     distances: Mapping[int, float]
     #: Steps whose matrices were kept.
     steps: tuple[int, ...]
-
-    @property
-    def after(self) -> float:
-        """Mean distance with all matrices that were kept."""
-        return self.distances[self.steps[-1]] if self.steps else self.before
-
-
-class _Enough(Exception):
-    """The step that is fitted is over; the rest of the run is not needed."""
-
-
-@dataclass
-class _Equations:
-    """Normal equations of one span."""
-
-    square: Tensor | float = 0.0
-    product: Tensor | float = 0.0
-
-    def learn(self, refill: Refill, dense: Tensor) -> None:
-        """Take in a refill, and what the dense span added to its tokens in its place, (B, N, C)."""
-        source = refill.source
-        known = torch.cat([refill.of_tokens(), gather_tokens(refill.of_groups(), source)], -1).flatten(0, 1).float()
-        wrong = dense - update_of_match(refill.kept, refill.start, source)
-        error = wrong.flatten(0, 1).float()
-        self.square = self.square + (known.T @ known).double().cpu()
-        self.product = self.product + (known.T @ error).double().cpu()
-
-    def solve(self) -> Tensor:
-        """Return the matrix, (4C, C) float32."""
-        assert isinstance(self.square, Tensor)
-        assert isinstance(self.product, Tensor)
-        ridge = _RIDGE * self.square.diagonal().mean().clamp(min=1e-12)
-        eye = torch.eye(len(self.square), dtype=self.square.dtype)
-        solved: Tensor = torch.linalg.solve(self.square + ridge * eye, self.product)
-        return solved.float()
-
-
-@dataclass
-class _Watch:
-    """Corrects as before, and notes the refills of one step by the call that they are of."""
-
-    step: int
-    correction: Corrector
-    call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-    seen: list[tuple[tuple[tuple[Any, ...], dict[str, Any]], Refill]] = field(default_factory=list)
-
-    def __call__(self, refill: Refill) -> Any:
-        if int(refill.step) > self.step:
-            raise _Enough
-        if int(refill.step) == self.step:
-            assert self.call is not None
-            self.seen.append((self.call, refill))
-        return self.correction(refill)
-
-    def note(self, _: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Hold what the model is called with. A forward pre-hook."""
-        self.call = arguments, options
 
 
 def fit(
@@ -136,7 +89,7 @@ def fit(
     Args:
         pipe: The pipeline that the plan is for, as it is. Left as it was.
         plan: Of matched pruning, without a cache, a LoRA or a fit.
-        prompts: What to draw: at least 4; a quarter of them judges.
+        prompts: What to draw: at least 8; a quarter of them judges.
         out: Folder for ``fit.safetensors`` and ``plan.json``.
         seed: Of the noise of the first prompt.
         progress: Told of every run.
@@ -155,8 +108,8 @@ def fit(
     with_correction(plan.method, None)  # refuses other methods
     if set_already := [name for name in ("cache", "lora", "fit") if getattr(plan, name) is not None]:
         raise ValueError(f"this plan has a {set_already[0]}; a fit is found for a plan of pruning alone")
-    if len(prompts) < 4 or not all(prompt.strip() for prompt in prompts):
-        raise ValueError("a fit needs 4 prompts or more, none of them empty")
+    if len(prompts) < 8 or not all(prompt.strip() for prompt in prompts):
+        raise ValueError("a fit needs 8 prompts or more, none of them empty")
     check_whole("seed", seed, 0)
     weights = checksum(model)
     asked = {"plan": plan.settings(), "prompts": list(prompts), "seed": seed, "weights": weights}
@@ -168,34 +121,48 @@ def fit(
             found = job.matrices(step, state.maps)
             if found:
                 tried = _stacked(state.maps, found, step)
-                state.judge(step, tried, job.distance(tried, f"judging step {step + 1}"))
+                state.judge(step, tried, job.distances(tried, f"judging step {step + 1}"))
             state.done = step + 1
             save_correction(state.maps, out / FIT, state.metadata())
             if state.misses >= PATIENCE:
                 break
-    facts = {"prompts": len(prompts), "seed": seed, "steps": state.kept}
-    found_by = {**plan.found, "weights": weights, "fit": facts}
-    fitted = dataclasses.replace(plan, fit=FIT if state.kept else None, folder=out, found=found_by)
+    facts = {
+        "prompts": len(prompts),
+        "seed": seed,
+        "steps": state.kept,
+        "before": mean(state.before),
+        "after": mean(state.best),
+    }
+    known = {name: value for name, value in plan.found.items() if name not in MEASURED}
+    known |= {"weights": weights, "fit": facts}
+    fitted = dataclasses.replace(plan, fit=FIT if state.kept else None, folder=out, found=known)
     save_plan(fitted, out / PLAN)
-    return Fitted(fitted, out / PLAN, state.before, state.distances, tuple(state.kept))
+    distances = {step: mean(found) for step, found in state.distances.items()}
+    return Fitted(fitted, out / PLAN, mean(state.before), distances, tuple(state.kept))
 
 
 @dataclass
 class _State:
     """What is known after some steps."""
 
-    before: float
+    #: Distances in dB of the judged images without matrices, and by step with its own and those kept before it.
+    before: list[float]
     maps: dict[str, Tensor] = field(default_factory=dict)
-    distances: dict[int, float] = field(default_factory=dict)
+    distances: dict[int, list[float]] = field(default_factory=dict)
     kept: list[int] = field(default_factory=list)
     done: int = 0
     misses: int = 0
 
-    def judge(self, step: int, tried: dict[str, Tensor], distance: float) -> None:
+    @property
+    def best(self) -> list[float]:
+        """The distances by the matrices that were kept."""
+        return self.distances[self.kept[-1]] if self.kept else self.before
+
+    def judge(self, step: int, tried: dict[str, Tensor], distances: list[float]) -> None:
         """Keep the matrices of a step if they are worth it."""
-        best = self.distances[self.kept[-1]] if self.kept else self.before
-        self.distances[step] = distance
-        if distance >= best + WORTH:
+        gains = [ours - theirs for ours, theirs in zip(distances, self.best, strict=True)]
+        self.distances[step] = distances
+        if mean(gains) - 2 * stdev(gains) / len(gains) ** 0.5 >= WORTH:
             self.maps, self.misses = tried, 0
             self.kept.append(step)
         else:
@@ -209,7 +176,7 @@ class _State:
 
 def _resumed(file: Path, job: _Job) -> _State:
     if not file.exists():
-        return _State(job.distance({}, "judging the plan as it is"))
+        return _State(job.distances({}, "judging the plan as it is"))
     maps = read_correction(file, spans_of(job.model)).maps
     with safe_open(file, "pt") as opened:
         rest = json.loads(opened.metadata()["state"])
@@ -236,14 +203,14 @@ class _Job:
 
     def matrices(self, step: int, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Fit one step: (4C, C) by span; nothing if it drops nothing."""
-        equations: dict[str, _Equations] = {}
+        equations: dict[str, Equations] = {}
         for index in range(self.learned):
             self.progress(f"fitting step {step + 1}", index, self.learned)
-            watch = _Watch(step, Correction(maps))
+            watch = Watch(step, Correction(maps))
             hook = self.model.register_forward_pre_hook(watch.note, with_kwargs=True)
             try:
                 self._draw(index, watch)
-            except _Enough:
+            except Enough:
                 pass
             finally:
                 hook.remove()
@@ -252,11 +219,11 @@ class _Job:
             for call in {id(call): call for call, _ in watch.seen}.values():
                 given = run_dense(self.model, self.method(None), *call, pipe=self.pipe)
                 for refill in (refill for of, refill in watch.seen if of is call):
-                    equations.setdefault(refill.span, _Equations()).learn(refill, given[refill.span])
+                    equations.setdefault(refill.span, Equations()).learn(refill, given[refill.span])
         return {span: one.solve().to(self.model.dtype) for span, one in equations.items()}
 
-    def distance(self, maps: Mapping[str, Tensor], what: str) -> float:
-        """Return the mean distance in dB of the judged prompts to their dense images."""
+    def distances(self, maps: Mapping[str, Tensor], what: str) -> list[float]:
+        """Return the distances in dB of the judged prompts to their dense images."""
         judged = range(self.learned, len(self.prompts))
         if not self.dense:
             for done, index in enumerate(judged):
@@ -267,7 +234,7 @@ class _Job:
             self.progress(what, done, len(judged))
             error = (self._image(index, Correction(maps)) - dense).square().mean().item()
             found.append(-10 * math.log10(max(error, 1e-12)))
-        return sum(found) / len(found)
+        return found
 
     def method(self, correction: Corrector | None) -> Any:
         """Return the plan's method with a correction."""
