@@ -23,7 +23,7 @@ Run = Callable[..., Any]
 def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
     shown = subprocess.run([sys.executable, "-m", "atedm", "--help"], capture_output=True, text=True, check=False)
     assert shown.returncode == 0
-    for command in ("generate", "web", "cost", "bench", "evaluate", "tune", "finetune", "lab"):
+    for command in ("generate", "web", "cost", "bench", "evaluate", "tune", "fit", "finetune", "lab"):
         assert f" {command} " in shown.stdout
     heavy = ("torch", "diffusers", "matplotlib", "gradio", "PIL")
     code = f"import sys, atedm.cli; print([m for m in {heavy} if m in sys.modules])"

@@ -2,8 +2,9 @@
 
 No data but prompts, and no gradients. The steps are fitted one after another. For each prompt the pruned model draws up
 to the step, with what was fitted so far; the same call is then run dense, and says what the refill should have given.
-Ridge regression of the difference on what the refill knows (`atedm.method.correction`) gives one matrix a span. They
-are kept if they bring images of other prompts nearer to the dense ones. After two steps in which they do not, it ends.
+Ridge regression of the difference on what the refill knows (`atedm.method.correction`) gives one matrix a span, once
+with what is known of groups and once without: on U-Nets that part does harm. The better ones are kept if they bring
+images of other prompts nearer to the dense ones. After two steps in which they do not, it ends.
 """
 
 from __future__ import annotations
@@ -118,10 +119,11 @@ def fit(
         job = _Job(pipe, model, plan, prompts, seed, progress)
         state = _resumed(out / FIT, job)
         for step in range(state.done, plan.steps):
-            found = job.matrices(step, state.maps)
-            if found:
-                tried = _stacked(state.maps, found, step)
-                state.judge(step, tried, job.distances(tried, f"judging step {step + 1}"))
+            tried = [_stacked(state.maps, found, step) for found in job.matrices(step, state.maps)]
+            if tried:
+                judged = [job.distances(one, f"judging step {step + 1}") for one in tried]
+                best = max(range(len(tried)), key=lambda index: mean(judged[index]))
+                state.judge(step, tried[best], judged[best])
             state.done = step + 1
             save_correction(state.maps, out / FIT, state.metadata())
             if state.misses >= PATIENCE:
@@ -201,8 +203,8 @@ class _Job:
         """How many of the prompts are fitted on; the others judge."""
         return len(self.prompts) - max(1, round(JUDGED_SHARE * len(self.prompts)))
 
-    def matrices(self, step: int, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Fit one step: (4C, C) by span; nothing if it drops nothing."""
+    def matrices(self, step: int, maps: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Fit one step, without and with what is known of groups: (4C, C) by span; nothing if it drops nothing."""
         equations: dict[str, Equations] = {}
         for index in range(self.learned):
             self.progress(f"fitting step {step + 1}", index, self.learned)
@@ -215,12 +217,15 @@ class _Job:
             finally:
                 hook.remove()
             if not watch.seen:
-                return {}
+                return []
             for call in {id(call): call for call, _ in watch.seen}.values():
                 given = run_dense(self.model, self.method(None), *call, pipe=self.pipe)
                 for refill in (refill for of, refill in watch.seen if of is call):
                     equations.setdefault(refill.span, Equations()).learn(refill, given[refill.span])
-        return {span: one.solve().to(self.model.dtype) for span, one in equations.items()}
+        return [
+            {span: one.solve(groups=groups).to(self.model.dtype) for span, one in equations.items()}
+            for groups in (False, True)
+        ]
 
     def distances(self, maps: Mapping[str, Tensor], what: str) -> list[float]:
         """Return the distances in dB of the judged prompts to their dense images."""

@@ -36,14 +36,16 @@ class Equations:
         self.square = self.square + (known.T @ known).double().cpu()
         self.product = self.product + (known.T @ error).double().cpu()
 
-    def solve(self) -> Tensor:
-        """Return the matrix, (4C, C) float32."""
+    def solve(self, *, groups: bool) -> Tensor:
+        """Return the matrix, (4C, C) float32, with zeros for what is known of groups if that is left out."""
         assert isinstance(self.square, Tensor)
         assert isinstance(self.product, Tensor)
-        ridge = _RIDGE * self.square.diagonal().mean().clamp(min=1e-12)
-        eye = torch.eye(len(self.square), dtype=self.square.dtype)
-        solved: Tensor = torch.linalg.solve(self.square + ridge * eye, self.product)
-        return solved.float()
+        used = len(self.square) if groups else len(self.square) // 2
+        square, product = self.square[:used, :used], self.product[:used]
+        ridge = _RIDGE * square.diagonal().mean().clamp(min=1e-12)
+        matrix = torch.zeros_like(self.product)
+        matrix[:used] = torch.linalg.solve(square + ridge * torch.eye(used, dtype=square.dtype), product)
+        return matrix.float()
 
 
 @dataclass
