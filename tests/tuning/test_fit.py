@@ -13,6 +13,8 @@ import atedm
 from atedm import Matched
 from atedm.app.models import load_pipeline
 from atedm.hosts.models import find_model, spans_of
+from atedm.lab.methods.candidates import Dense, Planned
+from atedm.lab.methods.counting import counted_run
 from atedm.plans.fingerprint import fingerprint
 from atedm.plans.plan import Cache, Plan, read_plan
 from atedm.tuning.dense_spans import run_dense
@@ -23,6 +25,7 @@ from transformers_of import call_of, transformer
 
 METHOD = Matched(rate=0.785, level_factors=(), own_update_share=1.0, dense_share=0.001)
 SIZE = (128, 128)
+CALL = {"prompt": "a duck", "width": 128, "height": 128, "guidance_scale": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,8 @@ def image(pipe: Any, seed: int = 99) -> Tensor:
 
 def test_images_come_nearer_to_dense_also_of_a_prompt_it_did_not_see(pipe: Any, plan: Plan, fitted: Fitted) -> None:
     assert fitted.steps[0] == 1  # the first step is dense
+    unfitted = counted_run(pipe, Planned(plan), CALL, 4) / counted_run(pipe, Dense(), CALL, 4)
+    assert unfitted < fitted.plan.found["cost"] < unfitted + 0.02
     assert fitted.distances[fitted.steps[-1]] > fitted.before + 0.5
     dense, errors = image(pipe), []
     for applied in (plan, fitted.file):

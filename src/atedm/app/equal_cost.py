@@ -15,6 +15,7 @@ from atedm.hosts.unet_spans import choose_spans
 from atedm.method.contract import Method
 from atedm.method.matched import Matched
 from atedm.method.presets import method_named
+from atedm.plans.plan import Plan
 
 
 def method_at(name: str, rate: float | None = None, *, transformer: bool = False) -> Method:
@@ -32,6 +33,19 @@ def image_size(pipe: Any, request: Request) -> tuple[int, int]:
 def request_cost(pipe: Any, request: Request, method: Method | None = None) -> float:
     """Return what a run costs by the method of the request, or by another one."""
     return run_cost(pipe, method or request.method, size=image_size(pipe, request), steps=request.steps)
+
+
+def plan_cost(pipe: Any, request: Request, plan: Plan) -> float:
+    """Return what a run by a plan costs: as it says, or as it is counted where it was written by hand.
+
+    Steps that are forecast or by DeepCache then count as nothing.
+    """
+    if "cost" in plan.found:
+        return float(plan.found["cost"])
+    whole = len(plan.full_steps()) / int(plan.found.get("dense_steps", plan.steps))
+    if plan.method is None:
+        return whole
+    return whole * run_cost(pipe, plan.method, size=image_size(pipe, request), steps=plan.steps)
 
 
 def within_budget(pipe: Any, request: Request, budget: float) -> Request:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from atedm.app.equal_cost import image_size, request_cost
+from atedm.app.equal_cost import image_size, plan_cost, request_cost
 from atedm.app.pictures.comparison import Comparison, PrunedImage, comparison_sheet, psnr
 from atedm.app.pictures.maps import maps_sheet
 from atedm.app.request import ImageResult, Request
@@ -72,7 +72,7 @@ def generate(
                 if mask is not None and _drops_tokens(method):
                     check_protected(pipe, (height, width))
             if isinstance(method, Plan):
-                names[kind], costs[kind] = f"plan, {request.steps} steps", method.found.get("cost", 1.0)
+                names[kind], costs[kind] = f"plan, {request.steps} steps", plan_cost(pipe, request, method)
             else:
                 names[kind], costs[kind] = method.name, request_cost(pipe, request, method)
 

@@ -24,6 +24,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from atedm.hosts.models import find_model, spans_of
+from atedm.lab.methods.candidates import Dense, Planned
+from atedm.lab.methods.counting import counted_run
 from atedm.method.correction import Correction, Corrector
 from atedm.patch import is_applied, pruned
 from atedm.plans.fingerprint import checksum, refuse_other_model
@@ -138,9 +140,19 @@ def fit(
     known = {name: value for name, value in plan.found.items() if name not in MEASURED}
     known |= {"weights": weights, "fit": facts}
     fitted = dataclasses.replace(plan, fit=FIT if state.kept else None, folder=out, found=known)
+    progress("counting what it costs", 0, 1)
+    known["cost"] = round(_cost(pipe, fitted, prompts[0]), 4)
     save_plan(fitted, out / PLAN)
     distances = {step: mean(found) for step, found in state.distances.items()}
     return Fitted(fitted, out / PLAN, mean(state.before), distances, tuple(state.kept))
+
+
+def _cost(pipe: Any, plan: Plan, prompt: str) -> float:
+    """Return what a run by a plan costs, as torch counts it: a share of the dense run."""
+    call = {name: value for name, value in call_of(plan, 0).items() if name not in ("num_inference_steps", "generator")}
+    steps = int(plan.found.get("dense_steps", plan.steps))
+    ours, dense = (counted_run(pipe, one, {"prompt": prompt, **call}, steps) for one in (Planned(plan), Dense()))
+    return ours / dense
 
 
 @dataclass
