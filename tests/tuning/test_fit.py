@@ -81,6 +81,7 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_matrices(
         fit(pipe, plan, prompts, tmp_path, progress=stop)
     assert snapshot(pipe.transformer) == before
     again = fit(pipe, plan, prompts, tmp_path)
+    assert fit(pipe, plan, prompts, tmp_path).distances == again.distances  # nothing is left to do
     assert (again.distances, again.steps) == (fitted.distances, fitted.steps)
     ours, whole = (load_file(file.parent / "fit.safetensors") for file in (again.file, fitted.file))
     assert ours.keys() == whole.keys()

@@ -120,7 +120,8 @@ def fit(
     with scheduled(pipe, plan.scheduler):
         job = _Job(pipe, model, plan, prompts, seed, progress)
         state = _resumed(out / FIT, job)
-        for step in range(state.done, plan.steps):
+        while state.done < plan.steps and state.misses < PATIENCE:
+            step = state.done
             tried = [_stacked(state.maps, found, step) for found in job.matrices(step, state.maps)]
             if tried:
                 judged = [job.distances(one, f"judging step {step + 1}") for one in tried]
@@ -128,8 +129,6 @@ def fit(
                 state.judge(step, tried[best], judged[best])
             state.done = step + 1
             save_correction(state.maps, out / FIT, state.metadata())
-            if state.misses >= PATIENCE:
-                break
     facts = {
         "prompts": len(prompts),
         "seed": seed,
@@ -137,11 +136,11 @@ def fit(
         "before": mean(state.before),
         "after": mean(state.best),
     }
-    known = {name: value for name, value in plan.found.items() if name not in MEASURED}
-    known |= {"weights": weights, "fit": facts}
-    fitted = dataclasses.replace(plan, fit=FIT if state.kept else None, folder=out, found=known)
+    found = {name: value for name, value in plan.found.items() if name not in MEASURED} | {"weights": weights}
+    fitted = dataclasses.replace(plan, fit=FIT if state.kept else None, folder=out, found=found)
     progress("counting what it costs", 0, 1)
-    known["cost"] = round(_cost(pipe, fitted, prompts[0]), 4)
+    cost = round(_cost(pipe, fitted, prompts[0]), 4)
+    fitted = dataclasses.replace(fitted, found={**found, "fit": facts, "cost": cost})
     save_plan(fitted, out / PLAN)
     distances = {step: mean(found) for step, found in state.distances.items()}
     return Fitted(fitted, out / PLAN, mean(state.before), distances, tuple(state.kept))
