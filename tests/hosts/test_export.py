@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 import atedm
 from atedm import AtEdm, Early, FixedPhase, Matched
 from atedm.method.contract import Method
+from atedm.method.correction import Correction
 from models import distance, draw, inputs, run, sdxl_pipeline, small_unet, snapshot, tokenizer
 
 pytestmark = pytest.mark.xdist_group("export")  # one process, so that each graph is made once
@@ -44,6 +45,8 @@ class Case(NamedTuple):
 
 
 MATCHED = Case(Matched(), "normal", (0, 1, 2))
+SOME_MATRICES = 0.02 * torch.randn(2, 128, 32, generator=torch.Generator().manual_seed(1))
+FITTED = Case(Matched(correction=Correction({"mid_block.attentions.0": SOME_MATRICES})), "normal", (0, 1, 2))
 NORMAL, EARLY = Case(AtEdm(), "normal", (3, 4)), Case(AtEdm(), "early", (0, 1))
 CASES = {"matched": MATCHED, "AT-EDM, normal": NORMAL, "AT-EDM, early": EARLY}
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -210,7 +213,7 @@ class Programs(nn.Module):
         return (sample,)
 
 
-@pytest.mark.parametrize("cases", [(MATCHED,), (NORMAL, EARLY)], ids=["matched", "AT-EDM"])
+@pytest.mark.parametrize("cases", [(MATCHED,), (FITTED,), (NORMAL, EARLY)], ids=["matched", "fitted", "AT-EDM"])
 def test_a_pipeline_draws_the_same_image_with_exported_phases(cases: tuple[Case, ...]) -> None:
     method = cases[0].method
     pipe = sdxl_pipeline(small_unet())

@@ -62,7 +62,7 @@ def test_the_matrix_of_the_step_is_applied_to_what_is_known() -> None:
 
 @pytest.mark.parametrize(
     ("last", "step", "holds"),
-    [(True, 2, True), (True, 3, False), (False, 2, False), (False, 0, True), (True, 1, False)],
+    [(True, 2, True), (True, 3, False), (False, 2, False), (False, 0, True), (True, 0, True), (True, 1, False)],
 )
 def test_a_step_that_was_not_fitted_or_has_another_memory_is_left_alone(last: bool, step: int, holds: bool) -> None:
     maps = matrices()
@@ -91,10 +91,21 @@ def test_other_spans_and_other_widths_are_left_alone() -> None:
     assert Correction({SPAN: torch.randn(3, 8, 2)})(refill_of()) is None
 
 
-@pytest.mark.parametrize("shape", [(3, 16), (3, 15, 4)])
-def test_matrices_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+def test_a_memory_of_zeros_is_none_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    empty = torch.zeros(2, 7, 4, dtype=torch.float64)
+    for step, holds in ((0, True), (2, False)):
+        found = Correction({SPAN: matrices()})(refill_of(step=torch.tensor(step))._replace(last=empty))
+        assert found is not None
+        assert bool(found[1]) == holds
+
+
+@pytest.mark.parametrize("one", [torch.zeros(3, 16), torch.zeros(3, 15, 4), torch.zeros(3, 16, 4).long(), [1, 2]])
+def test_what_is_no_matrices_is_refused(one: Any) -> None:
     with pytest.raises(ValueError, match=r"must be \(S, 4C, C\)"):
-        Correction({SPAN: torch.zeros(shape)})
+        Correction({SPAN: one})
+    with pytest.raises(ValueError, match="correction must be what"):
+        Matched(correction=5)  # type: ignore[arg-type]
 
 
 # --- in matched pruning -----------------------------------------------------------------------------------------------
@@ -132,5 +143,5 @@ def test_where_nothing_was_fitted_it_prunes_as_without() -> None:
     fitted = dataclasses.replace(plain, correction=Correction({SPAN: matrices().float()}))
     first, second = Memory(last=torch.ones(1, 16, 4)), Memory(last=torch.ones(1, 16, 4))
     assert torch.equal(refilled(fitted, view(7, first)), refilled(plain, view(7, second)))
-    assert fitted == plain
+    assert fitted != plain
     assert "correction" not in fitted.as_dict()

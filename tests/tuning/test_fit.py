@@ -23,9 +23,9 @@ from atedm.tuning.prompts import tuning_prompts
 from models import sdxl_pipeline, snapshot
 from transformers_of import call_of, transformer
 
-METHOD = Matched(rate=0.785, level_factors=(), own_update_share=1.0, dense_share=0.001)
+METHOD = Matched(rate=0.95, level_factors=(), own_update_share=1.0, dense_share=0.3)
 SIZE = (128, 128)
-CALL = {"prompt": "a duck", "width": 128, "height": 128, "guidance_scale": 0.0}
+CALL = {"prompt": "a duck", "guidance_scale": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,12 @@ def pipe() -> Any:
 
 @pytest.fixture(scope="module")
 def plan(pipe: Any) -> Plan:
-    return Plan(fingerprint(pipe), 4, method=METHOD, guidance=0.0, size=SIZE)
+    return Plan(fingerprint(pipe), 4, method=METHOD, guidance=0.0)
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[str]:
-    return tuning_prompts("tiny-sd3-turbo", 20)
+    return tuning_prompts("tiny-sd3-turbo", 16)
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +50,21 @@ def fitted(pipe: Any, plan: Plan, prompts: list[str], tmp_path_factory: pytest.T
 
 def image(pipe: Any, seed: int = 99) -> Tensor:
     noise = torch.Generator("cpu").manual_seed(seed)
-    asked = {"num_inference_steps": 4, "guidance_scale": 0.0, "width": 128, "height": 128, "output_type": "pt"}
-    found: Tensor = pipe(tuning_prompts("tiny-sd3-turbo", 28)[20:], generator=noise, **asked).images
+    asked = {"num_inference_steps": 4, "guidance_scale": 0.0, "output_type": "pt"}
+    found: Tensor = pipe(tuning_prompts("tiny-sd3-turbo", 24)[20:], generator=noise, **asked).images
     return found
 
 
 def test_images_come_nearer_to_dense_also_of_a_prompt_it_did_not_see(pipe: Any, plan: Plan, fitted: Fitted) -> None:
-    assert fitted.steps[0] == 1  # the first step is dense
+    assert fitted.steps[0] == 2  # the first two steps are dense
     unfitted = counted_run(pipe, Planned(plan), CALL, 4) / counted_run(pipe, Dense(), CALL, 4)
     assert unfitted < fitted.plan.found["cost"] < unfitted + 0.02
-    assert fitted.distances[fitted.steps[-1]] > fitted.before + 0.5
+    assert fitted.distances[fitted.steps[-1]] > fitted.before + 2
     dense, errors = image(pipe), []
     for applied in (plan, fitted.file):
         with atedm.pruned(pipe, applied):
             errors.append((image(pipe) - dense).square().mean())
-    assert errors[1] < 0.95 * errors[0]
+    assert errors[1] < 0.7 * errors[0]
     assert torch.equal(image(pipe), dense)
 
 
@@ -74,7 +74,7 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_matrices(
     before = snapshot(pipe.transformer)
 
     def stop(what: str, done: int, total: int) -> None:
-        if (what, done) == ("fitting step 3", 3):
+        if (what, done) == ("fitting step 4", 3):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -114,6 +114,8 @@ def test_the_file_of_another_model_of_other_weights_or_none_is_refused(
     [
         ({"method": None}, "prunes nothing"),
         ({"method": atedm.AtEdm()}, "only matched pruning has a refill that can be fitted, not AT-EDM"),
+        ({"method": Matched(own_update_share=0.0)}, "own_update_share=0 remembers none"),
+        ({"folder": Path("out")}, "is the folder of the plan"),
         ({"cache": Cache(2, 1.0, None)}, "this plan has a cache"),
         ({"fit": "fit.safetensors"}, "this plan has a fit"),
         ({"model": {"num_layers": 9}}, "for another model"),
@@ -124,6 +126,8 @@ def test_a_plan_that_cannot_be_fitted_is_refused(
 ) -> None:
     if "model" in change:
         change = {"model": {**plan.model, **change["model"]}}
+    if "folder" in change:
+        change = {"folder": tmp_path}
     with pytest.raises(ValueError, match=said):
         fit(pipe, dataclasses.replace(plan, **change), prompts, tmp_path)
     assert not [*tmp_path.iterdir()]
@@ -134,6 +138,8 @@ def test_too_few_prompts_and_a_patched_pipeline_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="8 prompts or more"):
         fit(pipe, plan, prompts[:3], tmp_path)
+    with pytest.raises(TypeError, match="give the whole pipeline"):
+        fit(pipe.transformer, plan, prompts, tmp_path)
     with atedm.pruned(pipe), pytest.raises(ValueError, match="this pipeline is patched"):
         fit(pipe, plan, prompts, tmp_path)
 
@@ -144,9 +150,18 @@ def test_a_unet_with_guidance_is_fitted_in_its_first_step_too(tmp_path: Path) ->
     found = fit(pipe, plan, ["a duck", "a castle", "a rose", "a boat"] * 2, tmp_path)
     assert [*found.distances][:2] == [0, 1]
     assert not atedm.is_applied(pipe)
-    if found.steps:
-        atedm.apply(pipe, found.file)
-        atedm.remove(pipe)
+    asked = {"num_inference_steps": 3, "guidance_scale": 3.0, "width": 128, "height": 128, "output_type": "pt"}
+
+    def drawn() -> Tensor:
+        image: Tensor = pipe("a duck", generator=torch.Generator().manual_seed(5), **asked).images
+        return image
+
+    name, width = "down_blocks.1.attentions.0", spans_of(pipe.unet)["down_blocks.1.attentions.0"][1].inner_dim
+    save_file({name: 0.1 * torch.randn(1, 4 * width, width)}, tmp_path / "hand.safetensors")
+    with atedm.pruned(pipe, plan):
+        plain = drawn()
+    with atedm.pruned(pipe, dataclasses.replace(plan, fit="hand.safetensors", folder=tmp_path)):
+        assert not torch.equal(drawn(), plain)
 
 
 @pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel"])

@@ -27,9 +27,9 @@ def fit(
     command goes on where it was stopped.
 
     Examples:
-    `atedm fit tiny-turbo --plan docs/plans/tiny-turbo-0.5.json`
+    `atedm fit tiny-sd3-turbo --plan docs/plans/tiny-sd3-turbo-to-fit-0.6.json`
 
-    `atedm evaluate "dense,docs/plans/tiny-turbo-0.5.json,out/fit/plan.json" --model tiny-turbo`
+    `atedm generate "a penguin left of a rose" --model tiny-sd3-turbo --plan out/fit/plan.json`
     """
     from atedm.lab.evaluation.prompts import read_prompts
     from atedm.plans.plan import read_plan

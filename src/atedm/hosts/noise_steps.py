@@ -48,6 +48,8 @@ class NoiseSteps:
     run: Run = field(default_factory=Run)
     noise: float | None = None
     step: int = -1
+    #: Where the last step stands that was told by its noise.
+    position: StepPosition = field(default_factory=lambda: StepPosition(0, 0.0))
     contexts: dict[Any, Context] = field(default_factory=dict)
 
     def locate(self, timestep: Any, to_noise: Callable[[float], float], text: Any) -> tuple[StepPosition, Context]:
@@ -68,8 +70,10 @@ class NoiseSteps:
             noise = _noise_of(timestep, to_noise)
             is_new = self.noise is None or noise > self.noise + _SAME
             step = 0 if is_new else last + (noise < (self.noise or 0.0) - _SAME)
-            self.noise = noise
-            position = self.schedule.find(noise) or StepPosition(step, min(max(1 - noise, 0.0), 1 - 1e-3))
+            if is_new or step > last:
+                listed = self.schedule.find(noise, None if is_new else last)
+                self.position = listed or StepPosition(step, min(max(1 - noise, 0.0), 1 - 1e-3))
+            self.noise, position = noise, self.position
         self.step = position.step
         if is_new:
             self.contexts.clear()

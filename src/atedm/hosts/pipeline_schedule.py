@@ -13,32 +13,51 @@ from torch import Tensor
 
 from atedm.hosts.runs import StepPosition
 
-_ROUNDING = 2**-8
+_ROUNDING = 0.004
 """How far the noise may be from that of a step on the list: pipelines round it to bfloat16."""
 
 
 class PipelineSchedule:
-    """Tells steps by the scheduler that a pipeline has when the model is called. A copy knows of no pipeline."""
+    """Tells steps by the scheduler that a pipeline has when the model is called. A copy knows of no pipeline.
+
+    After a step that is not on the list, the rest of that run is told without it: the model is called by another
+    pipeline, whose scheduler is another.
+    """
 
     def __init__(self, target: Any = None) -> None:
-        """Take what a method was applied to. It is not kept alive; one without a scheduler tells nothing."""
+        """Take what a method was applied to. It is not kept alive, its last scheduler is."""
         try:
             self._target = None if target is None else weakref.ref(target)
         except TypeError:  # a class that allows none
             self._target = None
+        self._scheduler: Any = None
         self._timesteps: Tensor | None = None
         self._noise: list[float] = []
+        self._has_missed = False
 
-    def find(self, noise: float) -> StepPosition | None:
-        """Return where a step of so much noise, in [0, 1], stands; None if the scheduler has no such step."""
-        scheduler = getattr(self._target() if self._target else None, "scheduler", None)
-        timesteps = getattr(scheduler, "timesteps", None)
+    def find(self, noise: float, last: int | None) -> StepPosition | None:
+        """Return where a step stands; None if the scheduler has no such step, or lacked one before in this run.
+
+        Args:
+            noise: Of the step, in [0, 1]. Of steps with the same noise the first is meant.
+            last: Index of the step before, with more noise; None in the first step of a run.
+        """
+        self._has_missed &= last is not None
+        position = None if self._has_missed else self._nearest(noise, last)
+        self._has_missed = position is None
+        return position
+
+    def _nearest(self, noise: float, last: int | None) -> StepPosition | None:
+        self._scheduler = getattr(self._target() if self._target else None, "scheduler", self._scheduler)
+        timesteps = getattr(self._scheduler, "timesteps", None)
         if not isinstance(timesteps, Tensor) or timesteps.ndim != 1 or not len(timesteps):
             return None
         if timesteps is not self._timesteps:  # once a run, because its device is waited for
-            most = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
-            self._timesteps, self._noise = timesteps, (timesteps.double() / most).tolist()
+            most = getattr(getattr(self._scheduler, "config", None), "num_train_timesteps", 1000)
+            self._timesteps, self._noise = timesteps, (timesteps.cpu().double() / most).tolist()
         step = min(range(len(self._noise)), key=lambda index: abs(self._noise[index] - noise))
+        if last is not None and step <= last < len(self._noise) - 1:  # rounded to what is nearest to the one before
+            step = last + 1
         if abs(self._noise[step] - noise) > _ROUNDING:
             return None
         return StepPosition(step, step / len(self._noise))

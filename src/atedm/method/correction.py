@@ -9,7 +9,7 @@ and step predicts much of it. `atedm.tuning.fit` finds the matrices by least squ
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -73,39 +73,45 @@ class Correction:
 
     #: By the name of the span, (S, 4C, C) floating: the matrices of the first S steps, zeros where there is none.
     maps: Mapping[str, Tensor]
-    _placed: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Check the shapes."""
         for span, one in self.maps.items():
-            if one.ndim != 3 or one.shape[1] != 4 * one.shape[2] or not one.is_floating_point():
-                raise ValueError(f"the correction of {span} must be (S, 4C, C) numbers, not {tuple(one.shape)}")
+            if (
+                not isinstance(one, Tensor)
+                or one.ndim != 3
+                or one.shape[1] != 4 * one.shape[2]
+                or not one.is_floating_point()
+            ):
+                raise ValueError(
+                    f"the correction of {span} must be (S, 4C, C) numbers, not {tuple(getattr(one, 'shape', ()))}"
+                )
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Correction:
+        """Return it where a model is, so that it need not be moved in every step."""
+        return Correction({span: one.to(device, dtype) for span, one in self.maps.items()})
 
     def __call__(self, refill: Refill) -> tuple[Tensor, bool | Tensor] | None:
-        """Return what to add, and whether it holds: the first step has nothing to remember, all others must have."""
+        """Return what to add, and whether it holds. Steps after the first must have something to remember."""
         maps = self.maps.get(refill.span)
         if maps is None or maps.shape[-1] != refill.before.shape[-1]:
             return None
         step, steps = refill.step, len(maps)
         if not torch.compiler.is_compiling():
             step = int(step)
-            if step >= steps or not maps[step].any() or (refill.last is None) != (step == 0):
+            if step >= steps or not maps[step].any() or (refill.last is None and step > 0):
                 return None
-        maps = self._at(refill.span, refill.before)
+        maps = maps.to(refill.before.device, refill.before.dtype)
         holds: bool | Tensor = True
         if isinstance(step, int):
             chosen = maps[step]
         else:
             row = step.clamp(max=steps - 1).to(maps.device).reshape(1)
             chosen = maps.index_select(0, row).squeeze(0)
-            right_memory = step > 0 if refill.last is not None else step == 0
-            holds = ((step < steps) & right_memory).to(chosen.device) & (chosen != 0).any()
+            holds = (step == 0).to(chosen.device)
+            if refill.last is not None:  # zeros where a graph was given no memory
+                holds = holds | refill.last.any()
+            holds = holds & (step < steps).to(chosen.device) & chosen.any()
         channels = chosen.shape[-1]
         of_groups = refill.of_groups() @ chosen[2 * channels :]
         return refill.of_tokens() @ chosen[: 2 * channels] + gather_tokens(of_groups, refill.source), holds
-
-    def _at(self, span: str, like: Tensor) -> Tensor:
-        placed = self._placed.get(span)
-        if placed is None or placed.device != like.device or placed.dtype != like.dtype:
-            placed = self._placed[span] = self.maps[span].to(like.device, like.dtype)
-        return placed

@@ -66,7 +66,7 @@ class Matched:
     #: Share of the run, at its beginning, in which nothing is dropped. Dense steps leave each token its own update.
     dense_share: float = 0.0
     #: What a fit found that the refill gets wrong: see `atedm.fit`, whose plans set it.
-    correction: Corrector | None = field(default=None, repr=False, compare=False)
+    correction: Corrector | None = field(default=None, repr=False)
 
     dense_layers = 0
     name = "Matched pruning"
@@ -79,6 +79,8 @@ class Matched:
         check_share("cover_share", self.cover_share)
         check_share("own_update_share", self.own_update_share)
         check_share("dense_share", self.dense_share)
+        if self.correction is not None:
+            check_callable("correction", self.correction, "what atedm.fit found")
 
     @property
     def remembers(self) -> bool:

@@ -47,7 +47,7 @@ def method_from_dict(values: Mapping[str, Any]) -> Method:
     kind = _KINDS.get(str(fields.pop("method", None)))
     if kind is None:
         raise ValueError(f"method must be one of {', '.join(map(repr, _KINDS))}, not {values.get('method')!r}")
-    known = {field.name for field in dataclasses.fields(kind) if field.compare}  # a correction is a file of its own
+    known = {field.name for field in dataclasses.fields(kind) if field.repr}  # a correction is a file of its own
     if unknown := sorted(fields.keys() - known):
         raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it may be from another version of atedm")
     if "where" in fields:

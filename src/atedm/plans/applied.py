@@ -71,7 +71,7 @@ def as_plan(value: object) -> Plan | None:
 
 
 def apply_plan(target: Any, plan: Plan, mask: Tensor | None = None) -> PlanSummary:
-    """Set a pipeline up by a plan: its method, cache, scheduler and LoRA. The steps are the caller's to ask for.
+    """Set a pipeline up by a plan: method, cache, scheduler, and LoRA or fit. The steps are the caller's to ask for.
 
     Args:
         target: A pipeline; a U-Net or a transformer where the plan only prunes.
@@ -79,7 +79,7 @@ def apply_plan(target: Any, plan: Plan, mask: Tensor | None = None) -> PlanSumma
         mask: (H, W) zeros and ones over the image: what is never dropped.
 
     Raises:
-        FileNotFoundError: If the plan's LoRA is not there.
+        FileNotFoundError: If the plan's LoRA or fit is not there.
         ImportError: If the plan needs a package that is missing.
         TypeError: If there is no such model, or the plan needs the pipeline of one.
         ValueError: If the plan is for another model, or cannot be applied to this one. Nothing has been changed then.
@@ -138,14 +138,14 @@ def remove_plan(model: nn.Module) -> None:
         applied.undo.close()
 
 
-def _fitted(plan: Plan, model: nn.Module) -> Method:
+def _fitted(plan: Plan, model: Any) -> Method:
     """Return the plan's method with its fitted refill, if it has one."""
     assert plan.method is not None
     if plan.fit_file is None:
         return plan.method
     correction = read_correction(plan.fit_file, spans_of(model))
     _refuse_other_weights(plan, model, "fitted refill", "fit")
-    return with_correction(plan.method, correction)
+    return with_correction(plan.method, correction.to(model.device, model.dtype))
 
 
 def _refuse_other_weights(plan: Plan, model: nn.Module, what: str, command: str) -> None:

@@ -116,6 +116,8 @@ class Plan:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name} must be the name of a {what}, not {value!r}")
+        if self.lora is not None and self.fit is not None:
+            raise ValueError("a plan has a LoRA or a fit, not both: each is found for the weights without the other")
 
     def full_steps(self, steps: int | None = None) -> tuple[int, ...]:
         """Return which of ``steps`` steps, the plan's own by default, run the whole model."""

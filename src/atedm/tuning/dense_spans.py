@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from atedm.hosts.models import attach, detach, is_transformer, spans_of
+from atedm.hosts.unet_spans import choose_spans
 from atedm.method.contract import Cut, Memory, Method, Place, View
 
 
@@ -58,7 +59,7 @@ def run_dense(
         return dict(zip(names, watch.given, strict=True))
     given: dict[str, Tensor] = {}
     hooks = []
-    for name, (_, block) in spans_of(model).items():
+    for name, (_, block) in choose_spans(spans_of(model), method).items():
         layers = block.transformer_blocks
         hooks.append(layers[0].register_forward_pre_hook(partial(_begin, given, name), with_kwargs=True))
         hooks.append(layers[-1].register_forward_hook(partial(_end, given, name)))

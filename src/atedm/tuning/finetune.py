@@ -154,6 +154,8 @@ def finetune(
     refuse_other_model(plan.model, pipe)
     if plan.method is None:
         raise ValueError("this plan prunes nothing, so there is nothing that training could win back")
+    if plan.fit is not None:
+        raise ValueError("this plan has a fit, which a LoRA would make wrong; train one for the plan without it")
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("there are no prompts to draw, or one is empty")
     state = state or shared_work()

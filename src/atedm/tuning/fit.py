@@ -24,10 +24,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from atedm.hosts.models import find_model, spans_of
+from atedm.lab.extra import optional
 from atedm.lab.methods.candidates import Dense, Planned
 from atedm.lab.methods.counting import counted_run
 from atedm.method.correction import Correction, Corrector
 from atedm.patch import is_applied, pruned
+from atedm.plans.applied import part_of
 from atedm.plans.fingerprint import checksum, refuse_other_model
 from atedm.plans.fitted import read_correction, save_correction, with_correction
 from atedm.plans.plan import Plan, save_plan
@@ -56,6 +58,8 @@ MEASURED = (
     "time",
 )
 """What a search measured without the matrices, and a fitted plan does not say."""
+VIDEO = ("3D", "Video")
+"""Parts of the names of models that draw videos."""
 PATIENCE = 2
 """Steps in a row without worth after which no more are tried."""
 Progress = Callable[[str, int, int], None]
@@ -70,7 +74,8 @@ class Fitted:
     file: Path
     #: Mean distance to dense in dB of the judged images without matrices.
     before: float
-    #: The same by each step that was tried, with its matrices and those kept before it.
+    #: The same by each step that was tried, with its matrices and those kept before it. These images also chose which
+    #: are kept, so others are a little farther from dense.
     distances: Mapping[int, float]
     #: Steps whose matrices were kept.
     steps: tuple[int, ...]
@@ -90,25 +95,33 @@ def fit(
     The same call goes on after the last step that was done where it was stopped or killed.
 
     Args:
-        pipe: The pipeline that the plan is for, as it is. Left as it was.
-        plan: Of matched pruning, without a cache, a LoRA or a fit.
+        pipe: The pipeline of images that the plan is for, as it is. Left as it was.
+        plan: Of matched pruning that remembers updates, without a cache, a LoRA or a fit.
         prompts: What to draw: at least 8; a quarter of them judges.
-        out: Folder for ``fit.safetensors`` and ``plan.json``.
+        out: Folder for ``fit.safetensors`` and ``plan.json``, another one than the plan's.
         seed: Of the noise of the first prompt.
         progress: Told of every run.
 
     Raises:
-        TypeError: If there is nothing that can be pruned.
+        ImportError: If the extra ``tune`` is not installed.
+        TypeError: If there is nothing that can be pruned, or no pipeline of images.
         ValueError: If the plan is for another model or of another kind, the pipeline is patched, there are too few
-            prompts, or ``out`` holds a fit of something else.
+            prompts, or ``out`` is the plan's own folder or holds a fit of something else.
     """
+    optional("scipy", "tune")
     model, out = find_model(pipe), Path(out)
+    if not hasattr(pipe, part_of(model)) or any(name in type(model).__name__ for name in VIDEO):
+        raise TypeError("a fit draws images from prompts; give the whole pipeline, not compiled, of a model of images")
     if is_applied(pipe):
         raise ValueError("this pipeline is patched, and a fit begins with dense runs; call atedm.remove first")
     refuse_other_model(plan.model, pipe)
     if plan.method is None:
         raise ValueError("this plan prunes nothing, so there is nothing that a fit could win back")
     with_correction(plan.method, None)  # refuses other methods
+    if not plan.method.remembers:
+        raise ValueError("a fit goes by the updates of the step before, and own_update_share=0 remembers none")
+    if plan.folder is not None and plan.folder.resolve() == out.resolve():
+        raise ValueError(f"{out} is the folder of the plan, which the fitted one would replace; give another --out")
     if set_already := [name for name in ("cache", "lora", "fit") if getattr(plan, name) is not None]:
         raise ValueError(f"this plan has a {set_already[0]}; a fit is found for a plan of pruning alone")
     if len(prompts) < 8 or not all(prompt.strip() for prompt in prompts):
@@ -120,9 +133,11 @@ def fit(
     with scheduled(pipe, plan.scheduler):
         job = _Job(pipe, model, plan, prompts, seed, progress)
         state = _resumed(out / FIT, job)
-        while state.done < plan.steps and state.misses < PATIENCE:
+        while not state.is_over:
             step = state.done
-            tried = [_stacked(state.maps, found, step) for found in job.matrices(step, state.maps)]
+            matrices = job.matrices(step, state.maps)
+            state.is_over = matrices is None
+            tried = [_stacked(state.maps, found, step) for found in matrices or ()]
             if tried:
                 judged = [job.distances(one, f"judging step {step + 1}") for one in tried]
                 best = max(range(len(tried)), key=lambda index: mean(judged[index]))
@@ -165,6 +180,7 @@ class _State:
     kept: list[int] = field(default_factory=list)
     done: int = 0
     misses: int = 0
+    is_over: bool = False
 
     @property
     def best(self) -> list[float]:
@@ -175,11 +191,12 @@ class _State:
         """Keep the matrices of a step if they are worth it."""
         gains = [ours - theirs for ours, theirs in zip(distances, self.best, strict=True)]
         self.distances[step] = distances
-        if mean(gains) - 2 * stdev(gains) / len(gains) ** 0.5 >= WORTH:
+        if mean(gains) - _half_interval(gains) >= WORTH:
             self.maps, self.misses = tried, 0
             self.kept.append(step)
         else:
             self.misses += 1
+            self.is_over = self.misses >= PATIENCE
 
     def metadata(self) -> dict[str, str]:
         """Return all but the matrices as safetensors keeps it."""
@@ -214,8 +231,11 @@ class _Job:
         """How many of the prompts are fitted on; the others judge."""
         return len(self.prompts) - max(1, round(JUDGED_SHARE * len(self.prompts)))
 
-    def matrices(self, step: int, maps: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Fit one step, without and with what is known of groups: (4C, C) by span; nothing if it drops nothing."""
+    def matrices(self, step: int, maps: Mapping[str, Tensor]) -> list[dict[str, Tensor]] | None:
+        """Fit one step, without and with what is known of groups: (4C, C) by span.
+
+        An empty list if it drops nothing, or has nothing to remember and is not the first; None after the last step.
+        """
         equations: dict[str, Equations] = {}
         for index in range(self.learned):
             self.progress(f"fitting step {step + 1}", index, self.learned)
@@ -227,7 +247,9 @@ class _Job:
                 pass
             finally:
                 hook.remove()
-            if not watch.seen:
+            if watch.latest < step:
+                return None
+            if not watch.seen or (step > 0 and all(refill.last is None for _, refill in watch.seen)):
                 return []
             for call in {id(call): call for call, _ in watch.seen}.values():
                 given = run_dense(self.model, self.method(None), *call, pipe=self.pipe)
@@ -248,7 +270,7 @@ class _Job:
         found = []
         for done, (index, dense) in enumerate(zip(judged, self.dense, strict=True)):
             self.progress(what, done, len(judged))
-            error = (self._image(index, Correction(maps)) - dense).square().mean().item()
+            error = (self._image(index, Correction(maps)) - dense).double().square().mean().item()
             found.append(-10 * math.log10(max(error, 1e-12)))
         return found
 
@@ -265,12 +287,20 @@ class _Job:
         """Draw an image, (H, W, 3) in [0, 1]: pruned with a correction, dense without."""
         with nullcontext() if correction is None else pruned(self.pipe, self.method(correction)):
             images = self.pipe(self.prompts[index], output_type="np", **call_of(self.plan, self.seed + index)).images
-        return torch.from_numpy(images[0]).double()
+        return torch.from_numpy(images[0])
+
+
+def _half_interval(values: Sequence[float]) -> float:
+    """Return how far the mean of some values may be off, at 95 %."""
+    from scipy.stats import t
+
+    quantile: float = t.ppf(0.975, len(values) - 1)
+    return quantile * stdev(values) / math.sqrt(len(values))
 
 
 def _stacked(maps: Mapping[str, Tensor], found: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
     """Add the matrices of a step to those of the steps before it; steps between have zeros."""
-    stacked = {}
+    stacked = dict(maps)
     for span, one in found.items():
         before = maps.get(span, one.new_zeros(0, *one.shape))
         gap = one.new_zeros(step - len(before), *one.shape)

@@ -33,11 +33,11 @@ class Equations:
         known = torch.cat([refill.of_tokens(), gather_tokens(refill.of_groups(), source)], -1).flatten(0, 1).float()
         wrong = dense - update_of_match(refill.kept, refill.start, source)
         error = wrong.flatten(0, 1).float()
-        self.square = self.square + (known.T @ known).double().cpu()
-        self.product = self.product + (known.T @ error).double().cpu()
+        self.square = self.square + (known.T @ known).cpu().double()
+        self.product = self.product + (known.T @ error).cpu().double()
 
     def solve(self, *, groups: bool) -> Tensor:
-        """Return the matrix, (4C, C) float32, with zeros for what is known of groups if that is left out."""
+        """Return the matrix, (4C, C) float32: 2C rows for a token's own, then 2C for its group, zeros if left out."""
         assert isinstance(self.square, Tensor)
         assert isinstance(self.product, Tensor)
         used = len(self.square) if groups else len(self.square) // 2
@@ -55,11 +55,14 @@ class Watch:
     step: int
     correction: Corrector
     call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    #: The latest step that dropped tokens.
+    latest: int = -1
     seen: list[tuple[tuple[tuple[Any, ...], dict[str, Any]], Refill]] = field(default_factory=list)
 
     def __call__(self, refill: Refill) -> Any:
         """Correct one refill; raise `Enough` when the step is over."""
-        if int(refill.step) > self.step:
+        self.latest = max(self.latest, int(refill.step))
+        if self.latest > self.step:
             raise Enough
         if int(refill.step) == self.step:
             assert self.call is not None

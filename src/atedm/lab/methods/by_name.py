@@ -137,7 +137,7 @@ def _changed(method: Method, fields: dict[str, Any]) -> Method:
         elif field == "where":
             check_name("where", value, WHERES)
             fields[field] = WHERES[value]
-    known = {field.name for field in dataclasses.fields(method)}  # type: ignore[arg-type]
+    known = {field.name for field in dataclasses.fields(method) if field.repr}  # type: ignore[arg-type]
     named = any(isinstance(value, str) for value in fields.values())  # such as a ranking, which only variants name
     if not named and fields.keys() <= known:
         return _replace(method, fields)

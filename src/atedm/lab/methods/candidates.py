@@ -1,5 +1,6 @@
 """What is compared, behind one interface: the model as it is, pruning by any method, and a plan."""
 
+import hashlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -115,4 +116,7 @@ class Planned(Candidate):
 
     def as_dict(self) -> dict[str, Any]:
         """Return what the plan does."""
-        return {"kind": "plan", **self.plan.moved().settings()}
+        settings = self.plan.moved().settings()
+        if self.plan.fit_file is not None and self.plan.fit_file.is_file():  # by what is in it: it can be fitted anew
+            settings["fit"] = hashlib.sha256(self.plan.fit_file.read_bytes()).hexdigest()[:16]
+        return {"kind": "plan", **settings}
