@@ -39,24 +39,25 @@ def located(steps: NoiseSteps, noises: list[float]) -> list[int]:
     return [steps.locate(torch.tensor([noise]), lambda t: t, text)[0].step for noise in noises]
 
 
-def pipe_of(noises: list[float]) -> SimpleNamespace:
-    return SimpleNamespace(scheduler=SimpleNamespace(timesteps=1000 * torch.tensor(noises)))
+class Pipe:
+    def __init__(self, noises: list[float]) -> None:
+        self.scheduler = SimpleNamespace(timesteps=1000 * torch.tensor(noises))
 
 
 def test_a_step_that_rounds_to_its_neighbour_is_the_next_one() -> None:
-    pipe = pipe_of([1.0, 0.997, 0.995, 0.5])
+    pipe = Pipe([1.0, 0.997, 0.995, 0.5])
     assert located(NoiseSteps(PipelineSchedule(pipe)), [1.0, 0.9985, 0.9961, 0.5]) == [0, 1, 2, 3]
 
 
 def test_a_run_by_another_scheduler_is_told_by_its_noise_to_its_end() -> None:
-    pipe = pipe_of([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
+    pipe = Pipe([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
     steps = NoiseSteps(PipelineSchedule(pipe))
     assert located(steps, [1.0, 0.77, 0.6, 0.5]) == [0, 1, 2, 3]
     assert located(steps, [1.0, 0.8, 0.6]) == [0, 2, 4]  # a new run has its list again
 
 
 def test_the_last_scheduler_is_known_when_the_pipeline_is_gone_and_a_copy_knows_none() -> None:
-    pipe = pipe_of([1.0, 0.9, 0.8, 0.7])
+    pipe = Pipe([1.0, 0.9, 0.8, 0.7])
     steps = NoiseSteps(PipelineSchedule(pipe))
     assert located(steps, [1.0, 0.8]) == [0, 2]
     del pipe

@@ -106,9 +106,10 @@ def test_what_cannot_be_done_there_is_refused_and_what_is_left_to_others_is_said
     other.model.diffusion_model = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match="is for a U-Net"):
         apply_plan(other, FORECAST)
-    said = advice(Plan(FITS, 11, scheduler="dpm++", guidance=3.0, lora="lora", fit="fit.safetensors"))
+    said = advice(Plan(FITS, 11, scheduler="dpm++", guidance=3.0, lora="lora"))
     assert "Set the sampler to 11 steps, sampler: dpmpp_2m, cfg 3." in said
     assert "Load its LoRA before this node: lora." in said
+    said = advice(Plan(FITS, 4, fit="fit.safetensors"))
     assert "Its fitted refill is for diffusers; this node prunes without it." in said
     assert "your own cfg, which the plan leaves open" in advice(FORECAST)
     assert SAMPLERS.keys() == SCHEDULERS.keys()
