@@ -33,7 +33,7 @@ def matrices(steps: int = 3, seed: int = 5) -> Tensor:
 @pytest.mark.parametrize("last", [True, False])
 def test_what_is_known_is_the_tokens_own_and_its_groups(last: bool) -> None:
     refill = refill_of(last)
-    own, groups = refill.of_tokens(), refill.of_groups()
+    own, groups = refill.known()
     for image in range(2):
         for group in range(3):
             members = [n for n in range(7) if refill.source[image, n] == group]
@@ -53,7 +53,7 @@ def test_the_matrix_of_the_step_is_applied_to_what_is_known() -> None:
     found = Correction({SPAN: maps})(refill)
     assert found is not None
     assert found[1] is True
-    own, groups = refill.of_tokens(), refill.of_groups()
+    own, groups = refill.known()
     for image in range(2):
         for n in range(7):
             known = torch.cat([own[image, n], groups[image, refill.source[image, n]]])

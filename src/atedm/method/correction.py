@@ -9,7 +9,7 @@ and step predicts much of it. `atedm.tuning.fit` finds the matrices by least squ
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -37,22 +37,19 @@ class Refill(NamedTuple):
     #: (B, N, C): the updates of the step before; None if there was none.
     last: Tensor | None
 
-    def of_tokens(self) -> Tensor:
-        """Return what is each token's own, (B, N, 2C): its value and its last update, less the means of its group."""
-        own = self.before - gather_tokens(self.start, self.source)
-        last = torch.zeros_like(own) if self.last is None else self.last - gather_tokens(self._last_mean, self.source)
-        return torch.cat([own, last.to(own.dtype)], dim=-1)
+    def known(self) -> tuple[Tensor, Tensor]:
+        """Return what is known of tokens and of groups.
 
-    def of_groups(self) -> Tensor:
-        """Return what is its group's, (B, K, 2C): the update, and the mean of the last updates."""
-        last = torch.zeros_like(self.start) if self.last is None else self._last_mean
-        return torch.cat([self.kept - self.start, last.to(self.kept.dtype)], dim=-1)
-
-    @property
-    def _last_mean(self) -> Tensor:
-        assert self.last is not None
-        kept = self.start.shape[1]
-        return mean_by_source(self.last, self.source, group_sizes(self.source, kept)).to(self.start.dtype)
+        Returns:
+            (B, N, 2C): of each token its value and its last update, less the means of its group. (B, K, 2C): of each
+            group its update and the mean of the last updates. Zeros for last updates where there are none.
+        """
+        own, update = self.before - gather_tokens(self.start, self.source), self.kept - self.start
+        if self.last is None:
+            return torch.cat([own, torch.zeros_like(own)], -1), torch.cat([update, torch.zeros_like(update)], -1)
+        last = self.last.to(own.dtype)
+        mean = mean_by_source(last, self.source, group_sizes(self.source, self.start.shape[1]))
+        return torch.cat([own, last - gather_tokens(mean, self.source)], -1), torch.cat([update, mean], -1)
 
 
 class Corrector(Protocol):
@@ -73,19 +70,17 @@ class Correction:
 
     #: By the name of the span, (S, 4C, C) floating: the matrices of the first S steps, zeros where there is none.
     maps: Mapping[str, Tensor]
+    #: Span and step of every matrix, so that no device is waited for in a run.
+    fitted: frozenset[tuple[str, int]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check the shapes."""
+        """Check the shapes, and see where there are matrices."""
         for span, one in self.maps.items():
-            if (
-                not isinstance(one, Tensor)
-                or one.ndim != 3
-                or one.shape[1] != 4 * one.shape[2]
-                or not one.is_floating_point()
-            ):
-                raise ValueError(
-                    f"the correction of {span} must be (S, 4C, C) numbers, not {tuple(getattr(one, 'shape', ()))}"
-                )
+            shape = tuple(one.shape) if isinstance(one, Tensor) and one.is_floating_point() else ()
+            if len(shape) != 3 or shape[1] != 4 * shape[2]:
+                raise ValueError(f"the correction of {span} must be (S, 4C, C) numbers, not {shape or one!r}")
+        fitted = {(span, step) for span, one in self.maps.items() for step in range(len(one)) if one[step].any()}
+        object.__setattr__(self, "fitted", frozenset(fitted))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Correction:
         """Return it where a model is, so that it need not be moved in every step."""
@@ -99,7 +94,7 @@ class Correction:
         step, steps = refill.step, len(maps)
         if not torch.compiler.is_compiling():
             step = int(step)
-            if step >= steps or not maps[step].any() or (refill.last is None and step > 0):
+            if (refill.span, step) not in self.fitted or (refill.last is None and step > 0):
                 return None
         maps = maps.to(refill.before.device, refill.before.dtype)
         holds: bool | Tensor = True
@@ -113,5 +108,6 @@ class Correction:
                 holds = holds | refill.last.any()
             holds = holds & (step < steps).to(chosen.device) & chosen.any()
         channels = chosen.shape[-1]
-        of_groups = refill.of_groups() @ chosen[2 * channels :]
-        return refill.of_tokens() @ chosen[: 2 * channels] + gather_tokens(of_groups, refill.source), holds
+        own, groups = refill.known()
+        of_groups = groups @ chosen[2 * channels :]
+        return own @ chosen[: 2 * channels] + gather_tokens(of_groups, refill.source), holds

@@ -30,7 +30,8 @@ class Equations:
     def learn(self, refill: Refill, dense: Tensor) -> None:
         """Take in a refill, and what the dense span added to its tokens in its place, (B, N, C)."""
         source = refill.source
-        known = torch.cat([refill.of_tokens(), gather_tokens(refill.of_groups(), source)], -1).flatten(0, 1).float()
+        own, groups = refill.known()
+        known = torch.cat([own, gather_tokens(groups, source)], -1).flatten(0, 1).float()
         wrong = dense - update_of_match(refill.kept, refill.start, source)
         error = wrong.flatten(0, 1).float()
         self.square = self.square + (known.T @ known).cpu().double()
